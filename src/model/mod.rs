@@ -1,1 +1,5 @@
 //! model
+
+pub mod config;
+
+pub use config::*;

@@ -1,0 +1,223 @@
+//! A Hugging Face model directory, memory-mapped: `config.json` and `model.safetensors` or an index with shards.
+//!
+//! Source: the layout `transformers` writes with `save_pretrained`.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::Value;
+
+use super::bitsandbytes;
+use super::mapped_file::MappedFile;
+use crate::quant::{DenseTensor, FrozenWeight};
+use crate::{Error, Result};
+
+const SINGLE_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// A model directory: its weights mapped, nothing copied.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: Value,
+    files: Vec<MappedFile>,
+    /// Tensor name to its place in `files`.
+    places: BTreeMap<String, usize>,
+}
+
+impl Checkpoint {
+    /// Opens the model directory `dir` and maps each of its weight files once.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Malformed`] naming the file, and the tensor where one is at fault: no safetensors files,
+    /// a shard that is missing, truncated or outside `dir`, a tensor in two shards, or an index that disagrees with them.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let config = read_json(&dir.join("config.json"))?;
+        let single = dir.join(SINGLE_FILE);
+        let index = dir.join(INDEX_FILE);
+        let (files, places) = if single.is_file() {
+            open_single(&single)?
+        } else if index.is_file() {
+            open_shards(dir, &index)?
+        } else {
+            return Err(Error::malformed(dir, no_weights_reason(dir)));
+        };
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            config,
+            files,
+            places,
+        })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The parsed `config.json`.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    pub fn config_path(&self) -> PathBuf {
+        self.dir.join("config.json")
+    }
+
+    /// All tensor names, sorted; those of a quantized weight's state included.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.places.contains_key(name)
+    }
+
+    /// Whether any weight is stored in bitsandbytes' 4-bit layout.
+    pub fn is_quantized(&self) -> bool {
+        self.names()
+            .any(|name| bitsandbytes::weight_of_state(name).is_some())
+    }
+
+    /// The file that holds the tensor.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn file(&self, name: &str) -> Result<&MappedFile> {
+        let place = self.places.get(name).ok_or_else(|| Error::MissingTensor {
+            path: self.dir.clone(),
+            tensor: name.to_string(),
+        })?;
+        Ok(&self.files[*place])
+    }
+
+    /// A tensor of real numbers, aligned for its type.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or [`Error::TensorMismatch`] if it is not bf16, f16 or f32.
+    pub fn tensor(&self, name: &str) -> Result<DenseTensor> {
+        self.file(name)?.tensor(name)
+    }
+
+    /// The weight `name`: 4-bit where bitsandbytes' state stands beside it, else as stored.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::TensorMismatch`] for a tensor of the wrong type or size, [`Error::Malformed`]
+    /// for a state that cannot be read.
+    pub fn weight(&self, name: &str) -> Result<FrozenWeight> {
+        match bitsandbytes::read(self, name)? {
+            Some(params) => Ok(FrozenWeight::Quantized(params)),
+            None => self.tensor(name).map(FrozenWeight::Dense),
+        }
+    }
+}
+
+type Mapped = (Vec<MappedFile>, BTreeMap<String, usize>);
+
+fn open_single(path: &Path) -> Result<Mapped> {
+    let file = MappedFile::open(path)?;
+    let places = file.names().into_iter().map(|name| (name, 0)).collect();
+    Ok((vec![file], places))
+}
+
+fn open_shards(dir: &Path, index: &Path) -> Result<Mapped> {
+    let weight_map = read_weight_map(index)?;
+    let mut shard_names: Vec<&String> = weight_map.values().collect();
+    shard_names.sort();
+    shard_names.dedup();
+    let mut files = Vec::with_capacity(shard_names.len());
+    let mut places: BTreeMap<String, usize> = BTreeMap::new();
+    for (place, shard) in shard_names.into_iter().enumerate() {
+        let path = shard_path(dir, index, shard)?;
+        let file = MappedFile::open(&path)?;
+        for name in file.names() {
+            if let Some(first) = places.insert(name.clone(), place) {
+                let first: &MappedFile = &files[first];
+                let reason = format!("tensor `{name}` is also in {}", first.path().display());
+                return Err(Error::malformed(path, reason));
+            }
+            match weight_map.get(&name) {
+                Some(promised) if promised == shard => {}
+                Some(promised) => {
+                    let reason =
+                        format!("has tensor `{name}`, which the index places in {promised}");
+                    return Err(Error::malformed(path, reason));
+                }
+                None => {
+                    let reason = format!("has tensor `{name}`, which the index does not name");
+                    return Err(Error::malformed(path, reason));
+                }
+            }
+        }
+        files.push(file);
+    }
+    if let Some((name, shard)) = weight_map
+        .iter()
+        .find(|(name, _)| !places.contains_key(*name))
+    {
+        let reason = format!("places tensor `{name}` in {shard}, which does not have it");
+        return Err(Error::malformed(index, reason));
+    }
+    Ok((files, places))
+}
+
+fn read_weight_map(index: &Path) -> Result<BTreeMap<String, String>> {
+    let json = read_json(index)?;
+    let weight_map = json
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| Error::malformed(index, "has no object `weight_map`"))?;
+    weight_map
+        .iter()
+        .map(|(name, shard)| match shard.as_str() {
+            Some(shard) => Ok((name.clone(), shard.to_string())),
+            None => Err(Error::malformed(
+                index,
+                format!("the shard of tensor `{name}` is {shard}, not a file name"),
+            )),
+        })
+        .collect()
+}
+
+/// The path of a shard, which must be a plain file name: an index may come from anywhere.
+fn shard_path(dir: &Path, index: &Path, shard: &str) -> Result<PathBuf> {
+    let mut parts = Path::new(shard).components();
+    let is_plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(name)), None) if name == shard);
+    if !is_plain {
+        let reason = format!("the shard `{shard}` is not a file name in this directory");
+        return Err(Error::malformed(index, reason));
+    }
+    let path = dir.join(shard);
+    match path.exists() {
+        true => Ok(path),
+        false => Err(Error::malformed(
+            index,
+            format!("the shard `{shard}` is missing, download it again"),
+        )),
+    }
+}
+
+fn no_weights_reason(dir: &Path) -> String {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let pickled = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .find(|name| {
+            [".bin", ".pt", ".pth"]
+                .iter()
+                .any(|suffix| name.ends_with(suffix))
+        });
+    match pickled {
+        Some(name) => format!(
+            "has {name} but no safetensors file; pickled weights are not read, convert them with \
+             transformers' save_pretrained"
+        ),
+        None => format!("has neither {SINGLE_FILE} nor {INDEX_FILE}"),
+    }
+}
+
+/// Parses a JSON file.
+pub(super) fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read(path).map_err(Error::io(path))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| Error::malformed(path, format!("is not valid JSON: {error}")))
+}

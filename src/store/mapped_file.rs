@@ -1,0 +1,132 @@
+//! One safetensors file in memory: mapped, its header checked, its tensors handed out as slices of the mapping.
+//!
+//! Layout: u64 header length, JSON header, tensor bytes; offsets count from the end of the header.
+//! Source: the safetensors format (`safetensors` crate, which parses and validates the header).
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use candle_core::DType;
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+
+use crate::quant::DenseTensor;
+use crate::{Error, Result};
+
+/// A mapped safetensors file.
+#[derive(Debug)]
+pub struct MappedFile {
+    path: PathBuf,
+    data: Bytes,
+    header: Metadata,
+}
+
+impl MappedFile {
+    /// Maps the file at `path`, which must not be changed while it is mapped.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if it is empty or truncated, or its header does not cover its bytes exactly once.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io(path))?;
+        let metadata = file.metadata().map_err(Error::io(path))?;
+        if !metadata.is_file() {
+            return Err(Error::malformed(path, "is not a regular file"));
+        }
+        if metadata.len() == 0 {
+            return Err(Error::malformed(
+                path,
+                "is empty, download or copy it again",
+            ));
+        }
+        // SAFETY: the mapping is read-only; as for every reader of mapped weights, the file must not be changed meanwhile.
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+        let (header_bytes, header) = SafeTensors::read_metadata(&map).map_err(|error| {
+            Error::malformed(
+                path,
+                format!("is not a complete safetensors file: {error}; download or copy it again"),
+            )
+        })?;
+        let data = Bytes::from_owner(map).slice(size_of::<u64>() + header_bytes..);
+        Ok(Self {
+            path: path.to_path_buf(),
+            data,
+            header,
+        })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of its tensors, in the order of their bytes.
+    pub fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    /// The header's `__metadata__`.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.header
+            .metadata()
+            .as_ref()?
+            .get(key)
+            .map(String::as_str)
+    }
+
+    /// Type, shape and place of a tensor.
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.header.info(name).ok_or_else(|| Error::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.to_string(),
+        })
+    }
+
+    /// The bytes of a tensor, whatever its type.
+    pub fn bytes(&self, name: &str) -> Result<Bytes> {
+        let (start, end) = self.info(name)?.data_offsets;
+        Ok(self.data.slice(start..end))
+    }
+
+    /// A tensor of real numbers, aligned for its type: a slice of the mapping, or a copy where the file misaligned it.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or [`Error::TensorMismatch`] if it is not bf16, f16 or f32.
+    pub fn tensor(&self, name: &str) -> Result<DenseTensor> {
+        let info = self.info(name)?;
+        let dtype = match info.dtype {
+            Dtype::BF16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+            Dtype::F32 => DType::F32,
+            other => {
+                return Err(Error::TensorMismatch {
+                    tensor: name.to_string(),
+                    expected: "bf16, f16 or f32".into(),
+                    found: format!("{other:?} in {}", self.path.display()),
+                });
+            }
+        };
+        Ok(DenseTensor {
+            dtype,
+            shape: info.shape.clone(),
+            data: aligned(self.bytes(name)?, dtype.size_in_bytes()),
+        })
+    }
+}
+
+/// `bytes` at an address that is a multiple of `alignment` (at most 8).
+pub(super) fn aligned(bytes: Bytes, alignment: usize) -> Bytes {
+    if bytes.as_ptr().addr().is_multiple_of(alignment) {
+        return bytes;
+    }
+    let mut words = vec![0u64; bytes.len().div_ceil(size_of::<u64>())];
+    bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(&bytes);
+    Bytes::from_owner(Words(words)).slice(..bytes.len())
+}
+
+struct Words(Vec<u64>);
+
+impl AsRef<[u8]> for Words {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
