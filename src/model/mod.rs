@@ -1,5 +1,17 @@
-//! model
+//! One configurable decoder: a family of models is data ([`DecoderConfig`]), never a branch of the forward pass.
 
-pub mod config;
+mod block;
+mod config;
+mod decoder;
+mod kv_cache;
+mod load;
+mod lora_linear;
+mod names;
+mod rope_frequencies;
 
+pub use block::{Activations, ActivationPolicy, Block, InputGrad, Layout, Saved};
 pub use config::*;
+pub use decoder::{Decoder, Sequences};
+pub use kv_cache::KvCache;
+pub use lora_linear::{LoraLinear, LoraPair, Trainable};
+pub use names::Module;

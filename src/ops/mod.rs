@@ -10,6 +10,7 @@ pub mod embedding;
 pub mod gated_act;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod philox;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;

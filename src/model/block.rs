@@ -1,0 +1,276 @@
+//! A decoder block, forward and backward in plain sight.
+//!
+//! ```text
+//! mid = x + o_proj(attention(rope(q_proj(h)), rope(k_proj(h)), v_proj(h)))    h  = rms_norm(x)
+//! y   = mid + down_proj(silu(gate_proj(h2)) up_proj(h2))                      h2 = rms_norm(mid)
+//! ```
+
+use candle_core::Tensor;
+
+use super::kv_cache::LayerCache;
+use super::lora_linear::LoraLinear;
+use super::names::Module;
+use crate::Result;
+use crate::ops::attention::{self, Heads, Segment};
+use crate::ops::rope::{self, RopeTable};
+use crate::ops::{gated_act, residual, rms_norm};
+
+/// What a block keeps from forward for backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationPolicy {
+    /// All that backward reads.
+    Keep,
+    /// The block's input; forward runs again in backward.
+    Recompute,
+}
+
+/// Whether anything below a block is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InputGrad {
+    Needed,
+    /// No adapter lies below: the gradient of the block's input would be thrown away.
+    Skip,
+}
+
+/// Where the rows of a batch stand: what attention and rotary embedding need to know.
+#[derive(Debug)]
+pub struct Layout<'a> {
+    /// Position of each row in its sequence, `[N]`.
+    pub positions: &'a [u32],
+    pub segments: &'a [Segment],
+    pub rope: &'a RopeTable,
+}
+
+/// What forward leaves for backward, by [`ActivationPolicy`].
+#[derive(Debug)]
+pub enum Saved {
+    Kept(Box<Activations>),
+    /// The block's input, `[N, D]`.
+    Input(Tensor),
+}
+
+/// Everything that backward reads.
+#[derive(Debug)]
+pub struct Activations {
+    x: Tensor,
+    qkv: Qkv,
+    attention: attention::Saved,
+    mid: Tensor,
+    mlp: Mlp,
+    u_o: Option<Tensor>,
+}
+
+/// Queries, keys and values as attention takes them: `q: [N, H * E]`, `k`, `v: [N, K * E]`.
+#[derive(Debug)]
+struct Qkv {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    /// `q` and `k` before their norm, in models that have one.
+    raw: Option<(Tensor, Tensor)>,
+    u: [Option<Tensor>; 3],
+}
+
+#[derive(Debug)]
+struct Mlp {
+    gate: Tensor,
+    up: Tensor,
+    u_gate: Option<Tensor>,
+    u_up: Option<Tensor>,
+    u_down: Option<Tensor>,
+}
+
+/// One layer of the decoder.
+#[derive(Debug, Clone)]
+pub struct Block {
+    pub(super) input_norm: Tensor,
+    pub(super) q: LoraLinear,
+    pub(super) k: LoraLinear,
+    pub(super) v: LoraLinear,
+    pub(super) o: LoraLinear,
+    /// Weights `[E]` of the norms on queries and keys.
+    pub(super) qk_norm: Option<(Tensor, Tensor)>,
+    pub(super) post_attention_norm: Tensor,
+    pub(super) gate: LoraLinear,
+    pub(super) up: LoraLinear,
+    pub(super) down: LoraLinear,
+    pub(super) heads: Heads,
+    pub(super) eps: f64,
+}
+
+impl Block {
+    pub(super) fn linear(&self, module: Module) -> &LoraLinear {
+        match module {
+            Module::Q => &self.q,
+            Module::K => &self.k,
+            Module::V => &self.v,
+            Module::O => &self.o,
+            Module::Gate => &self.gate,
+            Module::Up => &self.up,
+            Module::Down => &self.down,
+        }
+    }
+
+    pub(super) fn linear_mut(&mut self, module: Module) -> &mut LoraLinear {
+        match module {
+            Module::Q => &mut self.q,
+            Module::K => &mut self.k,
+            Module::V => &mut self.v,
+            Module::O => &mut self.o,
+            Module::Gate => &mut self.gate,
+            Module::Up => &mut self.up,
+            Module::Down => &mut self.down,
+        }
+    }
+
+    pub(super) fn has_lora(&self) -> bool {
+        Module::ALL.into_iter().any(|module| self.linear(module).lora.is_some())
+    }
+
+    /// # Shapes
+    /// `x: [N, D]` -> `y: [N, D]`.
+    pub fn forward(&self, x: &Tensor, layout: &Layout<'_>, policy: ActivationPolicy) -> Result<(Tensor, Saved)> {
+        let (y, activations) = self.forward_keeping(x, layout)?;
+        let saved = match policy {
+            ActivationPolicy::Keep => Saved::Kept(Box::new(activations)),
+            ActivationPolicy::Recompute => Saved::Input(x.clone()),
+        };
+        Ok((y, saved))
+    }
+
+    fn forward_keeping(&self, x: &Tensor, layout: &Layout<'_>) -> Result<(Tensor, Activations)> {
+        let qkv = self.attention_inputs(x, layout)?;
+        let attention = attention::forward(&qkv.q, &qkv.k, &qkv.v, layout.segments, self.heads)?;
+        let (attended, u_o) = self.o.forward(&attention.out)?;
+        let mid = residual::forward(x, attended)?;
+        let (y, mlp) = self.mlp(&mid)?;
+        let activations = Activations {
+            x: x.clone(),
+            qkv,
+            attention,
+            mid,
+            mlp,
+            u_o,
+        };
+        Ok((y, activations))
+    }
+
+    /// The next tokens of one sequence: attends to what the cache holds and adds these tokens to it.
+    pub(super) fn decode(&self, x: &Tensor, layout: &Layout<'_>, cache: &mut LayerCache) -> Result<Tensor> {
+        let qkv = self.attention_inputs(x, layout)?;
+        let (k, v) = cache.append(&qkv.k, &qkv.v)?;
+        let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
+        let mid = residual::forward(x, self.o.forward(&attention.out)?.0)?;
+        Ok(self.mlp(&mid)?.0)
+    }
+
+    fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
+        let h = rms_norm::forward(x, &self.input_norm, self.eps)?;
+        let (q, u_q) = self.q.forward(&h)?;
+        let (k, u_k) = self.k.forward(&h)?;
+        let (v, u_v) = self.v.forward(&h)?;
+        let (q, k, raw) = match &self.qk_norm {
+            None => (q, k, None),
+            Some((q_norm, k_norm)) => {
+                let (raw_q, raw_k) = (self.by_head(&q)?, self.by_head(&k)?);
+                let normed_q = rms_norm::forward(&raw_q, q_norm, self.eps)?.reshape(q.shape())?;
+                let normed_k = rms_norm::forward(&raw_k, k_norm, self.eps)?.reshape(k.shape())?;
+                (normed_q, normed_k, Some((raw_q, raw_k)))
+            }
+        };
+        rope::forward(&q, layout.positions, layout.rope)?;
+        rope::forward(&k, layout.positions, layout.rope)?;
+        let u = [u_q, u_k, u_v];
+        Ok(Qkv { q, k, v, raw, u })
+    }
+
+    /// `[N, heads * E]` as `[N * heads, E]`.
+    fn by_head(&self, t: &Tensor) -> Result<Tensor> {
+        Ok(t.reshape(((), self.heads.head_dim))?)
+    }
+
+    fn mlp(&self, mid: &Tensor) -> Result<(Tensor, Mlp)> {
+        let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
+        let (gate, u_gate) = self.gate.forward(&h)?;
+        let (up, u_up) = self.up.forward(&h)?;
+        let act = gated_act::forward(&gate, &up)?;
+        let (out, u_down) = self.down.forward(&act)?;
+        let y = residual::forward(mid, out)?;
+        let mlp = Mlp {
+            gate,
+            up,
+            u_gate,
+            u_up,
+            u_down,
+        };
+        Ok((y, mlp))
+    }
+
+    /// Adds to the adapters' gradients; gives the gradient of the block's input if it is needed.
+    ///
+    /// # Shapes
+    /// `dy: [N, D]`, whose memory is reused -> `dx: [N, D]`.
+    pub fn backward(&self, dy: Tensor, saved: Saved, layout: &Layout<'_>, input: InputGrad) -> Result<Option<Tensor>> {
+        let activations = match saved {
+            Saved::Kept(activations) => *activations,
+            Saved::Input(x) => self.forward_keeping(&x, layout)?.1,
+        };
+        let Activations {
+            x,
+            qkv,
+            attention,
+            mid,
+            mlp,
+            u_o,
+        } = activations;
+        // The residual connections hand the gradient through: one buffer holds that of y, then of mid, then of x.
+        let d_residual = dy;
+        self.mlp_backward(&d_residual, &mid, mlp)?;
+        let d_out = self.o.backward(&d_residual, &attention.out, u_o.as_ref(), None)?;
+        let operands = (&qkv.q, &qkv.k, &qkv.v);
+        let d_qkv = attention::backward(&d_out, operands, &attention, layout.segments, self.heads)?;
+        drop((d_out, attention, mid));
+        let h = rms_norm::forward(&x, &self.input_norm, self.eps)?;
+        let [d_q, d_k, d_v] = self.rotary_backward(d_qkv, &qkv, layout)?;
+        let branches = [(&self.q, d_q), (&self.k, d_k), (&self.v, d_v)];
+        let mut d_h = None;
+        for ((linear, d_out), u) in branches.into_iter().zip(&qkv.u) {
+            match input {
+                InputGrad::Needed => d_h = Some(linear.backward(&d_out, &h, u.as_ref(), d_h)?),
+                InputGrad::Skip => drop(linear.backward_adapter(&d_out, &h, u.as_ref())?),
+            }
+        }
+        let Some(d_h) = d_h else { return Ok(None) };
+        rms_norm::backward(&d_h, &x, &self.input_norm, self.eps, &d_residual)?;
+        Ok(Some(d_residual))
+    }
+
+    /// Adds the gradient through the MLP to `d_mid`, which holds that of `y`.
+    fn mlp_backward(&self, d_mid: &Tensor, mid: &Tensor, mlp: Mlp) -> Result<()> {
+        let act = gated_act::forward(&mlp.gate, &mlp.up)?;
+        let d_act = self.down.backward(d_mid, &act, mlp.u_down.as_ref(), None)?;
+        drop(act);
+        gated_act::backward(&d_act, &mlp.gate, &mlp.up)?;
+        drop(d_act);
+        let (d_gate, d_up) = (mlp.gate, mlp.up);
+        let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
+        let d_h = self.gate.backward(&d_gate, &h, mlp.u_gate.as_ref(), None)?;
+        let d_h = self.up.backward(&d_up, &h, mlp.u_up.as_ref(), Some(d_h))?;
+        rms_norm::backward(&d_h, mid, &self.post_attention_norm, self.eps, d_mid)
+    }
+
+    /// The gradients of `q_proj`, `k_proj` and `v_proj`'s outputs from those that attention gives.
+    fn rotary_backward(&self, (dq, dk, dv): (Tensor, Tensor, Tensor), qkv: &Qkv, layout: &Layout<'_>) -> Result<[Tensor; 3]> {
+        rope::backward(&dq, layout.positions, layout.rope)?;
+        rope::backward(&dk, layout.positions, layout.rope)?;
+        let (Some((q_norm, k_norm)), Some((raw_q, raw_k))) = (&self.qk_norm, &qkv.raw) else {
+            return Ok([dq, dk, dv]);
+        };
+        let through_norm = |dy: &Tensor, raw: &Tensor, weight: &Tensor| -> Result<Tensor> {
+            let d_raw = raw.zeros_like()?;
+            rms_norm::backward(&self.by_head(dy)?, raw, weight, self.eps, &d_raw)?;
+            Ok(d_raw.reshape(dy.shape())?)
+        };
+        Ok([through_norm(&dq, raw_q, q_norm)?, through_norm(&dk, raw_k, k_norm)?, dv])
+    }
+}

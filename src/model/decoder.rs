@@ -1,0 +1,229 @@
+//! The decoder: embedding, blocks, final norm and head, over sequences laid one after another without padding.
+
+use candle_core::Tensor;
+
+use super::block::{ActivationPolicy, Block, InputGrad, Layout};
+use super::config::DecoderConfig;
+use super::kv_cache::KvCache;
+use super::load::Loader;
+use super::lora_linear::{LoraLinear, LoraPair, Trainable};
+use super::names::Module;
+use crate::ops::attention::Segment;
+use crate::ops::linear_cross_entropy::{self, TokenLoss};
+use crate::ops::rope::RopeTable;
+use crate::ops::{embedding, linear, rms_norm};
+use crate::quant::{FrozenWeight, QuantizeOptions};
+use crate::store::Checkpoint;
+use crate::{Error, Result};
+
+/// Sequences laid one after another.
+///
+/// # Shapes
+/// `input_ids`, `positions: [N]`; `cu_seqlens: [B + 1]`, from 0 to N.
+#[derive(Debug, Clone, Copy)]
+pub struct Sequences<'a> {
+    pub input_ids: &'a [u32],
+    pub positions: &'a [u32],
+    pub cu_seqlens: &'a [usize],
+}
+
+/// A model: frozen weights, and adapters where they have been added.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    config: DecoderConfig,
+    embedding: FrozenWeight,
+    blocks: Vec<Block>,
+    norm: Tensor,
+    /// The embedding again where the two are tied.
+    head: FrozenWeight,
+    inv_freq: Vec<f32>,
+}
+
+impl Decoder {
+    /// Loads a checkpoint; weights of linear layers that are not in 4 bits are quantized if `quantize` says how.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedModel`] for a config that is not understood, [`Error::MissingTensor`] and
+    /// [`Error::TensorMismatch`] for weights that do not fit it.
+    pub fn load(checkpoint: &Checkpoint, quantize: Option<QuantizeOptions>) -> Result<Self> {
+        let config = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
+        let loader = Loader::new(checkpoint, &config, quantize);
+        let embedding = loader.weight("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?;
+        let head = match config.tie_word_embeddings {
+            true => embedding.clone(),
+            false => loader.weight("lm_head.weight", config.vocab_size, config.hidden_size)?,
+        };
+        let blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<_>>()?;
+        Ok(Self {
+            norm: loader.vector("model.norm.weight", config.hidden_size)?,
+            inv_freq: config.rope.inv_freq(config.head_dim),
+            embedding,
+            blocks,
+            head,
+            config,
+        })
+    }
+
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// The linear layer `module` of block `layer`.
+    pub fn linear(&self, layer: usize, module: Module) -> &LoraLinear {
+        self.blocks[layer].linear(module)
+    }
+
+    /// Every linear layer of the blocks, in the order of the forward pass.
+    pub fn linears(&self) -> impl Iterator<Item = (usize, Module, &LoraLinear)> {
+        let blocks = self.blocks.iter().enumerate();
+        blocks.flat_map(|(layer, block)| Module::ALL.into_iter().map(move |module| (layer, module, block.linear(module))))
+    }
+
+    /// Puts an adapter on a linear layer, or takes it off.
+    pub fn set_lora(&mut self, layer: usize, module: Module, lora: Option<LoraPair>) {
+        self.blocks[layer].linear_mut(module).lora = lora;
+    }
+
+    /// The adapters' factors with PEFT's names, in the order of the forward pass.
+    pub fn trainables(&self) -> impl Iterator<Item = (String, &Trainable)> {
+        let pairs = self.linears().filter_map(|(layer, module, linear)| Some((module.path(layer), linear.lora.as_ref()?)));
+        pairs.flat_map(|(path, lora)| {
+            let name = |factor| format!("base_model.model.{path}.{factor}.weight");
+            [(name("lora_A"), &lora.a), (name("lora_B"), &lora.b)]
+        })
+    }
+
+    /// The rotary table for positions `0..positions`.
+    pub fn rope_table(&self, positions: usize) -> RopeTable {
+        RopeTable::new(&self.inv_freq, positions)
+    }
+
+    /// The logits of every row, `[N, V]`.
+    pub fn logits(&self, sequences: Sequences<'_>) -> Result<Tensor> {
+        let last = self.final_norm(&self.infer(sequences)?)?;
+        Ok(linear::forward(&last, &self.head, None, None)?.0)
+    }
+
+    /// The loss of each row whose label is not [`IGNORE_INDEX`](crate::IGNORE_INDEX); `labels: [N]`.
+    pub fn losses(&self, sequences: Sequences<'_>, labels: &[i64]) -> Result<Vec<TokenLoss>> {
+        let last = self.final_norm(&self.infer(sequences)?)?;
+        linear_cross_entropy::forward(&last, &self.head, labels)
+    }
+
+    /// The logits `[V]` after the last of `ids`, which follow the tokens that `cache` holds and are added to it.
+    pub fn decode(&self, ids: &[u32], cache: &mut KvCache) -> Result<Tensor> {
+        let rows = cache.advance(ids.len())?;
+        let positions: Vec<u32> = rows.clone().map(|p| p as u32).collect();
+        let segments = [Segment {
+            queries: 0..ids.len(),
+            keys: 0..rows.end,
+        }];
+        let layout = Layout {
+            positions: &positions,
+            segments: &segments,
+            rope: &cache.rope,
+        };
+        let mut x = embedding::forward(ids, &self.embedding)?;
+        for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
+            x = block.decode(&x, &layout, layer)?;
+        }
+        let last = self.final_norm(&x.narrow(0, ids.len() - 1, 1)?)?;
+        Ok(linear::forward(&last, &self.head, None, None)?.0.squeeze(0)?)
+    }
+
+    /// Forward and backward: adds the gradient of `d_loss` times the summed loss to the adapters' gradients.
+    ///
+    /// # Shapes
+    /// `labels: [N]`; one policy for each block.
+    pub fn backward(
+        &self,
+        sequences: Sequences<'_>,
+        labels: &[i64],
+        d_loss: f32,
+        policies: &[ActivationPolicy],
+    ) -> Result<Vec<TokenLoss>> {
+        let rows = Rows::new(self, sequences)?;
+        let layout = rows.layout(sequences);
+        let lowest = self.blocks.iter().position(Block::has_lora).unwrap_or(self.blocks.len());
+        let mut x = embedding::forward(sequences.input_ids, &self.embedding)?;
+        let mut saved = Vec::with_capacity(self.blocks.len() - lowest);
+        for (layer, (block, &policy)) in self.blocks.iter().zip(policies).enumerate() {
+            let (y, activations) = block.forward(&x, &layout, policy)?;
+            x = y;
+            // Below the lowest adapter nothing is read again.
+            if layer >= lowest {
+                saved.push(activations);
+            }
+        }
+        let normed = self.final_norm(&x)?;
+        let (losses, d_normed) = linear_cross_entropy::backward(&normed, &self.head, labels, d_loss)?;
+        let mut dx = d_normed.zeros_like()?;
+        rms_norm::backward(&d_normed, &x, &self.norm, self.config.rms_norm_eps, &dx)?;
+        drop((x, normed, d_normed));
+        for layer in (lowest..self.blocks.len()).rev() {
+            let activations = saved.pop().expect("one was kept for each block from the lowest adapter up");
+            let input = if layer == lowest { InputGrad::Skip } else { InputGrad::Needed };
+            match self.blocks[layer].backward(dx, activations, &layout, input)? {
+                Some(below) => dx = below,
+                None => break,
+            }
+        }
+        Ok(losses)
+    }
+
+    /// The last block's output, `[N, D]`, with nothing kept.
+    fn infer(&self, sequences: Sequences<'_>) -> Result<Tensor> {
+        let rows = Rows::new(self, sequences)?;
+        let layout = rows.layout(sequences);
+        let mut x = embedding::forward(sequences.input_ids, &self.embedding)?;
+        for block in &self.blocks {
+            x = block.forward(&x, &layout, ActivationPolicy::Recompute)?.0;
+        }
+        Ok(x)
+    }
+
+    fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
+        rms_norm::forward(x, &self.norm, self.config.rms_norm_eps)
+    }
+}
+
+/// The rotary table and segments of a batch.
+struct Rows {
+    rope: RopeTable,
+    segments: Vec<Segment>,
+}
+
+impl Rows {
+    fn new(decoder: &Decoder, sequences: Sequences<'_>) -> Result<Self> {
+        let Sequences {
+            input_ids,
+            positions,
+            cu_seqlens,
+        } = sequences;
+        let n = input_ids.len();
+        if positions.len() != n || cu_seqlens.first() != Some(&0) || cu_seqlens.last() != Some(&n) {
+            return Err(Error::Shape {
+                op: "decoder",
+                expected: format!("{n} positions and sequences from 0 to {n}"),
+                found: format!("{} positions, boundaries {cu_seqlens:?}", positions.len()),
+            });
+        }
+        let last = positions.iter().max().map_or(0, |&p| p as usize + 1);
+        let segment = |bounds: &[usize]| Segment {
+            queries: bounds[0]..bounds[1],
+            keys: bounds[0]..bounds[1],
+        };
+        Ok(Self {
+            rope: decoder.rope_table(last),
+            segments: cu_seqlens.windows(2).map(segment).collect(),
+        })
+    }
+
+    fn layout<'a>(&'a self, sequences: Sequences<'a>) -> Layout<'a> {
+        Layout {
+            positions: sequences.positions,
+            segments: &self.segments,
+            rope: &self.rope,
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Keys and values of the tokens a sequence has so far, for generation.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::decoder::Decoder;
+use crate::ops::rope::RopeTable;
+use crate::{Error, Result};
+
+/// The cache of one sequence, allocated in full when it is made.
+#[derive(Debug)]
+pub struct KvCache {
+    pub(super) layers: Vec<LayerCache>,
+    pub(super) rope: RopeTable,
+    len: usize,
+    capacity: usize,
+}
+
+/// One layer's part: `k`, `v: [capacity, K * E]`.
+#[derive(Debug)]
+pub(super) struct LayerCache {
+    k: Tensor,
+    v: Tensor,
+    len: usize,
+}
+
+impl KvCache {
+    /// An empty cache for up to `capacity` tokens.
+    pub fn new(decoder: &Decoder, capacity: usize) -> Result<Self> {
+        let config = decoder.config();
+        let width = config.num_kv_heads * config.head_dim;
+        let empty = || Tensor::zeros((capacity, width), DType::F32, &Device::Cpu);
+        let layers = (0..config.num_layers)
+            .map(|_| {
+                Ok(LayerCache {
+                    k: empty()?,
+                    v: empty()?,
+                    len: 0,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            layers,
+            rope: decoder.rope_table(capacity),
+            len: 0,
+            capacity,
+        })
+    }
+
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Tokens there is room for in all.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Makes room for `tokens` more in the count; their rows are appended layer by layer.
+    pub(super) fn advance(&mut self, tokens: usize) -> Result<std::ops::Range<usize>> {
+        let start = self.len;
+        if start + tokens > self.capacity {
+            return Err(Error::Shape {
+                op: "kv_cache",
+                expected: format!("at most {} tokens", self.capacity),
+                found: (start + tokens).to_string(),
+            });
+        }
+        self.len += tokens;
+        Ok(start..self.len)
+    }
+}
+
+impl LayerCache {
+    /// Adds the rows and gives all keys and values so far.
+    pub(super) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.k.slice_set(k, 0, self.len)?;
+        self.v.slice_set(v, 0, self.len)?;
+        self.len += k.dim(0)?;
+        Ok((self.k.narrow(0, 0, self.len)?, self.v.narrow(0, 0, self.len)?))
+    }
+}

@@ -1,0 +1,126 @@
+//! The weights of a decoder out of a checkpoint, checked against its config.
+
+use candle_core::{Device, Tensor};
+
+use super::block::Block;
+use super::config::DecoderConfig;
+use super::lora_linear::LoraLinear;
+use super::names::Module;
+use crate::ops::attention::Heads;
+use crate::quant::{FrozenWeight, Params4bit, QuantizeOptions};
+use crate::store::Checkpoint;
+use crate::{Error, Result};
+
+pub(super) struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    config: &'a DecoderConfig,
+    quantize: Option<QuantizeOptions>,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(checkpoint: &'a Checkpoint, config: &'a DecoderConfig, quantize: Option<QuantizeOptions>) -> Self {
+        Self {
+            checkpoint,
+            config,
+            quantize,
+        }
+    }
+
+    /// A matrix as stored.
+    pub(super) fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
+        let weight = self.checkpoint.weight(name)?;
+        expect_shape(name, weight.shape(), &[rows, cols])?;
+        Ok(weight)
+    }
+
+    /// A small vector, in f32.
+    pub(super) fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
+        let stored = self.checkpoint.tensor(name)?;
+        expect_shape(name, &stored.shape, &[len])?;
+        let mut data = vec![0f32; len];
+        stored.read_range(0, &mut data);
+        Ok(Tensor::from_vec(data, len, &Device::Cpu)?)
+    }
+
+    pub(super) fn block(&self, layer: usize) -> Result<Block> {
+        let config = self.config;
+        let vector = |name: &str, len| self.vector(&format!("model.layers.{layer}.{name}.weight"), len);
+        let qk_norm = match config.qk_norm {
+            false => None,
+            true => Some((
+                vector("self_attn.q_norm", config.head_dim)?,
+                vector("self_attn.k_norm", config.head_dim)?,
+            )),
+        };
+        Ok(Block {
+            input_norm: vector("input_layernorm", config.hidden_size)?,
+            q: self.linear(layer, Module::Q)?,
+            k: self.linear(layer, Module::K)?,
+            v: self.linear(layer, Module::V)?,
+            o: self.linear(layer, Module::O)?,
+            qk_norm,
+            post_attention_norm: vector("post_attention_layernorm", config.hidden_size)?,
+            gate: self.linear(layer, Module::Gate)?,
+            up: self.linear(layer, Module::Up)?,
+            down: self.linear(layer, Module::Down)?,
+            heads: Heads {
+                num_heads: config.num_heads,
+                num_kv_heads: config.num_kv_heads,
+                head_dim: config.head_dim,
+                window: config.sliding_window[layer],
+            },
+            eps: config.rms_norm_eps,
+        })
+    }
+
+    fn linear(&self, layer: usize, module: Module) -> Result<LoraLinear> {
+        let (d_out, d_in) = self.config.linear_shape(module);
+        let path = module.path(layer);
+        let name = format!("{path}.weight");
+        let weight = match (self.weight(&name, d_out, d_in)?, self.quantize) {
+            (FrozenWeight::Dense(weight), Some(options)) => {
+                FrozenWeight::Quantized(Params4bit::quantize(&name, &weight, options)?)
+            }
+            (weight, _) => weight,
+        };
+        let bias = self.config.has_bias(module).then(|| self.vector(&format!("{path}.bias"), d_out)).transpose()?;
+        Ok(LoraLinear {
+            weight,
+            bias,
+            lora: None,
+        })
+    }
+}
+
+impl DecoderConfig {
+    /// The weight of a linear layer, `[out, in]`.
+    pub fn linear_shape(&self, module: Module) -> (usize, usize) {
+        let (d, f) = (self.hidden_size, self.intermediate_size);
+        match module {
+            Module::Q => (self.num_heads * self.head_dim, d),
+            Module::K | Module::V => (self.num_kv_heads * self.head_dim, d),
+            Module::O => (d, self.num_heads * self.head_dim),
+            Module::Gate | Module::Up => (f, d),
+            Module::Down => (d, f),
+        }
+    }
+
+    fn has_bias(&self, module: Module) -> bool {
+        match module {
+            Module::Q | Module::K | Module::V => self.qkv_bias,
+            Module::O => self.o_bias,
+            Module::Gate | Module::Up | Module::Down => self.mlp_bias,
+        }
+    }
+}
+
+fn expect_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::TensorMismatch {
+        tensor: name.to_string(),
+        expected: format!("{expected:?}"),
+        found: format!("{found:?}"),
+    })
+}
