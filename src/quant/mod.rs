@@ -2,8 +2,21 @@
 //!
 //! Source: arXiv:2305.14314; bit-equal to bitsandbytes 0.50.2.
 
+mod codes;
+mod dense;
+mod dequantize;
+mod double_quant;
+mod frozen_weight;
+mod params4bit;
+mod quantize;
+
 use bytes::Bytes;
 use candle_core::DType;
+
+pub use codes::{FP4_CODE, NF4_CODE, dynamic_map};
+pub use dequantize::DequantizeTo;
+pub use double_quant::NESTED_BLOCK_SIZE;
+pub use quantize::{DoubleQuant, QuantizeOptions};
 
 /// The 4-bit code of a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]

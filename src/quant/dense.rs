@@ -1,0 +1,130 @@
+//! Dense weights as stored: little-endian bf16, f16 or f32 bytes at any alignment, widened to f32 when read.
+
+use candle_core::DType;
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
+use super::DenseTensor;
+use crate::{Error, Result};
+
+impl DenseTensor {
+    /// An f32 tensor with a copy of `values`, row-major.
+    pub fn from_f32(shape: Vec<usize>, values: &[f32]) -> Self {
+        let data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self {
+            dtype: DType::F32,
+            shape,
+            data,
+        }
+    }
+
+    /// A bf16 tensor with a copy of `values`, row-major.
+    pub fn from_bf16(shape: Vec<usize>, values: &[bf16]) -> Self {
+        let data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self {
+            dtype: DType::BF16,
+            shape,
+            data,
+        }
+    }
+
+    /// An f16 tensor with a copy of `values`, row-major.
+    pub fn from_f16(shape: Vec<usize>, values: &[f16]) -> Self {
+        let data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self {
+            dtype: DType::F16,
+            shape,
+            data,
+        }
+    }
+
+    /// The number of elements of a valid tensor.
+    pub fn numel(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Checks that the type is a float and that `data` has exactly the bytes of `shape`.
+    ///
+    /// # Errors
+    /// [`Error::TensorMismatch`] with the tensor's `name`.
+    pub fn validate(&self, name: &str) -> Result<()> {
+        let mismatch = |expected: String, found: String| Error::TensorMismatch {
+            tensor: name.to_owned(),
+            expected,
+            found,
+        };
+        if !matches!(self.dtype, DType::F32 | DType::BF16 | DType::F16) {
+            return Err(mismatch(
+                "bf16, f16 or f32".to_owned(),
+                self.dtype.as_str().to_owned(),
+            ));
+        }
+        let nbytes = checked_numel(&self.shape)
+            .and_then(|n| n.checked_mul(self.dtype.size_in_bytes()))
+            .ok_or_else(|| {
+                mismatch(
+                    "a shape that fits in memory".to_owned(),
+                    format!("{:?}", self.shape),
+                )
+            })?;
+        if self.data.len() != nbytes {
+            return Err(mismatch(
+                format!(
+                    "{nbytes} bytes for {} {:?}",
+                    self.dtype.as_str(),
+                    self.shape
+                ),
+                format!("{} bytes", self.data.len()),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Widens the flat elements `start..start + out.len()` to f32, exactly.
+    ///
+    /// # Panics
+    /// If the range leaves the tensor, or the type is not one that [`validate`](Self::validate) accepts.
+    pub fn read_range(&self, start: usize, out: &mut [f32]) {
+        let size = self.dtype.size_in_bytes();
+        let bytes = &self.data[start * size..(start + out.len()) * size];
+        match self.dtype {
+            DType::F32 => read_f32(bytes, out),
+            DType::BF16 => read_bf16(bytes, out),
+            DType::F16 => read_f16(bytes, out),
+            other => panic!("a {} tensor is not a dense weight", other.as_str()),
+        }
+    }
+}
+
+/// The product of `shape`, unless it overflows.
+pub(super) fn checked_numel(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
+}
+
+fn read_f32(bytes: &[u8], out: &mut [f32]) {
+    let (values, _) = bytes.as_chunks();
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out = f32::from_le_bytes(value);
+    }
+}
+
+fn read_bf16(bytes: &[u8], out: &mut [f32]) {
+    let (values, _) = bytes.as_chunks();
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out = f32::from_bits(u32::from(u16::from_le_bytes(value)) << 16);
+    }
+}
+
+fn read_f16(bytes: &[u8], out: &mut [f32]) {
+    let (values, _) = bytes.as_chunks();
+    let mut aligned = [f16::ZERO; 256];
+    for (out, values) in out
+        .chunks_mut(aligned.len())
+        .zip(values.chunks(aligned.len()))
+    {
+        let aligned = &mut aligned[..values.len()];
+        for (aligned, &value) in aligned.iter_mut().zip(values) {
+            *aligned = f16::from_le_bytes(value);
+        }
+        aligned.convert_to_f32_slice(out);
+    }
+}

@@ -1,0 +1,131 @@
+//! Double quantization: the absmax of each block becomes an 8-bit code of the dynamic map.
+//!
+//! `offset = mean(absmax)`, `z = absmax - offset`; blocks of 256 of `z` share `nested_absmax = max |z|`, and
+//! `absmax' = dynamic_map[code] * nested_absmax + offset`, with two roundings. Source: arXiv:2305.14314, section 3.
+
+use bytes::Bytes;
+use rayon::prelude::*;
+
+use super::{Absmax, codes};
+
+/// The number of absmax that share one `nested_absmax`, as bitsandbytes always has it.
+pub const NESTED_BLOCK_SIZE: usize = 256;
+
+/// bitsandbytes divides by no less than this.
+pub(super) const MIN_DIVISOR: f32 = 1e-38;
+
+/// Quantizes the scales of a weight to 8 bits each.
+pub(super) fn quantize_absmax(absmax: &[f32]) -> Absmax {
+    quantize_absmax_around(absmax, mean(absmax))
+}
+
+pub(super) fn quantize_absmax_around(absmax: &[f32], offset: f32) -> Absmax {
+    let mut codes = vec![0; absmax.len()];
+    let nested_absmax = absmax
+        .par_chunks(NESTED_BLOCK_SIZE)
+        .zip(codes.par_chunks_mut(NESTED_BLOCK_SIZE))
+        .map(|(absmax, codes)| quantize_nested_block(absmax, offset, codes))
+        .collect();
+    Absmax::Double {
+        codes: Bytes::from(codes),
+        nested_absmax,
+        nested_block_size: NESTED_BLOCK_SIZE,
+        offset,
+    }
+}
+
+/// The mean, summed in f64 from first to last: the same bits with any number of threads.
+fn mean(absmax: &[f32]) -> f32 {
+    if absmax.is_empty() {
+        return 0.0;
+    }
+    (absmax.iter().map(|&a| f64::from(a)).sum::<f64>() / absmax.len() as f64) as f32
+}
+
+/// Writes the codes of one nested block and returns its `nested_absmax`.
+fn quantize_nested_block(absmax: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
+    let nested_absmax = absmax
+        .iter()
+        .fold(0.0f32, |m, &a| m.max((a - offset).abs()));
+    if nested_absmax == 0.0 {
+        codes.fill(0);
+        return 0.0;
+    }
+    let reciprocal = 1.0 / nested_absmax.max(MIN_DIVISOR);
+    let midpoints = codes::dynamic_midpoints();
+    for (code, &a) in codes.iter_mut().zip(absmax) {
+        *code = dynamic_code((a - offset) * reciprocal, midpoints);
+    }
+    nested_absmax
+}
+
+/// The number of midpoints below `value`, bit by bit.
+fn dynamic_code(value: f32, midpoints: &[f32; 255]) -> u8 {
+    [128u8, 64, 32, 16, 8, 4, 2, 1]
+        .into_iter()
+        .fold(0, |code, bit| {
+            let candidate = code | bit;
+            if midpoints[usize::from(candidate) - 1] < value {
+                candidate
+            } else {
+                code
+            }
+        })
+}
+
+/// The scales of consecutive blocks, without a division per block.
+pub(super) struct Scales<'a> {
+    absmax: &'a Absmax,
+    dynamic_map: &'static [f32; 256],
+    next: usize,
+    nested: usize,
+    /// Blocks left that share `nested_absmax[nested]`.
+    nested_left: usize,
+}
+
+impl<'a> Scales<'a> {
+    pub(super) fn starting_at(absmax: &'a Absmax, block: usize) -> Self {
+        let (nested, nested_left) = match absmax {
+            Absmax::Single(_) => (0, usize::MAX),
+            Absmax::Double {
+                nested_block_size, ..
+            } => (
+                block / nested_block_size,
+                nested_block_size - block % nested_block_size,
+            ),
+        };
+        Self {
+            absmax,
+            dynamic_map: codes::dynamic_map(),
+            next: block,
+            nested,
+            nested_left,
+        }
+    }
+
+    /// The scale of the next block.
+    #[inline(always)]
+    pub(super) fn advance(&mut self) -> f32 {
+        let block = self.next;
+        self.next += 1;
+        match self.absmax {
+            Absmax::Single(bytes) => {
+                let bytes = &bytes[block * 4..][..4];
+                f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+            }
+            Absmax::Double {
+                codes,
+                nested_absmax,
+                nested_block_size,
+                offset,
+            } => {
+                if self.nested_left == 0 {
+                    self.nested += 1;
+                    self.nested_left = *nested_block_size;
+                }
+                self.nested_left -= 1;
+                self.dynamic_map[usize::from(codes[block])] * nested_absmax[self.nested] + offset
+            }
+        }
+    }
+}
