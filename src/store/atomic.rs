@@ -110,7 +110,11 @@ impl AtomicDir {
             .permissions(Permissions::from_mode(0o777))
             .tempdir_in(&parent)
             .map_err(Error::io(&path))?;
-        Ok(Self { path, existing, dir })
+        Ok(Self {
+            path,
+            existing,
+            dir,
+        })
     }
 
     /// Where to write the directory's files.
@@ -122,7 +126,11 @@ impl AtomicDir {
     ///
     /// A directory that is replaced is moved aside first and removed last, so for a moment there is none of that name.
     pub fn commit(self) -> Result<()> {
-        let Self { path, existing, dir } = self;
+        let Self {
+            path,
+            existing,
+            dir,
+        } = self;
         sync_tree(dir.path())?;
         check_existing(&path, existing)?;
         let parent = parent(&path);
@@ -131,8 +139,11 @@ impl AtomicDir {
             false => None,
         };
         if let Err(error) = fs::rename(dir.path(), &path) {
-            if let Some(old) = &old {
-                fs::rename(old.path().join(OLD), &path).map_err(Error::io(&path))?;
+            if let Some(old) = old {
+                // Kept if it cannot be moved back: it is the only copy.
+                let old = old.keep();
+                fs::rename(old.join(OLD), &path).map_err(Error::io(&old))?;
+                fs::remove_dir(&old).map_err(Error::io(&old))?;
             }
             return Err(Error::io(&path)(error));
         }

@@ -21,7 +21,9 @@ use serde::Deserialize;
 use super::checkpoint::Checkpoint;
 use super::mapped_file::{MappedFile, aligned};
 use super::safetensors_writer::TensorSpec;
-use crate::quant::{Absmax, Params4bit, QuantType, dynamic_map};
+use crate::quant::{
+    Absmax, DoubleQuant, NESTED_BLOCK_SIZE, Params4bit, QuantType, QuantizeOptions, dynamic_map,
+};
 use crate::{Error, Result};
 
 const STATE_NF4: &str = ".quant_state.bitsandbytes__nf4";
@@ -29,6 +31,9 @@ const STATE_FP4: &str = ".quant_state.bitsandbytes__fp4";
 
 /// How far a stored code map may be from ours, relative: bitsandbytes' own has moved by an ulp between torch releases.
 const MAP_TOLERANCE: f32 = 1e-6;
+
+/// An offset that takes as many characters as one can.
+const LONGEST_OFFSET: f64 = -1.234_567_890_123_456_7e-100;
 
 #[derive(Deserialize)]
 struct State {
@@ -64,7 +69,11 @@ pub(super) fn read(checkpoint: &Checkpoint, name: &str) -> Result<Option<Params4
     };
     let file = checkpoint.file(&state_name)?;
     let state = parse_state(file, &state_name)?;
-    check_map(checkpoint, &format!("{name}.quant_map"), state.quant_type.code())?;
+    check_map(
+        checkpoint,
+        &format!("{name}.quant_map"),
+        state.quant_type.code(),
+    )?;
     let params = Params4bit {
         packed: checkpoint.file(name)?.bytes(name)?,
         absmax: read_absmax(checkpoint, name, &state, file.path())?,
@@ -80,14 +89,20 @@ pub(super) fn read(checkpoint: &Checkpoint, name: &str) -> Result<Option<Params4
 fn parse_state(file: &MappedFile, state_name: &str) -> Result<State> {
     let json = file.bytes(state_name)?;
     let state: State = serde_json::from_slice(&json).map_err(|error| {
-        Error::malformed(file.path(), format!("tensor `{state_name}` is not a quantization state: {error}"))
+        Error::malformed(
+            file.path(),
+            format!("tensor `{state_name}` is not a quantization state: {error}"),
+        )
     })?;
     if state_name.ends_with(state_suffix(state.quant_type)) {
         Ok(state)
     } else {
         Err(Error::malformed(
             file.path(),
-            format!("tensor `{state_name}` says quant_type {:?}", state.quant_type),
+            format!(
+                "tensor `{state_name}` says quant_type {:?}",
+                state.quant_type
+            ),
         ))
     }
 }
@@ -96,24 +111,42 @@ fn read_absmax(checkpoint: &Checkpoint, name: &str, state: &State, path: &Path) 
     let absmax = format!("{name}.absmax");
     let nested = format!("{name}.nested_absmax");
     if !checkpoint.contains(&nested) {
-        return Ok(Absmax::Single(aligned(bytes_of(checkpoint, &absmax, Dtype::F32)?, align_of::<f32>())));
+        return Ok(Absmax::Single(aligned(
+            bytes_of(checkpoint, &absmax, Dtype::F32)?,
+            align_of::<f32>(),
+        )));
     }
     let missing = |key: &str| {
-        Error::malformed(path, format!("the quantization state of tensor `{name}` has no `{key}`"))
+        Error::malformed(
+            path,
+            format!("the quantization state of tensor `{name}` has no `{key}`"),
+        )
     };
-    if let Some(dtype) = state.nested_dtype.as_deref().filter(|dtype| *dtype != "float32") {
+    if let Some(dtype) = state
+        .nested_dtype
+        .as_deref()
+        .filter(|dtype| *dtype != "float32")
+    {
         return Err(Error::TensorMismatch {
             tensor: nested,
             expected: "nested_dtype float32".into(),
             found: dtype.into(),
         });
     }
-    check_map(checkpoint, &format!("{name}.nested_quant_map"), dynamic_map())?;
+    check_map(
+        checkpoint,
+        &format!("{name}.nested_quant_map"),
+        dynamic_map(),
+    )?;
     Ok(Absmax::Double {
         codes: bytes_of(checkpoint, &absmax, Dtype::U8)?,
         nested_absmax: read_f32(checkpoint, &nested)?,
-        nested_block_size: state.nested_blocksize.ok_or_else(|| missing("nested_blocksize"))?,
-        offset: state.nested_offset.ok_or_else(|| missing("nested_offset"))? as f32,
+        nested_block_size: state
+            .nested_blocksize
+            .ok_or_else(|| missing("nested_blocksize"))?,
+        offset: state
+            .nested_offset
+            .ok_or_else(|| missing("nested_offset"))? as f32,
     })
 }
 
@@ -131,7 +164,9 @@ fn bytes_of(checkpoint: &Checkpoint, name: &str, expected: Dtype) -> Result<Byte
 }
 
 fn read_f32(checkpoint: &Checkpoint, name: &str) -> Result<Vec<f32>> {
-    Ok(bytemuck::pod_collect_to_vec(&bytes_of(checkpoint, name, Dtype::F32)?))
+    let bytes = bytes_of(checkpoint, name, Dtype::F32)?;
+    let words = bytes.as_chunks::<4>().0.iter();
+    Ok(words.map(|word| f32::from_le_bytes(*word)).collect())
 }
 
 fn check_map(checkpoint: &Checkpoint, name: &str, ours: &[f32]) -> Result<()> {
@@ -160,6 +195,14 @@ fn parse_dtype(state_name: &str, dtype: &str) -> Result<DType> {
     }
 }
 
+/// bitsandbytes' name of a 4-bit type.
+pub(super) fn quant_type_name(quant_type: QuantType) -> &'static str {
+    match quant_type {
+        QuantType::Nf4 => "nf4",
+        QuantType::Fp4 => "fp4",
+    }
+}
+
 /// torch's name of a type of weights.
 pub(super) fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
@@ -171,51 +214,126 @@ pub(super) fn dtype_name(dtype: DType) -> &'static str {
 
 /// The tensors of a 4-bit weight and their bytes, in the order to write them; the JSON state is the last.
 pub(super) fn tensors(name: &str, params: &Params4bit) -> Vec<(TensorSpec, Bytes)> {
-    let floats = |suffix: &str, values: &[f32]| {
-        let spec = TensorSpec::new(format!("{name}{suffix}"), Dtype::F32, vec![values.len()]);
-        (spec, Bytes::copy_from_slice(bytemuck::cast_slice(values)))
+    let floats = |values: &[f32]| Bytes::copy_from_slice(bytemuck::cast_slice(values));
+    let map = floats(params.quant_type.code());
+    let nested = match &params.absmax {
+        Absmax::Single(_) => None,
+        Absmax::Double {
+            nested_block_size,
+            offset,
+            ..
+        } => Some((*nested_block_size, f64::from(*offset))),
     };
-    let bytes = |suffix: &str, shape: Vec<usize>, bytes: &Bytes| {
-        (TensorSpec::new(format!("{name}{suffix}"), Dtype::U8, shape), bytes.clone())
+    let state = state_json(
+        params.quant_type,
+        params.block_size,
+        params.dtype,
+        &params.shape,
+        nested,
+    );
+    let data = match &params.absmax {
+        Absmax::Single(absmax) => vec![
+            absmax.clone(),
+            map,
+            params.packed.clone(),
+            state.clone().into(),
+        ],
+        Absmax::Double {
+            codes,
+            nested_absmax,
+            ..
+        } => vec![
+            floats(nested_absmax),
+            floats(dynamic_map()),
+            map,
+            params.packed.clone(),
+            codes.clone(),
+            state.clone().into(),
+        ],
     };
-    let packed = bytes("", vec![params.packed.len(), 1], &params.packed);
-    let map = floats(".quant_map", params.quant_type.code());
-    let state = Bytes::from(state_json(params));
-    let state = bytes(state_suffix(params.quant_type), vec![state.len()], &state);
-    match &params.absmax {
-        Absmax::Single(absmax) => {
-            let spec = TensorSpec::new(format!("{name}.absmax"), Dtype::F32, vec![absmax.len() / 4]);
-            vec![(spec, absmax.clone()), map, packed, state]
-        }
-        Absmax::Double { codes, nested_absmax, .. } => vec![
-            floats(".nested_absmax", nested_absmax),
-            floats(".nested_quant_map", dynamic_map()),
+    let options = QuantizeOptions {
+        quant_type: params.quant_type,
+        block_size: params.block_size,
+        double_quant: nested.map_or(DoubleQuant::No, |_| DoubleQuant::Yes),
+    };
+    specs(name, &params.shape, options, state.len())
+        .into_iter()
+        .zip(data)
+        .collect()
+}
+
+/// The tensors that a weight of this shape and type will have, none smaller than it turns out to be.
+pub(super) fn planned(
+    name: &str,
+    shape: &[usize],
+    dtype: DType,
+    options: QuantizeOptions,
+) -> Vec<TensorSpec> {
+    let nested = match options.double_quant {
+        DoubleQuant::No => None,
+        DoubleQuant::Yes => Some((NESTED_BLOCK_SIZE, LONGEST_OFFSET)),
+    };
+    let state = state_json(options.quant_type, options.block_size, dtype, shape, nested);
+    specs(name, shape, options, state.len())
+}
+
+fn specs(
+    name: &str,
+    shape: &[usize],
+    options: QuantizeOptions,
+    state_bytes: usize,
+) -> Vec<TensorSpec> {
+    let spec =
+        |suffix: &str, dtype, shape| TensorSpec::new(format!("{name}{suffix}"), dtype, shape);
+    let n: usize = shape.iter().product();
+    let blocks = n.div_ceil(options.block_size);
+    let map = spec(".quant_map", Dtype::F32, vec![16]);
+    let packed = spec("", Dtype::U8, vec![n.div_ceil(2), 1]);
+    let state = spec(
+        state_suffix(options.quant_type),
+        Dtype::U8,
+        vec![state_bytes],
+    );
+    match options.double_quant {
+        DoubleQuant::No => vec![
+            spec(".absmax", Dtype::F32, vec![blocks]),
             map,
             packed,
-            bytes(".absmax", vec![codes.len()], codes),
+            state,
+        ],
+        DoubleQuant::Yes => vec![
+            spec(
+                ".nested_absmax",
+                Dtype::F32,
+                vec![blocks.div_ceil(NESTED_BLOCK_SIZE)],
+            ),
+            spec(".nested_quant_map", Dtype::F32, vec![256]),
+            map,
+            packed,
+            spec(".absmax", Dtype::U8, vec![blocks]),
             state,
         ],
     }
 }
 
-/// The state as Python's `json.dumps` writes it.
-pub(super) fn state_json(params: &Params4bit) -> String {
-    let quant_type = match params.quant_type {
-        QuantType::Nf4 => "nf4",
-        QuantType::Fp4 => "fp4",
-    };
-    let nested = match &params.absmax {
-        Absmax::Single(_) => String::new(),
-        Absmax::Double { nested_block_size, offset, .. } => format!(
+/// The state as Python's `json.dumps` writes it; `nested` is the nested block size and the offset.
+fn state_json(
+    quant_type: QuantType,
+    block_size: usize,
+    dtype: DType,
+    shape: &[usize],
+    nested: Option<(usize, f64)>,
+) -> String {
+    let nested = nested.map_or_else(String::new, |(nested_block_size, offset)| {
+        format!(
             ", \"nested_blocksize\": {nested_block_size}, \"nested_dtype\": \"float32\", \"nested_offset\": {}",
-            python_float(f64::from(*offset))
-        ),
-    };
+            python_float(offset)
+        )
+    });
     format!(
-        "{{\"quant_type\": \"{quant_type}\", \"blocksize\": {}, \"dtype\": \"{}\", \"shape\": {:?}{nested}}}",
-        params.block_size,
-        dtype_name(params.dtype),
-        params.shape
+        "{{\"quant_type\": \"{}\", \"blocksize\": {block_size}, \"dtype\": \"{}\", \"shape\": {shape:?}{nested}}}",
+        quant_type_name(quant_type),
+        dtype_name(dtype),
     )
 }
 

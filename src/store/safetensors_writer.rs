@@ -3,12 +3,12 @@
 //! The space for the header is kept free first, from the specs; the header is written last and padded with spaces, as the
 //! format allows. Layout: u64 header length, JSON header, tensor bytes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::tensor::TensorInfo;
 
 use super::atomic::AtomicFile;
 use crate::{Error, Result};
@@ -84,10 +84,16 @@ impl SafetensorsWriter {
             found,
         };
         if data.len() != spec.nbytes() {
-            return Err(mismatch(format!("{} bytes", spec.nbytes()), format!("{} bytes", data.len())));
+            return Err(mismatch(
+                format!("{} bytes", spec.nbytes()),
+                format!("{} bytes", data.len()),
+            ));
         }
         if self.tensors.iter().any(|(name, _)| *name == spec.name) {
-            return Err(mismatch("one tensor of this name".into(), "a second one".into()));
+            return Err(mismatch(
+                "one tensor of this name".into(),
+                "a second one".into(),
+            ));
         }
         self.place(spec);
         self.io(|file| file.write_all(data))
@@ -100,7 +106,11 @@ impl SafetensorsWriter {
     pub fn finish(mut self) -> Result<()> {
         let mut header = self.header()?;
         if header.len() > self.header_bytes {
-            let reason = format!("has a header of {} bytes, planned were {}", header.len(), self.header_bytes);
+            let reason = format!(
+                "has a header of {} bytes, planned were {}",
+                header.len(),
+                self.header_bytes
+            );
             return Err(Error::malformed(self.file.path(), reason));
         }
         header.resize(self.header_bytes, b' ');
@@ -125,12 +135,17 @@ impl SafetensorsWriter {
     }
 
     fn header(&self) -> Result<Vec<u8>> {
-        let malformed = |reason: String| Error::malformed(self.file.path(), reason);
-        let metadata: HashMap<_, _> = self.metadata.clone().into_iter().collect();
-        let metadata = Some(metadata).filter(|metadata| !metadata.is_empty());
-        let header = Metadata::new(metadata, self.tensors.clone())
-            .map_err(|error| malformed(error.to_string()))?;
-        serde_json::to_vec(&header).map_err(|error| malformed(error.to_string()))
+        let header = || -> serde_json::Result<Vec<u8>> {
+            let mut header = serde_json::Map::new();
+            if !self.metadata.is_empty() {
+                header.insert("__metadata__".into(), serde_json::to_value(&self.metadata)?);
+            }
+            for (name, info) in &self.tensors {
+                header.insert(name.clone(), serde_json::to_value(info)?);
+            }
+            serde_json::to_vec(&header)
+        };
+        header().map_err(|error| Error::malformed(self.file.path(), error.to_string()))
     }
 
     fn io(&mut self, write: impl FnOnce(&mut AtomicFile) -> std::io::Result<()>) -> Result<()> {
