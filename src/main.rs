@@ -1,1 +1,49 @@
-fn main() {}
+//! The `qlora` command: arguments to a subcommand, its error to an exit status.
+
+mod commands;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use commands::Interrupted;
+
+/// 4-bit QLoRA fine-tuning, in the file formats of transformers, PEFT and bitsandbytes.
+#[derive(Debug, Parser)]
+#[command(name = "qlora", version, max_term_width = 120)]
+struct Cli {
+    /// CPU threads; all cores if not given
+    #[arg(long, global = true, value_name = "N", value_parser = commands::parse_threads)]
+    threads: Option<usize>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Fine-tune: train a LoRA adapter on a 4-bit model
+    Train(commands::train::Args),
+}
+
+fn main() -> ExitCode {
+    commands::die_quietly_on_closed_pipe();
+    // clap prints its own errors and ends with status 2.
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", commands::one_line(&error));
+            ExitCode::from(if error.is::<Interrupted>() { 130 } else { 1 })
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Some(threads) = cli.threads {
+        commands::use_threads(threads)?;
+    }
+    match cli.command {
+        Command::Train(args) => commands::train::run(args),
+    }
+}

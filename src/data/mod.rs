@@ -1,4 +1,38 @@
 //! Records to tokens and masks, and those to batches. No device, no model.
+//!
+//! A data file goes through [`load`]: each record becomes an [`Example`] by its [`DatasetFormat`], with the model's own
+//! [`Tokenizer`] and [`ChatTemplate`]. [`RowOrder`] says which example comes at which position of a run, and
+//! [`Batch::from_examples`] lays examples one after another.
+
+mod chat_template;
+mod format;
+mod load;
+mod row_order;
+mod tokenizer;
+
+pub use chat_template::{ChatTemplate, GenerationPrompt, RenderedChat};
+pub use format::DatasetFormat;
+pub use load::{Dataset, LoadOptions, LoadStats, Unlabelled, load};
+pub use row_order::{RowOrder, Shuffle};
+pub use tokenizer::{Encoding, SpecialTokens, Tokenizer};
+
+use crate::IGNORE_INDEX;
+
+/// Which tokens of a source-and-target row carry loss (`train_on_source` of qlora.py).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TrainOnSource {
+    /// Loss on the answer only.
+    #[default]
+    No,
+    /// Loss on every token of the row.
+    Yes,
+}
+
+impl From<bool> for TrainOnSource {
+    fn from(train_on_source: bool) -> Self {
+        if train_on_source { Self::Yes } else { Self::No }
+    }
+}
 
 /// One training row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,4 +55,53 @@ pub struct Batch {
     pub labels: Vec<i64>,
     pub positions: Vec<u32>,
     pub cu_seqlens: Vec<usize>,
+}
+
+impl Example {
+    /// How many tokens are predicted with loss: labels other than [`IGNORE_INDEX`], the first one not counted,
+    /// because nothing stands before it.
+    pub fn target_count(&self) -> usize {
+        self.labels
+            .iter()
+            .skip(1)
+            .filter(|&&label| label != IGNORE_INDEX)
+            .count()
+    }
+}
+
+impl Batch {
+    /// Lays `examples` one after another and shifts their labels by one.
+    ///
+    /// # Shapes
+    /// `N` is the sum of the lengths of the examples, `B` their number.
+    pub fn from_examples(examples: &[&Example]) -> Self {
+        let rows = examples.iter().map(|e| e.input_ids.len()).sum();
+        let mut batch = Self {
+            input_ids: Vec::with_capacity(rows),
+            labels: Vec::with_capacity(rows),
+            positions: Vec::with_capacity(rows),
+            cu_seqlens: Vec::with_capacity(examples.len() + 1),
+        };
+        batch.cu_seqlens.push(0);
+        for example in examples {
+            batch.input_ids.extend_from_slice(&example.input_ids);
+            batch.labels.extend(example.labels.iter().skip(1));
+            if !example.labels.is_empty() {
+                batch.labels.push(IGNORE_INDEX);
+            }
+            batch.positions.extend(0..example.input_ids.len() as u32);
+            batch.cu_seqlens.push(batch.input_ids.len());
+        }
+        batch
+    }
+
+    /// How many rows carry loss.
+    pub fn target_count(&self) -> usize {
+        self.labels.iter().filter(|&&l| l != IGNORE_INDEX).count()
+    }
+
+    /// `N`, the number of tokens.
+    pub fn token_count(&self) -> usize {
+        self.input_ids.len()
+    }
 }

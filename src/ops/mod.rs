@@ -1,1 +1,19 @@
-//! ops
+//! One operation, one file: its formula, `forward`, `backward`, and a `reference` of differentiable candle primitives.
+//!
+//! Operations take and give candle tensors; which device does the work is decided here and nowhere above. On the CPU
+//! they compute in f32, over all threads of the rayon pool, in an order that does not depend on how many there are.
+//! The `reference` of an operation works in any float type and is what tests hold `forward` and `backward` against.
+
+pub mod adamw;
+pub mod attention;
+pub mod embedding;
+pub mod gated_act;
+pub mod linear;
+pub mod linear_cross_entropy;
+pub mod residual;
+pub mod rms_norm;
+pub mod rope;
+
+mod cpu;
+mod gemm;
+mod simd;

@@ -11,26 +11,28 @@ use super::{Absmax, codes};
 /// The number of absmax that share one `nested_absmax`, as bitsandbytes always has it.
 pub const NESTED_BLOCK_SIZE: usize = 256;
 
-/// bitsandbytes divides by no less than this.
-pub(super) const MIN_DIVISOR: f32 = 1e-38;
+impl Absmax {
+    /// Quantizes the scales of a weight to 8 bits each, around their mean.
+    pub(super) fn double(absmax: &[f32]) -> Self {
+        Self::double_around(absmax, mean(absmax))
+    }
 
-/// Quantizes the scales of a weight to 8 bits each.
-pub(super) fn quantize_absmax(absmax: &[f32]) -> Absmax {
-    quantize_absmax_around(absmax, mean(absmax))
-}
-
-pub(super) fn quantize_absmax_around(absmax: &[f32], offset: f32) -> Absmax {
-    let mut codes = vec![0; absmax.len()];
-    let nested_absmax = absmax
-        .par_chunks(NESTED_BLOCK_SIZE)
-        .zip(codes.par_chunks_mut(NESTED_BLOCK_SIZE))
-        .map(|(absmax, codes)| quantize_nested_block(absmax, offset, codes))
-        .collect();
-    Absmax::Double {
-        codes: Bytes::from(codes),
-        nested_absmax,
-        nested_block_size: NESTED_BLOCK_SIZE,
-        offset,
+    /// Quantizes the scales of a weight to 8 bits each, around a given `offset`.
+    ///
+    /// bitsandbytes sums the mean in an order of its own; with its offset the codes are comparable.
+    pub fn double_around(absmax: &[f32], offset: f32) -> Self {
+        let mut codes = vec![0; absmax.len()];
+        let nested_absmax = absmax
+            .par_chunks(NESTED_BLOCK_SIZE)
+            .zip(codes.par_chunks_mut(NESTED_BLOCK_SIZE))
+            .map(|(absmax, codes)| quantize_nested_block(absmax, offset, codes))
+            .collect();
+        Self::Double {
+            codes: Bytes::from(codes),
+            nested_absmax,
+            nested_block_size: NESTED_BLOCK_SIZE,
+            offset,
+        }
     }
 }
 
@@ -51,7 +53,7 @@ fn quantize_nested_block(absmax: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
         codes.fill(0);
         return 0.0;
     }
-    let reciprocal = 1.0 / nested_absmax.max(MIN_DIVISOR);
+    let reciprocal = 1.0 / nested_absmax;
     let midpoints = codes::dynamic_midpoints();
     for (code, &a) in codes.iter_mut().zip(absmax) {
         *code = dynamic_code((a - offset) * reciprocal, midpoints);

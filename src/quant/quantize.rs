@@ -6,13 +6,15 @@ use rayon::prelude::*;
 use super::{
     Absmax, DenseTensor, Params4bit, QuantType,
     codes::{FP4_BY_MAGNITUDE, FP4_THRESHOLDS, NF4_THRESHOLDS},
-    double_quant::{MIN_DIVISOR, quantize_absmax},
     params4bit::{MAX_BLOCK_SIZE, is_block_size},
 };
 use crate::{Error, Result};
 
 /// Elements that one task of the thread pool quantizes.
 const TASK_ELEMENTS: usize = 1 << 16;
+
+/// bitsandbytes divides by no less than this: a block of zeros or of subnormals takes the code of 0.0.
+const MIN_DIVISOR: f32 = 1e-38;
 
 /// How the scale of each block is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -97,7 +99,7 @@ impl Params4bit {
                 DoubleQuant::No => {
                     Absmax::Single(absmax.iter().flat_map(|a| a.to_le_bytes()).collect())
                 }
-                DoubleQuant::Yes => quantize_absmax(&absmax),
+                DoubleQuant::Yes => Absmax::double(&absmax),
             },
             quant_type,
             block_size,

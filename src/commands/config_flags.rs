@@ -1,0 +1,76 @@
+//! Every key of the training configuration as a flag: `--lora_r 64`, `--lora-r 64`, `--lora_r=64`.
+
+use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
+use clap::{Arg, ArgMatches, Command};
+
+use qlora::train::config::{FOREIGN_KEYS, KEYS, Key, ValueKind};
+
+/// The keys that were given as flags, as text.
+#[derive(Debug, Clone, Default)]
+pub struct ConfigFlags {
+    pub overrides: Vec<(String, String)>,
+}
+
+/// `--threads` is a flag of the whole program.
+const THREADS: &str = "threads";
+
+impl clap::Args for ConfigFlags {
+    fn augment_args(command: Command) -> Command {
+        let own = KEYS.iter().filter(|key| key.name != THREADS).map(flag);
+        let foreign = FOREIGN_KEYS.iter().map(|key| {
+            spelled_both_ways(Arg::new(key.name), key.name)
+                .num_args(0..=1)
+                .default_missing_value("true")
+                .hide(true)
+        });
+        command.args(own).args(foreign)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl clap::FromArgMatches for ConfigFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let own = KEYS.iter().map(|key| key.name);
+        let mut overrides = Vec::new();
+        for name in own.chain(FOREIGN_KEYS.iter().map(|key| key.name)) {
+            let text = match name {
+                THREADS => matches.get_one::<usize>(name).map(usize::to_string),
+                name => matches.get_one::<String>(name).cloned(),
+            };
+            overrides.extend(text.map(|text| (name.to_string(), text)));
+        }
+        Ok(Self { overrides })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+fn flag(key: &Key) -> Arg {
+    let help = match key.default_text() {
+        Some(default) => format!("{} [default: {default}]", key.help),
+        None => key.help.to_string(),
+    };
+    let kind = key.kind;
+    let typed = move |text: String| kind.coerce(text.clone().into()).map(|_| text);
+    let arg = spelled_both_ways(Arg::new(key.name), key.name)
+        .value_name(kind.placeholder())
+        .value_parser(NonEmptyStringValueParser::new().try_map(typed))
+        .help_heading(key.heading)
+        .help(help);
+    if kind.is_flag() {
+        arg.num_args(0..=1).default_missing_value("true")
+    } else {
+        arg.allow_negative_numbers(matches!(kind, ValueKind::Integer | ValueKind::Number))
+    }
+}
+
+/// qlora.py spells its flags with underscores, most programs with hyphens.
+fn spelled_both_ways(arg: Arg, name: &'static str) -> Arg {
+    arg.long(name).alias(name.replace('_', "-"))
+}

@@ -1,0 +1,56 @@
+//! The subcommands, one file each, and what they share: config keys as flags, threads, errors on one line.
+
+mod config_flags;
+pub mod train;
+
+pub use config_flags::ConfigFlags;
+
+use anyhow::Context;
+
+/// The user stopped the run; what was done is saved. Ends with status 130.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted{0}")]
+pub struct Interrupted(pub String);
+
+/// An error and its causes on one line, without causes that the line already tells.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        if line.is_empty() {
+            line = text;
+        } else if !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+    }
+    line
+}
+
+/// Lets a closed pipe end the program, as `head` expects, instead of a panic in `println!`.
+pub fn die_quietly_on_closed_pipe() {
+    #[cfg(unix)]
+    // SAFETY: called first in `main`, before any thread or handler exists; SIG_DFL is a valid disposition.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+}
+
+/// A number of threads, at least 1.
+pub fn parse_threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(threads) if threads > 0 => Ok(threads),
+        _ => Err("expected an integer of at least 1".to_string()),
+    }
+}
+
+/// Sets the number of threads of the whole program; once it is set, it stays.
+pub fn use_threads(threads: usize) -> anyhow::Result<()> {
+    let built = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global();
+    match built {
+        Err(_) if rayon::current_num_threads() == threads => Ok(()),
+        built => built.with_context(|| format!("cannot use {threads} threads")),
+    }
+}

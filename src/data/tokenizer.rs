@@ -1,0 +1,353 @@
+//! The model's tokenizer, read from a Hugging Face model directory with all that says how it is used: special tokens,
+//! whether a bos or eos is added, the chat template, the ids that end a generation.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::ChatTemplate;
+use crate::{Error, Result};
+
+/// The special tokens by the names under which transformers keeps them and hands them to chat templates.
+const SPECIAL_TOKEN_NAMES: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// A fast tokenizer (`tokenizer.json`) with its special tokens and its chat template.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+    special_tokens: Map<String, Value>,
+    eos_token_ids: Vec<u32>,
+    add_bos_token: bool,
+    add_eos_token: bool,
+    chat_template: Option<ChatTemplate>,
+}
+
+/// Token ids with the bytes of the text that each covers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoding {
+    pub ids: Vec<u32>,
+    offsets: Vec<(usize, usize)>,
+}
+
+impl Encoding {
+    /// Which tokens lie in one of the byte ranges `spans`: from the first to the last token that overlaps it.
+    pub fn mask(&self, spans: &[Range<usize>]) -> Vec<bool> {
+        let mut mask = vec![false; self.ids.len()];
+        for span in spans {
+            let overlaps = |&(start, end): &(usize, usize)| {
+                start < end && start < span.end && span.start < end
+            };
+            let first = self.offsets.iter().position(overlaps);
+            let last = self.offsets.iter().rposition(overlaps);
+            if let (Some(first), Some(last)) = (first, last) {
+                mask[first..=last].fill(true);
+            }
+        }
+        mask
+    }
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json` and the
+    /// chat template (`chat_template.jinja`, `chat_template.json` or the key of the config) of `model_dir`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if there is no tokenizer; [`Error::Malformed`] if a file cannot be understood, or if there is
+    /// only a SentencePiece `tokenizer.model`, with how to convert it.
+    pub fn from_dir(model_dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = model_dir.as_ref();
+        let path = dir.join("tokenizer.json");
+        let sentencepiece = dir.join("tokenizer.model");
+        if !path.exists() && sentencepiece.exists() {
+            return Err(Error::malformed(
+                sentencepiece,
+                "a SentencePiece model alone is not read; write a tokenizer.json beside it with Python: \
+                 `AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR)` (transformers)",
+            ));
+        }
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let inner = plain_tokenizer(&bytes).map_err(|e| Error::malformed(&path, e.to_string()))?;
+
+        let config_path = dir.join("tokenizer_config.json");
+        let config = read_object(&config_path)?.unwrap_or_default();
+        let special_tokens = special_tokens(dir, &config_path, &config)?;
+        for (name, token) in &special_tokens {
+            let token = token.as_str().unwrap_or_default();
+            if inner.token_to_id(token).is_none() {
+                return Err(Error::malformed(
+                    &config_path,
+                    format!("`{name}` is {token:?}, which is not in tokenizer.json"),
+                ));
+            }
+        }
+        let chat_template = read_chat_template(dir, &config)?
+            .map(|(path, source)| {
+                let added = inner.get_added_tokens_decoder();
+                let markers = added.values().map(|token| token.content.clone()).collect();
+                ChatTemplate::new(path, source, special_tokens.clone(), markers)
+            })
+            .transpose()?;
+        let flag = |name: &str| config.get(name).and_then(Value::as_bool).unwrap_or(false);
+        let mut tokenizer = Self {
+            add_bos_token: flag("add_bos_token"),
+            add_eos_token: flag("add_eos_token"),
+            inner,
+            path,
+            special_tokens,
+            eos_token_ids: Vec::new(),
+            chat_template,
+        };
+        tokenizer.eos_token_ids = generation_eos_ids(dir)?;
+        if let Some(id) = tokenizer.eos_token_id()
+            && !tokenizer.eos_token_ids.contains(&id)
+        {
+            tokenizer.eos_token_ids.push(id);
+        }
+        Ok(tokenizer)
+    }
+
+    /// Token ids of `text` without special tokens around it; special tokens spelled in the text become their ids.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.encode_with_offsets(text)?.ids)
+    }
+
+    /// As [`encode`](Self::encode), with the bytes that each token covers.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Encoding> {
+        let encoding = self
+            .inner
+            .encode(text, false)
+            .map_err(|e| Error::malformed(&self.path, format!("cannot encode: {e}")))?;
+        Ok(Encoding {
+            ids: encoding.get_ids().to_vec(),
+            offsets: encoding.get_offsets().to_vec(),
+        })
+    }
+
+    /// Token ids of `text` with the special tokens that the tokenizer puts around a text (bos for most models).
+    pub fn encode_with_specials(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, true)
+            .map_err(|e| Error::malformed(&self.path, format!("cannot encode: {e}")))?;
+        let mut ids = encoding.get_ids().to_vec();
+        if let (true, Some(bos)) = (self.add_bos_token, self.bos_token_id())
+            && ids.first() != Some(&bos)
+        {
+            ids.insert(0, bos);
+        }
+        if let (true, Some(eos)) = (self.add_eos_token, self.eos_token_id())
+            && ids.last() != Some(&eos)
+        {
+            ids.push(eos);
+        }
+        Ok(ids)
+    }
+
+    /// The text of `ids`; `special` says what becomes of special tokens.
+    pub fn decode(&self, ids: &[u32], special: SpecialTokens) -> Result<String> {
+        self.inner
+            .decode(ids, special == SpecialTokens::Skip)
+            .map_err(|e| Error::malformed(&self.path, format!("cannot decode: {e}")))
+    }
+
+    /// One token as a person reads it: its text with its leading space, or its raw name where it is part of a character.
+    pub fn token_text(&self, id: u32) -> String {
+        let Some(raw) = self.inner.id_to_token(id) else {
+            return format!("<unknown {id}>");
+        };
+        match self.inner.decode(&[id], false) {
+            Ok(text) if !text.contains('\u{FFFD}') && !text.is_empty() => {
+                let lost_space = raw.starts_with('▁') && !text.starts_with(' ');
+                if lost_space { format!(" {text}") } else { text }
+            }
+            _ => raw,
+        }
+    }
+
+    /// Whether `id` is a special token.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner
+            .get_added_vocabulary()
+            .get_added_tokens_decoder()
+            .get(&id)
+            .is_some_and(|token| token.special)
+    }
+
+    /// The id of a token by its exact name.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Tokens in all, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    pub fn bos_token(&self) -> Option<&str> {
+        self.special_token("bos_token")
+    }
+
+    pub fn eos_token(&self) -> Option<&str> {
+        self.special_token("eos_token")
+    }
+
+    pub fn bos_token_id(&self) -> Option<u32> {
+        self.token_to_id(self.bos_token()?)
+    }
+
+    pub fn eos_token_id(&self) -> Option<u32> {
+        self.token_to_id(self.eos_token()?)
+    }
+
+    pub fn pad_token_id(&self) -> Option<u32> {
+        self.token_to_id(self.special_token("pad_token")?)
+    }
+
+    /// The ids that end a generation: those of `generation_config.json` and the tokenizer's eos.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+
+    /// The chat template of the model, if it has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
+    fn special_token(&self, name: &str) -> Option<&str> {
+        self.special_tokens.get(name)?.as_str()
+    }
+}
+
+/// What [`Tokenizer::decode`] does with special tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecialTokens {
+    Keep,
+    Skip,
+}
+
+/// The tokenizer without the truncation and padding that may be saved in its file: rows are cut and laid out here.
+fn plain_tokenizer(bytes: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
+    let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+    inner.with_truncation(None)?;
+    inner.with_padding(None);
+    Ok(inner)
+}
+
+fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    match serde_json::from_slice(&bytes) {
+        Ok(Value::Object(object)) => Ok(Some(object)),
+        Ok(_) => Err(Error::malformed(path, "expected a JSON object")),
+        Err(e) => Err(Error::malformed(path, e.to_string())),
+    }
+}
+
+/// Special tokens by name: those of `tokenizer_config.json`, then those of `special_tokens_map.json`.
+fn special_tokens(
+    dir: &Path,
+    config_path: &Path,
+    config: &Map<String, Value>,
+) -> Result<Map<String, Value>> {
+    let map_path = dir.join("special_tokens_map.json");
+    let map = read_object(&map_path)?.unwrap_or_default();
+    let mut tokens = Map::new();
+    for name in SPECIAL_TOKEN_NAMES {
+        for (path, source) in [(config_path, config), (&map_path, &map)] {
+            if let Some(token) = token_content(path, name, source.get(name))? {
+                tokens.insert(name.into(), token.into());
+                break;
+            }
+        }
+    }
+    Ok(tokens)
+}
+
+/// A token is written as a string or as an object with `content`.
+fn token_content(path: &Path, name: &str, value: Option<&Value>) -> Result<Option<String>> {
+    match value {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(token)) => Ok(Some(token.clone())),
+        Some(Value::Object(token)) if token.get("content").is_some_and(Value::is_string) => {
+            Ok(token["content"].as_str().map(String::from))
+        }
+        Some(other) => Err(Error::malformed(
+            path,
+            format!("`{name}` is {other}, expected a string or an object with `content`"),
+        )),
+    }
+}
+
+/// The source of the chat template and the file it stands in; a file of its own goes before the config's key.
+fn read_chat_template(
+    dir: &Path,
+    config: &Map<String, Value>,
+) -> Result<Option<(PathBuf, String)>> {
+    let jinja = dir.join("chat_template.jinja");
+    if jinja.exists() {
+        let source = std::fs::read_to_string(&jinja).map_err(Error::io(&jinja))?;
+        return Ok(Some((jinja, source)));
+    }
+    let json = dir.join("chat_template.json");
+    let (path, value) = match read_object(&json)? {
+        Some(mut object) => (json, object.remove("chat_template")),
+        None => (
+            dir.join("tokenizer_config.json"),
+            config.get("chat_template").cloned(),
+        ),
+    };
+    let source = match value {
+        None | Some(Value::Null) => None,
+        Some(Value::String(source)) => Some(source),
+        Some(Value::Array(named)) => Some(default_template(&path, &named)?),
+        Some(_) => {
+            return Err(Error::malformed(
+                path,
+                "`chat_template` is neither a string nor a list of named templates",
+            ));
+        }
+    };
+    Ok(source.map(|source| (path, source)))
+}
+
+/// Of several named templates, the one called `default`, as transformers takes it.
+fn default_template(path: &Path, named: &[Value]) -> Result<String> {
+    named
+        .iter()
+        .find(|entry| entry["name"] == "default")
+        .and_then(|entry| entry["template"].as_str())
+        .map(String::from)
+        .ok_or_else(|| {
+            Error::malformed(path, "none of the named chat templates is called `default`")
+        })
+}
+
+fn generation_eos_ids(dir: &Path) -> Result<Vec<u32>> {
+    let path = dir.join("generation_config.json");
+    let config = read_object(&path)?.unwrap_or_default();
+    let ids = match config.get("eos_token_id") {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Array(ids)) => ids.clone(),
+        Some(id) => vec![id.clone()],
+    };
+    ids.iter()
+        .map(|id| {
+            id.as_u64()
+                .and_then(|id| u32::try_from(id).ok())
+                .ok_or_else(|| {
+                    Error::malformed(&path, format!("`eos_token_id` {id} is not a token id"))
+                })
+        })
+        .collect()
+}

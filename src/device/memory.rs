@@ -1,0 +1,49 @@
+//! What this process uses of the machine's memory, from `/proc/self/status`.
+
+/// The largest resident set of this process so far (`VmHWM`), or `None` where the system does not tell.
+pub fn peak_memory_bytes() -> Option<u64> {
+    status_bytes(&read_status()?, "VmHWM")
+}
+
+/// Resident memory that no file stands behind (`RssAnon`): what is used beside the mapped weights. `None` where the
+/// system does not tell.
+pub fn anonymous_memory_bytes() -> Option<u64> {
+    status_bytes(&read_status()?, "RssAnon")
+}
+
+fn read_status() -> Option<String> {
+    std::fs::read_to_string("/proc/self/status").ok()
+}
+
+/// A line is `VmHWM:     1234 kB`, where kB is 1024 bytes.
+fn status_bytes(status: &str, name: &str) -> Option<u64> {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_read_by_its_whole_name_in_bytes() {
+        let status = "Name:\tqlora\nVmHWMX:\t  7 kB\nVmHWM:\t  2048 kB\nRssAnon:\t 3 kB\n";
+        assert_eq!(status_bytes(status, "VmHWM"), Some(2048 * 1024));
+        assert_eq!(status_bytes(status, "RssAnon"), Some(3 * 1024));
+        assert_eq!(status_bytes(status, "VmSwap"), None);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_large_allocation_shows_in_both_figures() {
+        let size = 64 << 20;
+        let before = anonymous_memory_bytes().unwrap();
+        let block = std::hint::black_box(vec![1u8; size]);
+        assert!(anonymous_memory_bytes().unwrap() >= before + size as u64 / 2);
+        assert!(peak_memory_bytes().unwrap() >= size as u64);
+        drop(block);
+    }
+}

@@ -1,0 +1,359 @@
+//! The configuration of a training run: one flat set of keys, the same in a file and on the command line.
+//!
+//! Names and defaults are those of qlora.py and of `TrainingArguments` in transformers, so that a qlora.py command
+//! line can be pasted. A key that nobody reads is an error, never ignored.
+
+mod file;
+mod foreign;
+mod target_modules;
+mod values;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use foreign::FOREIGN_KEYS;
+pub use target_modules::TargetModules;
+pub use values::{ComputeDtype, Optim, Resume, ValueKind};
+
+use crate::device::DeviceKind;
+use crate::quant::QuantType;
+use crate::train::schedule::SchedulerType;
+use crate::{Error, Result};
+
+/// One key of [`TrainConfig`], for help texts and for reading values from text.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    pub name: &'static str,
+    /// The group the key is listed under.
+    pub heading: &'static str,
+    pub help: &'static str,
+    pub kind: ValueKind,
+}
+
+impl Key {
+    /// The default as it would be typed, or `None` for a key that is unset by default.
+    pub fn default_text(&self) -> Option<String> {
+        let defaults = serde_json::to_value(TrainConfig::default()).ok()?;
+        match defaults.get(self.name)? {
+            serde_json::Value::Null => None,
+            serde_json::Value::String(text) if text.is_empty() => None,
+            serde_json::Value::String(text) => Some(text.clone()),
+            other => Some(other.to_string()),
+        }
+    }
+}
+
+/// Declares the struct, its defaults and the table of keys from one list: the doc comment of a field is its help line.
+macro_rules! train_config {
+    ($( [$heading:literal] $( #[doc = $help:literal] $name:ident: $kind:ty = $default:expr; )* )*) => {
+        /// Everything that decides what a training run does.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct TrainConfig {
+            $($( #[doc = $help] pub $name: $kind, )*)*
+        }
+
+        impl Default for TrainConfig {
+            fn default() -> Self {
+                Self { $($( $name: $default, )*)* }
+            }
+        }
+
+        /// Every key of [`TrainConfig`], in the order of its fields.
+        pub const KEYS: &[Key] = &[
+            $($( Key {
+                name: stringify!($name),
+                heading: $heading,
+                help: $help.trim_ascii(),
+                kind: <$kind as values::ConfigValue>::KIND,
+            }, )*)*
+        ];
+    };
+}
+
+train_config! {
+    ["Model and data"]
+    /// Hugging Face model directory: 4-bit, or bf16/f16/f32, which is quantized on load (required)
+    model_name_or_path: PathBuf = PathBuf::new();
+    /// PEFT adapter directory to start from
+    adapter: Option<PathBuf> = None;
+    /// Run directory: metrics, checkpoints and the final adapter
+    output_dir: PathBuf = PathBuf::from("./output");
+    /// Training data file (required)
+    dataset: PathBuf = PathBuf::new();
+    /// Evaluation data file
+    eval_dataset: Option<PathBuf> = None;
+    /// Format of the data; unset: recognised from the first row
+    dataset_format: Option<String> = None;
+    /// Longest source, in tokens; the rest is cut off
+    source_max_len: usize = 1024;
+    /// Longest target, in tokens; the rest is cut off
+    target_max_len: usize = 256;
+    /// Longest sequence, in tokens
+    max_seq_len: Option<usize> = None;
+    /// Take the loss on the source as well
+    train_on_source: bool = false;
+    /// Shuffle the rows anew in each epoch; false: file order
+    shuffle: bool = true;
+    /// Use only so many training rows
+    max_train_samples: Option<usize> = None;
+    /// Use only so many evaluation rows
+    max_eval_samples: Option<usize> = None;
+    /// Rows split off the training data for evaluation, chosen by data_seed
+    eval_dataset_size: Option<usize> = None;
+
+    ["Quantization and LoRA"]
+    /// 4-bit code for weights that are not quantized yet: nf4 or fp4
+    quant_type: QuantType = QuantType::Nf4;
+    /// Quantize the block scales as well
+    double_quant: bool = true;
+    /// LoRA rank
+    lora_r: usize = 64;
+    /// LoRA alpha; the adapter is scaled by lora_alpha / lora_r
+    lora_alpha: f64 = 16.0;
+    /// all-linear, a module name, a list of them, or a regex that matches whole module paths
+    lora_target_modules: TargetModules = TargetModules::AllLinear;
+    /// Scale the adapter by lora_alpha / sqrt(lora_r)
+    use_rslora: bool = false;
+
+    ["Optimization"]
+    /// Sequences in a micro-batch
+    per_device_train_batch_size: usize = 1;
+    /// Sequences in an evaluation batch
+    per_device_eval_batch_size: usize = 1;
+    /// Micro-batches in an optimizer step
+    gradient_accumulation_steps: usize = 16;
+    /// Peak learning rate
+    learning_rate: f64 = 2e-4;
+    /// constant, constant_with_warmup, linear, cosine, cosine_with_min_lr or inverse_sqrt
+    lr_scheduler_type: SchedulerType = SchedulerType::Constant;
+    /// Lowest learning rate of cosine_with_min_lr, as a share of learning_rate
+    min_lr_rate: Option<f64> = None;
+    /// Steps of linear warm-up; 0: warmup_ratio decides
+    warmup_steps: usize = 0;
+    /// Share of all steps used for warm-up (the constant schedule has none)
+    warmup_ratio: f64 = 0.03;
+    /// Optimizer steps; -1: num_train_epochs decides, as it does where it alone is given
+    max_steps: i64 = 10_000;
+    /// Passes over the training data; 3 where max_steps is -1 and this is unset
+    num_train_epochs: Option<f64> = None;
+    /// Decoupled weight decay
+    weight_decay: f64 = 0.0;
+    /// Decay of the first moment
+    adam_beta1: f64 = 0.9;
+    /// Decay of the second moment
+    adam_beta2: f64 = 0.999;
+    /// Added to the root of the second moment
+    adam_epsilon: f64 = 1e-8;
+    /// Clip the gradient to this global norm; 0: never
+    max_grad_norm: f64 = 0.3;
+    /// adamw_torch; adamw_hf, adamw_torch_fused and paged_adamw_32bit name the same AdamW with f32 moments
+    optim: Optim = Optim::AdamwTorch;
+    /// Seed of the adapter's initialization
+    seed: u64 = 0;
+    /// Seed of the data order and of the evaluation split
+    data_seed: u64 = 42;
+
+    ["Evaluation and checkpoints"]
+    /// Optimizer steps between evaluations; unset: only at the end
+    eval_steps: Option<usize> = None;
+    /// Optimizer steps between checkpoints
+    save_steps: usize = 250;
+    /// Checkpoints kept, the oldest are deleted; 0: all
+    save_total_limit: usize = 40;
+    /// Optimizer steps between printed lines (metrics.jsonl has every step)
+    logging_steps: usize = 10;
+    /// true: continue from the last checkpoint in output_dir; or the directory of a checkpoint
+    resume_from_checkpoint: Resume = Resume::Never;
+
+    ["Machine"]
+    /// Compute activations again in the backward pass; false: keep them, faster and larger
+    gradient_checkpointing: bool = true;
+    /// cpu or cuda
+    device: DeviceKind = DeviceKind::Cpu;
+    /// Type of activations: f32 on the CPU
+    compute_dtype: ComputeDtype = ComputeDtype::F32;
+    /// CPU threads; unset: all cores
+    threads: Option<usize> = None;
+}
+
+/// Epochs where neither `max_steps` nor `num_train_epochs` says anything, as in transformers.
+const DEFAULT_EPOCHS: f64 = 3.0;
+
+impl TrainConfig {
+    /// Reads a configuration from a file (TOML, YAML or JSON by extension) and from `key = text` overrides, which win.
+    ///
+    /// # Errors
+    /// [`Error::UnknownKey`] with the nearest name; [`Error::Config`] naming the key of a value that cannot be used, of
+    /// a key of qlora.py that this build does not support, or of a required key that is missing; [`Error::Malformed`]
+    /// and [`Error::Io`] for the file.
+    pub fn load(path: Option<&Path>, overrides: &[(String, String)]) -> Result<Self> {
+        let config = Self::load_partial(path, overrides)?;
+        for (key, value) in [
+            ("model_name_or_path", &config.model_name_or_path),
+            ("dataset", &config.dataset),
+        ] {
+            if value.as_os_str().is_empty() {
+                return Err(Error::config(
+                    key,
+                    format!("is required; give it in the config file or as --{key} PATH"),
+                ));
+            }
+        }
+        Ok(config)
+    }
+
+    /// [`TrainConfig::load`] without the demand for a model and a data set, for runs on synthetic weights.
+    ///
+    /// # Errors
+    /// As [`TrainConfig::load`], but for missing keys.
+    pub fn load_partial(path: Option<&Path>, overrides: &[(String, String)]) -> Result<Self> {
+        let mut given = match path {
+            Some(path) => file::read(path)?,
+            None => serde_json::Map::new(),
+        };
+        for (key, text) in overrides {
+            given.insert(key.clone(), serde_json::Value::String(text.clone()));
+        }
+        let config = file::resolve(given)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The configuration as TOML with every key that has a value: the `config.toml` of a run directory.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a value cannot be written as TOML.
+    pub fn resolved_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::config("config.toml", e.to_string()))
+    }
+
+    /// Tokens of the longest sequence: `max_seq_len`, or what source and target may have together.
+    pub fn longest_sequence(&self) -> usize {
+        self.max_seq_len
+            .unwrap_or(self.source_max_len + self.target_max_len)
+    }
+
+    /// Passes over the data, or `None` where `max_steps` decides.
+    pub fn epochs(&self) -> Option<f64> {
+        (self.max_steps < 0).then(|| self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS))
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate_sizes()?;
+        self.validate_optimization()?;
+        if self.eval_dataset.is_some() && self.eval_dataset_size.is_some() {
+            return Err(Error::config(
+                "eval_dataset_size",
+                "splits rows off `dataset`; give it or `eval_dataset`, not both",
+            ));
+        }
+        if self.device == DeviceKind::Cpu && self.compute_dtype != ComputeDtype::F32 {
+            return Err(Error::config(
+                "compute_dtype",
+                "only f32 is supported on the CPU; use --compute_dtype f32",
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_sizes(&self) -> Result<()> {
+        let at_least_one = [
+            ("lora_r", Some(self.lora_r)),
+            ("source_max_len", Some(self.source_max_len)),
+            ("target_max_len", Some(self.target_max_len)),
+            ("max_train_samples", self.max_train_samples),
+            ("max_eval_samples", self.max_eval_samples),
+            ("eval_dataset_size", self.eval_dataset_size),
+            (
+                "per_device_train_batch_size",
+                Some(self.per_device_train_batch_size),
+            ),
+            (
+                "per_device_eval_batch_size",
+                Some(self.per_device_eval_batch_size),
+            ),
+            (
+                "gradient_accumulation_steps",
+                Some(self.gradient_accumulation_steps),
+            ),
+            ("eval_steps", self.eval_steps),
+            ("save_steps", Some(self.save_steps)),
+            ("logging_steps", Some(self.logging_steps)),
+            ("threads", self.threads),
+        ];
+        for (key, value) in at_least_one {
+            if value == Some(0) {
+                return Err(Error::config(key, "must be at least 1, found 0"));
+            }
+        }
+        if self.max_seq_len.is_some_and(|len| len < 2) {
+            return Err(Error::config(
+                "max_seq_len",
+                "must be at least 2: the first token of a sequence has no loss",
+            ));
+        }
+        if self.max_steps < 1 && self.max_steps != -1 {
+            return Err(Error::config(
+                "max_steps",
+                format!(
+                    "must be at least 1, or -1 to let num_train_epochs decide, found {}",
+                    self.max_steps
+                ),
+            ));
+        }
+        // TOML has no integers beyond i64, and the resolved configuration has to be written as TOML.
+        for (key, seed) in [("seed", self.seed), ("data_seed", self.data_seed)] {
+            if i64::try_from(seed).is_err() {
+                return Err(Error::config(
+                    key,
+                    format!("must be below 2^63, found {seed}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_optimization(&self) -> Result<()> {
+        let positive = |x: f64| x > 0.0 && x.is_finite();
+        let not_negative = |x: f64| x >= 0.0 && x.is_finite();
+        let share = |x: f64| (0.0..=1.0).contains(&x);
+        let decay = |x: f64| (0.0..1.0).contains(&x);
+        let epochs = self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS);
+        let min_lr_rate = self.min_lr_rate.unwrap_or(0.0);
+        #[rustfmt::skip]
+        let rules = [
+            ("learning_rate", self.learning_rate, positive(self.learning_rate), "greater than 0"),
+            ("lora_alpha", self.lora_alpha, positive(self.lora_alpha), "greater than 0"),
+            ("adam_epsilon", self.adam_epsilon, positive(self.adam_epsilon), "greater than 0"),
+            ("num_train_epochs", epochs, positive(epochs), "greater than 0"),
+            ("weight_decay", self.weight_decay, not_negative(self.weight_decay), "0 or greater"),
+            ("max_grad_norm", self.max_grad_norm, not_negative(self.max_grad_norm), "0 or greater"),
+            ("warmup_ratio", self.warmup_ratio, share(self.warmup_ratio), "from 0 to 1"),
+            ("min_lr_rate", min_lr_rate, share(min_lr_rate), "from 0 to 1"),
+            ("adam_beta1", self.adam_beta1, decay(self.adam_beta1), "at least 0 and less than 1"),
+            ("adam_beta2", self.adam_beta2, decay(self.adam_beta2), "at least 0 and less than 1"),
+        ];
+        for (key, value, holds, range) in rules {
+            if !holds {
+                return Err(Error::config(
+                    key,
+                    format!("must be {range}, found {value}"),
+                ));
+            }
+        }
+        let has_floor = self.lr_scheduler_type == SchedulerType::CosineWithMinLr;
+        match (has_floor, self.min_lr_rate) {
+            (true, None) => Err(Error::config(
+                "min_lr_rate",
+                "is required by lr_scheduler_type cosine_with_min_lr",
+            )),
+            (false, Some(_)) => Err(Error::config(
+                "min_lr_rate",
+                "is only used by lr_scheduler_type cosine_with_min_lr",
+            )),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! From files and texts to a [`TrainConfig`]: every message names the key it concerns.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::foreign::{self, FOREIGN_KEYS};
+use super::{KEYS, TrainConfig};
+use crate::{Error, Result};
+
+/// How alike two names must be for one to be offered instead of the other.
+const NEAREST_SIMILARITY: f64 = 0.8;
+
+/// Reads a config file into its keys and values.
+pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
+    let value = match extension {
+        "toml" => from_toml(path, &text)?,
+        "yaml" | "yml" => serde_yaml_ng::from_str::<Value>(&text)
+            .map_err(|e| Error::malformed(path, e.to_string()))?,
+        "json" => serde_json::from_str(&text).map_err(|e| Error::malformed(path, e.to_string()))?,
+        _ => {
+            return Err(Error::malformed(
+                path,
+                "a config file ends in .toml, .yaml, .yml or .json",
+            ));
+        }
+    };
+    match value {
+        Value::Object(map) => Ok(map),
+        Value::Null => Ok(Map::new()),
+        _ => Err(Error::malformed(path, "expected keys and values")),
+    }
+}
+
+fn from_toml(path: &Path, text: &str) -> Result<Value> {
+    toml::from_str(text).map_err(|e| {
+        let start = e.span().map_or(0, |span| span.start.min(text.len()));
+        let line = 1 + text.as_bytes()[..start]
+            .iter()
+            .filter(|b| **b == b'\n')
+            .count();
+        Error::malformed(
+            path,
+            format!("line {line}: {}", e.message().replace('\n', ", ")),
+        )
+    })
+}
+
+/// Sets the given keys over the defaults.
+pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
+    let mut config = TrainConfig::default();
+    let epochs_decide = given.contains_key("num_train_epochs") && !given.contains_key("max_steps");
+    for (name, value) in given {
+        if value.is_null() {
+            continue;
+        }
+        if let Some(foreign) = foreign::find(&name) {
+            foreign.check(&value)?;
+            continue;
+        }
+        let key = KEYS
+            .iter()
+            .find(|key| key.name == name)
+            .ok_or_else(|| Error::UnknownKey {
+                nearest: nearest(&name),
+                key: name.clone(),
+            })?;
+        let value = key
+            .kind
+            .coerce(value)
+            .map_err(|reason| Error::config(&name, reason))?;
+        config = with_key(&config, &name, value)?;
+    }
+    if epochs_decide {
+        config.max_steps = -1;
+    }
+    Ok(config)
+}
+
+/// One key at a time, so that an error of serde can be told by the key it came from.
+fn with_key(config: &TrainConfig, name: &str, value: Value) -> Result<TrainConfig> {
+    let wrap = |e: serde_json::Error| Error::config(name, e.to_string());
+    let mut fields = serde_json::to_value(config).map_err(wrap)?;
+    fields[name] = value;
+    serde_json::from_value(fields).map_err(wrap)
+}
+
+/// The known key that `name` probably means.
+fn nearest(name: &str) -> Option<String> {
+    let name = name.replace('-', "_");
+    if let Some(key) = foreign::synonym(&name) {
+        return Some(key.to_string());
+    }
+    let known = KEYS.iter().map(|key| key.name);
+    known
+        .chain(FOREIGN_KEYS.iter().map(|key| key.name))
+        .map(|known| (strsim::jaro_winkler(&name, known), known))
+        .filter(|(similarity, _)| *similarity >= NEAREST_SIMILARITY)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, known)| known.to_string())
+}

@@ -1,0 +1,164 @@
+//! Keys of qlora.py and of `TrainingArguments` that this build does not have.
+//!
+//! A value that asks for what happens anyway is accepted, so that a pasted command line works; any other is an error that
+//! says so, instead of an option that is swallowed.
+
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// A key known from elsewhere.
+#[derive(Debug, Clone, Copy)]
+pub struct ForeignKey {
+    pub name: &'static str,
+    accepted: Accepted,
+    /// What to do instead.
+    hint: &'static str,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Accepted {
+    /// Whatever is asked for, the result is the same.
+    Any,
+    /// Compared as text in lower case, numbers by value.
+    Only(&'static [&'static str]),
+}
+
+const fn only(
+    name: &'static str,
+    accepted: &'static [&'static str],
+    hint: &'static str,
+) -> ForeignKey {
+    ForeignKey {
+        name,
+        accepted: Accepted::Only(accepted),
+        hint,
+    }
+}
+
+const fn any(name: &'static str) -> ForeignKey {
+    ForeignKey {
+        name,
+        accepted: Accepted::Any,
+        hint: "",
+    }
+}
+
+const NOT_YET: &str = "this build does not support it yet";
+const NO_GENERATION: &str = "training generates no text; use `qlora generate`";
+
+/// The keys of qlora.py and of `TrainingArguments` that are recognised without being supported.
+#[rustfmt::skip]
+pub const FOREIGN_KEYS: &[ForeignKey] = &[
+    only("bits", &["4"], "the base model is always 4-bit"),
+    only("lora_dropout", &["0"], NOT_YET),
+    only("lora_modules", &["all"], "use lora_target_modules"),
+    only("lora_bias", &["none"], NOT_YET),
+    only("use_dora", &["false"], NOT_YET),
+    only("full_finetune", &["false"], "only adapters are trained"),
+    only("group_by_length", &["false"], NOT_YET),
+    only("packing", &["false"], NOT_YET),
+    only("neftune_noise_alpha", &["0"], NOT_YET),
+    only("label_smoothing_factor", &["0"], NOT_YET),
+    only("bf16", &["false"], "this build computes in f32 (compute_dtype)"),
+    only("fp16", &["false"], "this build computes in f32 (compute_dtype)"),
+    only("tf32", &["false"], "this build computes in f32 (compute_dtype)"),
+    only("adam8bit", &["false"], "8-bit moments are not built yet; use optim adamw_torch"),
+    only("do_train", &["true"], "use `qlora eval` for an evaluation alone"),
+    only("do_eval", &["true"], "evaluation runs where there are evaluation rows: leave out eval_dataset and eval_dataset_size"),
+    only("do_mmlu_eval", &["false"], NOT_YET),
+    only("do_predict", &["false"], NO_GENERATION),
+    only("predict_with_generate", &["false"], NO_GENERATION),
+    only("do_sample", &["false"], NO_GENERATION),
+    only("max_new_tokens", &[], NO_GENERATION),
+    only("top_p", &["1"], NO_GENERATION),
+    only("temperature", &["1"], NO_GENERATION),
+    only("trust_remote_code", &["false"], "code from a model directory is never run"),
+    only("use_auth_token", &["false"], "nothing is downloaded; give a local directory"),
+    only("cache_dir", &[], "nothing is downloaded; give a local directory"),
+    only("max_memory_MB", &[], NOT_YET),
+    only("vram_limit", &[], NOT_YET),
+    only("preset", &[], NOT_YET),
+    only("save_strategy", &["steps"], "checkpoints are written every save_steps"),
+    only("evaluation_strategy", &["steps"], "evaluation runs every eval_steps"),
+    only("eval_strategy", &["steps"], "evaluation runs every eval_steps"),
+    only("logging_strategy", &["steps"], "every step is logged"),
+    only("report_to", &["none"], "metrics go to metrics.jsonl in output_dir"),
+    only("remove_unused_columns", &["false"], "other columns are never read"),
+    only("ddp_find_unused_parameters", &["false"], "one device is used"),
+    only("dataloader_drop_last", &["false"], NOT_YET),
+    only("save_safetensors", &["true"], "adapters are always safetensors"),
+    only("torch_compile", &["false"], "there is nothing to compile"),
+    any("dataloader_num_workers"),
+    any("dataloader_pin_memory"),
+    any("disable_tqdm"),
+];
+
+/// Names other trainers use for a key of ours, too unlike it to be found by spelling.
+const SYNONYMS: &[(&str, &str)] = &[
+    ("lr", "learning_rate"),
+    ("model", "model_name_or_path"),
+    ("base_model", "model_name_or_path"),
+    ("data", "dataset"),
+    ("data_path", "dataset"),
+    ("train_file", "dataset"),
+    ("eval_file", "eval_dataset"),
+    ("validation_file", "eval_dataset"),
+    ("epochs", "num_train_epochs"),
+    ("num_epochs", "num_train_epochs"),
+    ("steps", "max_steps"),
+    ("batch_size", "per_device_train_batch_size"),
+    ("micro_batch_size", "per_device_train_batch_size"),
+    ("grad_accum", "gradient_accumulation_steps"),
+    ("sequence_len", "max_seq_len"),
+    ("cutoff_len", "max_seq_len"),
+    ("r", "lora_r"),
+    ("rank", "lora_r"),
+    ("lora_rank", "lora_r"),
+    ("alpha", "lora_alpha"),
+    ("target_modules", "lora_target_modules"),
+    ("lora_target", "lora_target_modules"),
+    ("optimizer", "optim"),
+    ("scheduler", "lr_scheduler_type"),
+    ("min_lr_ratio", "min_lr_rate"),
+    ("clip", "max_grad_norm"),
+    ("resume", "resume_from_checkpoint"),
+    ("dtype", "compute_dtype"),
+];
+
+pub(super) fn find(name: &str) -> Option<&'static ForeignKey> {
+    FOREIGN_KEYS.iter().find(|key| key.name == name)
+}
+
+pub(super) fn synonym(name: &str) -> Option<&'static str> {
+    let found = SYNONYMS.iter().find(|(other, _)| *other == name);
+    found.map(|(_, key)| *key)
+}
+
+impl ForeignKey {
+    /// Accepts a value that asks for what is done anyway.
+    pub(super) fn check(&self, value: &Value) -> Result<()> {
+        let text = match value {
+            Value::String(text) => text.to_ascii_lowercase(),
+            other => other.to_string(),
+        };
+        let Accepted::Only(accepted) = self.accepted else {
+            return Ok(());
+        };
+        let is_accepted = |accepted: &&str| match (accepted.parse::<f64>(), text.parse::<f64>()) {
+            (Ok(a), Ok(b)) => a == b,
+            _ => **accepted == text,
+        };
+        if accepted.iter().any(is_accepted) {
+            return Ok(());
+        }
+        let remedy = match accepted {
+            [] => "leave it out".to_string(),
+            [only, ..] => format!("leave it out or set it to {only}"),
+        };
+        Err(Error::config(
+            self.name,
+            format!("{text} is not supported: {}; {remedy}", self.hint),
+        ))
+    }
+}

@@ -1,0 +1,154 @@
+//! Which linear layers get an adapter, by PEFT's rules.
+
+use regex::Regex;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// The keyword for every linear layer but the head.
+const ALL_LINEAR: &str = "all-linear";
+
+/// Which linear layers of the decoder blocks get an adapter.
+#[derive(Debug, Clone)]
+pub enum TargetModules {
+    /// Every linear layer but the head.
+    AllLinear,
+    /// Layers whose path is one of these names or ends in one after a dot.
+    Names(Vec<String>),
+    /// Layers whose whole path matches; the regex is anchored at both ends.
+    Pattern {
+        /// As the user wrote it.
+        text: String,
+        regex: Regex,
+    },
+}
+
+impl TargetModules {
+    /// Reads `all-linear`, a name, a comma-separated list of names, or a regex: a text with any character that names do
+    /// not have.
+    ///
+    /// # Errors
+    /// What is wrong with the text.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        if text == ALL_LINEAR {
+            return Ok(Self::AllLinear);
+        }
+        let is_name_list = |c: char| c.is_ascii_alphanumeric() || "_-., ".contains(c);
+        if text.chars().all(is_name_list) && !text.contains(".*") {
+            return Self::from_names(text.split(',').map(str::to_string).collect());
+        }
+        let regex = Regex::new(&format!("^(?:{text})$")).map_err(|e| {
+            let last = e.to_string();
+            let last = last.lines().last().unwrap_or_default().trim();
+            format!("`{text}` is not a regex: {last}")
+        })?;
+        Ok(Self::Pattern {
+            text: text.to_string(),
+            regex,
+        })
+    }
+
+    fn from_names(names: Vec<String>) -> Result<Self, String> {
+        let names: Vec<String> = names.iter().map(|name| name.trim().to_string()).collect();
+        if names.is_empty() || names.iter().any(String::is_empty) {
+            return Err("expected a name of a module, found an empty one".to_string());
+        }
+        if let [only] = names.as_slice()
+            && only == ALL_LINEAR
+        {
+            return Ok(Self::AllLinear);
+        }
+        Ok(Self::Names(names))
+    }
+
+    /// Whether the linear layer at `path`, for example `model.layers.0.self_attn.q_proj`, gets an adapter.
+    pub fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::AllLinear => path.rsplit('.').next() != Some("lm_head"),
+            Self::Names(names) => names.iter().any(|name| {
+                let rest = path.strip_suffix(name.as_str());
+                rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+            }),
+            Self::Pattern { regex, .. } => regex.is_match(path),
+        }
+    }
+}
+
+impl PartialEq for TargetModules {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::AllLinear, Self::AllLinear) => true,
+            (Self::Names(a), Self::Names(b)) => a == b,
+            (Self::Pattern { text: a, .. }, Self::Pattern { text: b, .. }) => a == b,
+            _ => false,
+        }
+    }
+}
+
+impl Serialize for TargetModules {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::AllLinear => serializer.serialize_str(ALL_LINEAR),
+            Self::Names(names) => names.serialize(serializer),
+            Self::Pattern { text, .. } => serializer.serialize_str(text),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for TargetModules {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum TextOrNames {
+            Text(String),
+            Names(Vec<String>),
+        }
+        match TextOrNames::deserialize(deserializer)? {
+            TextOrNames::Text(text) => Self::parse(&text),
+            TextOrNames::Names(names) => Self::from_names(names),
+        }
+        .map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const Q_PROJ: &str = "model.layers.3.self_attn.q_proj";
+
+    #[test]
+    fn names_match_whole_path_components_as_in_peft() {
+        let names = TargetModules::parse("q_proj, mlp.up_proj").unwrap();
+        assert!(names.matches(Q_PROJ));
+        assert!(names.matches("q_proj"));
+        assert!(names.matches("model.layers.0.mlp.up_proj"));
+        assert!(!names.matches("model.layers.0.self_attn.not_q_proj"));
+        assert!(!names.matches("model.layers.0.self_attn.v_proj"));
+    }
+
+    #[test]
+    fn a_regex_has_to_match_the_whole_path_as_in_peft() {
+        let pattern = TargetModules::parse(r".*\.layers\.[0-3]\.self_attn\.(q|v)_proj").unwrap();
+        assert!(pattern.matches(Q_PROJ));
+        assert!(!pattern.matches("model.layers.3.self_attn.k_proj"));
+        assert!(!TargetModules::parse("(q|v)_proj").unwrap().matches(Q_PROJ));
+        assert!(TargetModules::parse(".*q_proj").unwrap().matches(Q_PROJ));
+    }
+
+    #[test]
+    fn all_linear_leaves_out_the_head() {
+        assert!(TargetModules::AllLinear.matches(Q_PROJ));
+        assert!(!TargetModules::AllLinear.matches("lm_head"));
+    }
+
+    #[test]
+    fn bad_targets_are_refused() {
+        assert!(TargetModules::parse("").is_err());
+        assert!(TargetModules::parse("q_proj,,v_proj").is_err());
+        let error = TargetModules::parse("(q_proj").unwrap_err();
+        assert!(
+            error.contains("is not a regex") && !error.contains('\n'),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,200 @@
+//! The types of config values, and how a value typed as text becomes one.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+use super::TargetModules;
+use crate::device::DeviceKind;
+use crate::quant::QuantType;
+use crate::train::schedule::SchedulerType;
+
+/// What can be typed for a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ValueKind {
+    Bool,
+    Integer,
+    Number,
+    Path,
+    Text,
+    /// One text, or a list of texts.
+    List,
+    /// `true`, `false` or a path.
+    BoolOrPath,
+}
+
+impl ValueKind {
+    /// What stands for a value in a help text.
+    pub fn placeholder(self) -> &'static str {
+        match self {
+            Self::Bool => "BOOL",
+            Self::Integer => "N",
+            Self::Number => "X",
+            Self::Path => "PATH",
+            Self::Text => "NAME",
+            Self::List => "NAMES",
+            Self::BoolOrPath => "BOOL|PATH",
+        }
+    }
+
+    /// Whether the key alone, without a value, means `true`.
+    pub fn is_flag(self) -> bool {
+        matches!(self, Self::Bool | Self::BoolOrPath)
+    }
+
+    /// Turns a text into the type the key has; other values are checked.
+    ///
+    /// # Errors
+    /// What was expected and what was found.
+    pub fn coerce(self, value: Value) -> Result<Value, String> {
+        let expected = match self {
+            Self::Bool => "true or false",
+            Self::Integer => "an integer",
+            Self::Number => "a number",
+            Self::Path => "a path",
+            Self::Text => "a name",
+            Self::List => "a name or a list of names",
+            Self::BoolOrPath => "true, false or a path",
+        };
+        let found = match &value {
+            Value::String(text) => format!("`{text}`"),
+            other => other.to_string(),
+        };
+        let coerced = match (self, value) {
+            (Self::Bool, Value::String(text)) => parse_bool(&text).map(Value::Bool),
+            (Self::BoolOrPath, Value::String(text)) => {
+                Some(parse_bool(&text).map_or(Value::String(text), Value::Bool))
+            }
+            (Self::Bool | Self::BoolOrPath, Value::Bool(flag)) => Some(Value::Bool(flag)),
+            (Self::Integer, Value::String(text)) => parse_integer(&text),
+            (Self::Number, Value::String(text)) => text.parse::<f64>().ok().map(Value::from),
+            (Self::Integer, Value::Number(n)) => (!n.is_f64()).then_some(Value::Number(n)),
+            (Self::Number, Value::Number(n)) => Some(Value::Number(n)),
+            (Self::Path | Self::Text | Self::List, Value::String(text)) => {
+                Some(Value::String(text))
+            }
+            (Self::List, Value::Array(items)) => items
+                .iter()
+                .all(Value::is_string)
+                .then_some(Value::Array(items)),
+            _ => None,
+        };
+        coerced.ok_or_else(|| format!("expected {expected}, found {found}"))
+    }
+}
+
+/// As Python's argparse scripts write them, too: `True`, `False`.
+fn parse_bool(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" => Some(true),
+        "false" => Some(false),
+        _ => None,
+    }
+}
+
+fn parse_integer(text: &str) -> Option<Value> {
+    let signed = text.parse::<i64>().ok().map(Value::from);
+    signed.or_else(|| text.parse::<u64>().ok().map(Value::from))
+}
+
+/// A Rust type that a config key can have.
+pub(super) trait ConfigValue {
+    const KIND: ValueKind;
+}
+
+macro_rules! config_value {
+    ($($type:ty => $kind:ident),* $(,)?) => {
+        $( impl ConfigValue for $type { const KIND: ValueKind = ValueKind::$kind; } )*
+    };
+}
+
+config_value! {
+    bool => Bool,
+    usize => Integer,
+    u64 => Integer,
+    i64 => Integer,
+    f64 => Number,
+    PathBuf => Path,
+    String => Text,
+    QuantType => Text,
+    SchedulerType => Text,
+    Optim => Text,
+    DeviceKind => Text,
+    ComputeDtype => Text,
+    TargetModules => List,
+    Resume => BoolOrPath,
+}
+
+impl<T: ConfigValue> ConfigValue for Option<T> {
+    const KIND: ValueKind = T::KIND;
+}
+
+/// The type activations are computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ComputeDtype {
+    #[serde(rename = "f32", alias = "float32", alias = "fp32")]
+    F32,
+    #[serde(rename = "bf16", alias = "bfloat16")]
+    Bf16,
+}
+
+/// The optimizer. All names of AdamW with f32 moments are one: paging and fusing change where it runs, not what it
+/// computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Optim {
+    #[serde(rename = "adamw_torch")]
+    AdamwTorch,
+}
+
+impl<'de> Deserialize<'de> for Optim {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        match name.as_str() {
+            "adamw_torch" | "adamw_hf" | "adamw_torch_fused" | "paged_adamw"
+            | "paged_adamw_32bit" => Ok(Self::AdamwTorch),
+            _ if name.contains("8bit") => Err(serde::de::Error::custom(format!(
+                "`{name}` keeps its moments in 8 bits, which is not built yet; use adamw_torch"
+            ))),
+            _ => Err(serde::de::Error::custom(format!(
+                "`{name}` is not supported; use adamw_torch"
+            ))),
+        }
+    }
+}
+
+/// Where a run continues.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resume {
+    Never,
+    /// From the last checkpoint in the output directory.
+    Latest,
+    /// From this checkpoint directory.
+    From(PathBuf),
+}
+
+impl Serialize for Resume {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Never => serializer.serialize_bool(false),
+            Self::Latest => serializer.serialize_bool(true),
+            Self::From(path) => path.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Resume {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum BoolOrPath {
+            Bool(bool),
+            Path(PathBuf),
+        }
+        Ok(match BoolOrPath::deserialize(deserializer)? {
+            BoolOrPath::Bool(false) => Self::Never,
+            BoolOrPath::Bool(true) => Self::Latest,
+            BoolOrPath::Path(path) => Self::From(path),
+        })
+    }
+}
