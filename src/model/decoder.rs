@@ -6,7 +6,7 @@ use super::block::{ActivationPolicy, Block, InputGrad, Layout};
 use super::config::DecoderConfig;
 use super::kv_cache::KvCache;
 use super::load::Loader;
-use super::lora_linear::{LoraLinear, LoraPair, Trainable};
+use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
 use crate::ops::attention::Segment;
 use crate::ops::linear_cross_entropy::{self, TokenLoss};
@@ -82,15 +82,6 @@ impl Decoder {
     /// Puts an adapter on a linear layer, or takes it off.
     pub fn set_lora(&mut self, layer: usize, module: Module, lora: Option<LoraPair>) {
         self.blocks[layer].linear_mut(module).lora = lora;
-    }
-
-    /// The adapters' factors with PEFT's names, in the order of the forward pass.
-    pub fn trainables(&self) -> impl Iterator<Item = (String, &Trainable)> {
-        let pairs = self.linears().filter_map(|(layer, module, linear)| Some((module.path(layer), linear.lora.as_ref()?)));
-        pairs.flat_map(|(path, lora)| {
-            let name = |factor| format!("base_model.model.{path}.{factor}.weight");
-            [(name("lora_A"), &lora.a), (name("lora_B"), &lora.b)]
-        })
     }
 
     /// The rotary table for positions `0..positions`.

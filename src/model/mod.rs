@@ -1,5 +1,6 @@
 //! One configurable decoder: a family of models is data ([`DecoderConfig`]), never a branch of the forward pass.
 
+mod adapter;
 mod block;
 mod config;
 mod decoder;
@@ -15,3 +16,5 @@ pub use decoder::{Decoder, Sequences};
 pub use kv_cache::KvCache;
 pub use lora_linear::{LoraLinear, LoraPair, Trainable};
 pub use names::Module;
+
+pub use crate::ops::linear_cross_entropy::TokenLoss;

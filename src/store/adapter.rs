@@ -11,11 +11,12 @@ use candle_core::DType;
 use half::{bf16, f16};
 use safetensors::Dtype;
 
-use super::adapter_config::{AdapterConfig, TargetModules};
+use super::adapter_config::AdapterConfig;
 use super::atomic::AtomicFile;
 use super::checkpoint::read_json;
 use super::mapped_file::MappedFile;
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
+use super::target_modules::TargetModules;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 

@@ -4,40 +4,10 @@
 
 use std::path::Path;
 
-use regex::Regex;
 use serde_json::{Map, Value, json};
 
+use super::target_modules::TargetModules;
 use crate::{Error, Result};
-
-/// Which linear layers carry an adapter.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TargetModules {
-    /// Every linear layer but the output head.
-    AllLinear,
-    /// Layers by name, or by the end of their path after a dot.
-    Names(Vec<String>),
-    /// Layers whose whole path matches.
-    Regex(String),
-}
-
-impl TargetModules {
-    /// Whether the linear layer at `path`, such as `model.layers.0.self_attn.q_proj`, is one of them.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if the regular expression is not one.
-    pub fn matches(&self, path: &str) -> Result<bool> {
-        Ok(match self {
-            Self::AllLinear => path != "lm_head",
-            Self::Names(names) => names.iter().any(|name| {
-                let prefix = path.strip_suffix(name.as_str());
-                prefix.is_some_and(|prefix| prefix.is_empty() || prefix.ends_with('.'))
-            }),
-            Self::Regex(regex) => Regex::new(&format!("^(?:{regex})$"))
-                .map_err(|error| Error::config("target_modules", error.to_string()))?
-                .is_match(path),
-        })
-    }
-}
 
 /// The settings of a LoRA adapter.
 #[derive(Debug, Clone, PartialEq)]
@@ -102,7 +72,7 @@ impl AdapterConfig {
     pub fn to_json(&self) -> Value {
         let target_modules = match &self.target_modules {
             TargetModules::AllLinear => json!("all-linear"),
-            TargetModules::Regex(regex) => json!(regex),
+            TargetModules::Pattern { text, .. } => json!(text),
             TargetModules::Names(names) => {
                 let mut short: Vec<&str> = names
                     .iter()
@@ -187,7 +157,8 @@ impl<'a> Keys<'a> {
             Some(Value::String(all)) if all.eq_ignore_ascii_case("all-linear") => {
                 Ok(TargetModules::AllLinear)
             }
-            Some(Value::String(regex)) => Ok(TargetModules::Regex(regex.clone())),
+            Some(Value::String(regex)) => TargetModules::pattern(regex)
+                .map_err(|reason| self.malformed("target_modules", &reason)),
             Some(Value::Array(names)) => {
                 let names: Option<Vec<_>> = names
                     .iter()

@@ -9,11 +9,13 @@ mod checkpoint;
 mod mapped_file;
 mod quantize;
 mod safetensors_writer;
+mod target_modules;
 
 pub use adapter::Adapter;
-pub use adapter_config::{AdapterConfig, TargetModules};
+pub use adapter_config::AdapterConfig;
 pub use atomic::{AtomicDir, AtomicFile, Existing};
 pub use checkpoint::Checkpoint;
 pub use mapped_file::MappedFile;
 pub use quantize::{QuantizeJob, QuantizeProgress, QuantizeReport, quantize};
 pub use safetensors_writer::{SafetensorsWriter, TensorSpec};
+pub use target_modules::TargetModules;

@@ -5,7 +5,6 @@
 
 mod file;
 mod foreign;
-mod target_modules;
 mod values;
 
 use std::path::{Path, PathBuf};
@@ -13,11 +12,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use foreign::FOREIGN_KEYS;
-pub use target_modules::TargetModules;
+
 pub use values::{ComputeDtype, Optim, Resume, ValueKind};
 
 use crate::device::DeviceKind;
 use crate::quant::QuantType;
+use crate::store::TargetModules;
 use crate::train::schedule::SchedulerType;
 use crate::{Error, Result};
 

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::TargetModules;
 use crate::device::DeviceKind;
 use crate::quant::QuantType;
+use crate::store::TargetModules;
 use crate::train::schedule::SchedulerType;
 
 /// What can be typed for a key.

@@ -36,6 +36,14 @@ impl TargetModules {
         if text.chars().all(is_name_list) && !text.contains(".*") {
             return Self::from_names(text.split(',').map(str::to_string).collect());
         }
+        Self::pattern(text)
+    }
+
+    /// A regex that has to match a layer's whole path.
+    ///
+    /// # Errors
+    /// What is wrong with the regex.
+    pub fn pattern(text: &str) -> Result<Self, String> {
         let regex = Regex::new(&format!("^(?:{text})$")).map_err(|e| {
             let last = e.to_string();
             let last = last.lines().last().unwrap_or_default().trim();
