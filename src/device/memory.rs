@@ -1,4 +1,4 @@
-//! What this process uses of the machine's memory, from `/proc/self/status`.
+//! What this process uses of the machine's memory and what is free, from `/proc`.
 
 /// The largest resident set of this process so far (`VmHWM`), or `None` where the system does not tell.
 pub fn peak_memory_bytes() -> Option<u64> {
@@ -9,6 +9,14 @@ pub fn peak_memory_bytes() -> Option<u64> {
 /// system does not tell.
 pub fn anonymous_memory_bytes() -> Option<u64> {
     status_bytes(&read_status()?, "RssAnon")
+}
+
+/// Memory that can be taken without swapping (`MemAvailable`), or `None` where the system does not tell.
+pub fn available_memory_bytes() -> Option<u64> {
+    status_bytes(
+        &std::fs::read_to_string("/proc/meminfo").ok()?,
+        "MemAvailable",
+    )
 }
 
 fn read_status() -> Option<String> {

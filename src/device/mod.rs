@@ -4,7 +4,7 @@ mod memory;
 
 use candle_core::Device;
 
-pub use memory::{anonymous_memory_bytes, peak_memory_bytes};
+pub use memory::{anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes};
 
 use crate::{Error, Result};
 

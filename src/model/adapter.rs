@@ -22,7 +22,12 @@ impl Decoder {
         let mut targets = Vec::new();
         for (layer, module, linear) in self.linears() {
             if config.target_modules.matches(&module.path(layer)) {
-                targets.push((layer, module, linear.weight.out_features(), linear.weight.in_features()));
+                targets.push((
+                    layer,
+                    module,
+                    linear.weight.out_features(),
+                    linear.weight.in_features(),
+                ));
             }
         }
         if targets.is_empty() {
@@ -35,10 +40,16 @@ impl Decoder {
         for (layer, module, d_out, d_in) in targets {
             let mut uniform = Uniform::new(seed, [layer as u32, module as u32]);
             let bound = 1.0 / (d_in as f32).sqrt();
-            let a = (0..config.r * d_in).map(|_| (2.0 * uniform.next_f32() - 1.0) * bound).collect();
+            let a = (0..config.r * d_in)
+                .map(|_| (2.0 * uniform.next_f32() - 1.0) * bound)
+                .collect();
             let pair = LoraPair {
                 a: Trainable::from_vec(a, (config.r, d_in), &Device::Cpu)?,
-                b: Trainable::from_vec(vec![0.0; d_out * config.r], (d_out, config.r), &Device::Cpu)?,
+                b: Trainable::from_vec(
+                    vec![0.0; d_out * config.r],
+                    (d_out, config.r),
+                    &Device::Cpu,
+                )?,
                 scaling: config.scaling(),
             };
             self.set_lora(layer, module, Some(pair));
@@ -51,12 +62,20 @@ impl Decoder {
     /// # Errors
     /// [`Error::TensorMismatch`] for a tensor that belongs to no layer, or has another shape than its layer wants.
     pub fn load_adapter(&mut self, adapter: &Adapter) -> Result<()> {
-        let mut rest: BTreeMap<&str, &DenseTensor> = adapter.tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
+        let mut rest: BTreeMap<&str, &DenseTensor> = adapter
+            .tensors
+            .iter()
+            .map(|(name, t)| (name.as_str(), t))
+            .collect();
         let r = adapter.config.r;
         let mut pairs = Vec::new();
         for (layer, module, linear) in self.linears() {
-            let (a_name, b_name) = (tensor_name(layer, module, "lora_A"), tensor_name(layer, module, "lora_B"));
-            let (Some(a), Some(b)) = (rest.remove(a_name.as_str()), rest.remove(b_name.as_str())) else {
+            let (a_name, b_name) = (
+                tensor_name(layer, module, "lora_A"),
+                tensor_name(layer, module, "lora_B"),
+            );
+            let (Some(a), Some(b)) = (rest.remove(a_name.as_str()), rest.remove(b_name.as_str()))
+            else {
                 pairs.push((layer, module, None));
                 continue;
             };
@@ -84,7 +103,10 @@ impl Decoder {
     pub fn adapter(&self, config: &AdapterConfig) -> Result<Adapter> {
         let tensors = self.trainables().map(|(name, trainable)| {
             let values: Vec<f32> = trainable.value.flatten_all()?.to_vec1()?;
-            Ok((name, DenseTensor::from_f32(trainable.value.dims().to_vec(), &values)))
+            Ok((
+                name,
+                DenseTensor::from_f32(trainable.value.dims().to_vec(), &values),
+            ))
         });
         Ok(Adapter {
             config: config.clone(),
@@ -94,7 +116,9 @@ impl Decoder {
 
     /// The adapters' factors with PEFT's names, in the order of the forward pass.
     pub fn trainables(&self) -> impl Iterator<Item = (String, &Trainable)> {
-        let pairs = self.linears().filter_map(|(layer, module, linear)| Some((layer, module, linear.lora.as_ref()?)));
+        let pairs = self
+            .linears()
+            .filter_map(|(layer, module, linear)| Some((layer, module, linear.lora.as_ref()?)));
         pairs.flat_map(|(layer, module, lora)| {
             let named = |factor, trainable| (tensor_name(layer, module, factor), trainable);
             [named("lora_A", &lora.a), named("lora_B", &lora.b)]

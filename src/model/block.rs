@@ -124,12 +124,19 @@ impl Block {
     }
 
     pub(super) fn has_lora(&self) -> bool {
-        Module::ALL.into_iter().any(|module| self.linear(module).lora.is_some())
+        Module::ALL
+            .into_iter()
+            .any(|module| self.linear(module).lora.is_some())
     }
 
     /// # Shapes
     /// `x: [N, D]` -> `y: [N, D]`.
-    pub fn forward(&self, x: &Tensor, layout: &Layout<'_>, policy: ActivationPolicy) -> Result<(Tensor, Saved)> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        layout: &Layout<'_>,
+        policy: ActivationPolicy,
+    ) -> Result<(Tensor, Saved)> {
         let (y, activations) = self.forward_keeping(x, layout)?;
         let saved = match policy {
             ActivationPolicy::Keep => Saved::Kept(Box::new(activations)),
@@ -156,7 +163,12 @@ impl Block {
     }
 
     /// The next tokens of one sequence: attends to what the cache holds and adds these tokens to it.
-    pub(super) fn decode(&self, x: &Tensor, layout: &Layout<'_>, cache: &mut LayerCache) -> Result<Tensor> {
+    pub(super) fn decode(
+        &self,
+        x: &Tensor,
+        layout: &Layout<'_>,
+        cache: &mut LayerCache,
+    ) -> Result<Tensor> {
         let qkv = self.attention_inputs(x, layout)?;
         let (k, v) = cache.append(&qkv.k, &qkv.v)?;
         let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
@@ -210,7 +222,13 @@ impl Block {
     ///
     /// # Shapes
     /// `dy: [N, D]`, whose memory is reused -> `dx: [N, D]`.
-    pub fn backward(&self, dy: Tensor, saved: Saved, layout: &Layout<'_>, input: InputGrad) -> Result<Option<Tensor>> {
+    pub fn backward(
+        &self,
+        dy: Tensor,
+        saved: Saved,
+        layout: &Layout<'_>,
+        input: InputGrad,
+    ) -> Result<Option<Tensor>> {
         let activations = match saved {
             Saved::Kept(activations) => *activations,
             Saved::Input(x) => self.forward_keeping(&x, layout)?.1,
@@ -226,7 +244,9 @@ impl Block {
         // The residual connections hand the gradient through: one buffer holds that of y, then of mid, then of x.
         let d_residual = dy;
         self.mlp_backward(&d_residual, &mid, mlp)?;
-        let d_out = self.o.backward(&d_residual, &attention.out, u_o.as_ref(), None)?;
+        let d_out = self
+            .o
+            .backward(&d_residual, &attention.out, u_o.as_ref(), None)?;
         let operands = (&qkv.q, &qkv.k, &qkv.v);
         let d_qkv = attention::backward(&d_out, operands, &attention, layout.segments, self.heads)?;
         drop((d_out, attention, mid));
@@ -260,7 +280,12 @@ impl Block {
     }
 
     /// The gradients of `q_proj`, `k_proj` and `v_proj`'s outputs from those that attention gives.
-    fn rotary_backward(&self, (dq, dk, dv): (Tensor, Tensor, Tensor), qkv: &Qkv, layout: &Layout<'_>) -> Result<[Tensor; 3]> {
+    fn rotary_backward(
+        &self,
+        (dq, dk, dv): (Tensor, Tensor, Tensor),
+        qkv: &Qkv,
+        layout: &Layout<'_>,
+    ) -> Result<[Tensor; 3]> {
         rope::backward(&dq, layout.positions, layout.rope)?;
         rope::backward(&dk, layout.positions, layout.rope)?;
         let (Some((q_norm, k_norm)), Some((raw_q, raw_k))) = (&self.qk_norm, &qkv.raw) else {
@@ -271,6 +296,10 @@ impl Block {
             rms_norm::backward(&self.by_head(dy)?, raw, weight, self.eps, &d_raw)?;
             Ok(d_raw.reshape(dy.shape())?)
         };
-        Ok([through_norm(&dq, raw_q, q_norm)?, through_norm(&dk, raw_k, k_norm)?, dv])
+        Ok([
+            through_norm(&dq, raw_q, q_norm)?,
+            through_norm(&dk, raw_k, k_norm)?,
+            dv,
+        ])
     }
 }

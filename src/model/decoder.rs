@@ -48,12 +48,18 @@ impl Decoder {
     pub fn load(checkpoint: &Checkpoint, quantize: Option<QuantizeOptions>) -> Result<Self> {
         let config = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
         let loader = Loader::new(checkpoint, &config, quantize);
-        let embedding = loader.weight("model.embed_tokens.weight", config.vocab_size, config.hidden_size)?;
+        let embedding = loader.weight(
+            "model.embed_tokens.weight",
+            config.vocab_size,
+            config.hidden_size,
+        )?;
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
             false => loader.weight("lm_head.weight", config.vocab_size, config.hidden_size)?,
         };
-        let blocks = (0..config.num_layers).map(|layer| loader.block(layer)).collect::<Result<_>>()?;
+        let blocks = (0..config.num_layers)
+            .map(|layer| loader.block(layer))
+            .collect::<Result<_>>()?;
         Ok(Self {
             norm: loader.vector("model.norm.weight", config.hidden_size)?,
             inv_freq: config.rope.inv_freq(config.head_dim),
@@ -76,7 +82,11 @@ impl Decoder {
     /// Every linear layer of the blocks, in the order of the forward pass.
     pub fn linears(&self) -> impl Iterator<Item = (usize, Module, &LoraLinear)> {
         let blocks = self.blocks.iter().enumerate();
-        blocks.flat_map(|(layer, block)| Module::ALL.into_iter().map(move |module| (layer, module, block.linear(module))))
+        blocks.flat_map(|(layer, block)| {
+            Module::ALL
+                .into_iter()
+                .map(move |module| (layer, module, block.linear(module)))
+        })
     }
 
     /// Puts an adapter on a linear layer, or takes it off.
@@ -119,7 +129,9 @@ impl Decoder {
             x = block.decode(&x, &layout, layer)?;
         }
         let last = self.final_norm(&x.narrow(0, ids.len() - 1, 1)?)?;
-        Ok(linear::forward(&last, &self.head, None, None)?.0.squeeze(0)?)
+        Ok(linear::forward(&last, &self.head, None, None)?
+            .0
+            .squeeze(0)?)
     }
 
     /// Forward and backward: adds the gradient of `d_loss` times the summed loss to the adapters' gradients.
@@ -135,7 +147,11 @@ impl Decoder {
     ) -> Result<Vec<TokenLoss>> {
         let rows = Rows::new(self, sequences)?;
         let layout = rows.layout(sequences);
-        let lowest = self.blocks.iter().position(Block::has_lora).unwrap_or(self.blocks.len());
+        let lowest = self
+            .blocks
+            .iter()
+            .position(Block::has_lora)
+            .unwrap_or(self.blocks.len());
         let mut x = embedding::forward(sequences.input_ids, &self.embedding)?;
         let mut saved = Vec::with_capacity(self.blocks.len() - lowest);
         for (layer, (block, &policy)) in self.blocks.iter().zip(policies).enumerate() {
@@ -147,13 +163,20 @@ impl Decoder {
             }
         }
         let normed = self.final_norm(&x)?;
-        let (losses, d_normed) = linear_cross_entropy::backward(&normed, &self.head, labels, d_loss)?;
+        let (losses, d_normed) =
+            linear_cross_entropy::backward(&normed, &self.head, labels, d_loss)?;
         let mut dx = d_normed.zeros_like()?;
         rms_norm::backward(&d_normed, &x, &self.norm, self.config.rms_norm_eps, &dx)?;
         drop((x, normed, d_normed));
         for layer in (lowest..self.blocks.len()).rev() {
-            let activations = saved.pop().expect("one was kept for each block from the lowest adapter up");
-            let input = if layer == lowest { InputGrad::Skip } else { InputGrad::Needed };
+            let activations = saved
+                .pop()
+                .expect("one was kept for each block from the lowest adapter up");
+            let input = if layer == lowest {
+                InputGrad::Skip
+            } else {
+                InputGrad::Needed
+            };
             match self.blocks[layer].backward(dx, activations, &layout, input)? {
                 Some(below) => dx = below,
                 None => break,

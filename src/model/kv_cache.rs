@@ -81,6 +81,9 @@ impl LayerCache {
         self.k.slice_set(k, 0, self.len)?;
         self.v.slice_set(v, 0, self.len)?;
         self.len += k.dim(0)?;
-        Ok((self.k.narrow(0, 0, self.len)?, self.v.narrow(0, 0, self.len)?))
+        Ok((
+            self.k.narrow(0, 0, self.len)?,
+            self.v.narrow(0, 0, self.len)?,
+        ))
     }
 }

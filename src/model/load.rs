@@ -18,7 +18,11 @@ pub(super) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint, config: &'a DecoderConfig, quantize: Option<QuantizeOptions>) -> Self {
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        config: &'a DecoderConfig,
+        quantize: Option<QuantizeOptions>,
+    ) -> Self {
         Self {
             checkpoint,
             config,
@@ -44,7 +48,8 @@ impl<'a> Loader<'a> {
 
     pub(super) fn block(&self, layer: usize) -> Result<Block> {
         let config = self.config;
-        let vector = |name: &str, len| self.vector(&format!("model.layers.{layer}.{name}.weight"), len);
+        let vector =
+            |name: &str, len| self.vector(&format!("model.layers.{layer}.{name}.weight"), len);
         let qk_norm = match config.qk_norm {
             false => None,
             true => Some((
@@ -83,7 +88,11 @@ impl<'a> Loader<'a> {
             }
             (weight, _) => weight,
         };
-        let bias = self.config.has_bias(module).then(|| self.vector(&format!("{path}.bias"), d_out)).transpose()?;
+        let bias = self
+            .config
+            .has_bias(module)
+            .then(|| self.vector(&format!("{path}.bias"), d_out))
+            .transpose()?;
         Ok(LoraLinear {
             weight,
             bias,

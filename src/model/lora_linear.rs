@@ -55,19 +55,40 @@ pub struct LoraLinear {
 impl LoraLinear {
     /// The output, and `u = x A^T` for backward.
     pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        linear::forward(x, &self.weight, self.bias.as_ref(), self.lora.as_ref().map(LoraPair::values))
+        linear::forward(
+            x,
+            &self.weight,
+            self.bias.as_ref(),
+            self.lora.as_ref().map(LoraPair::values),
+        )
     }
 
     /// Adds to the adapter's gradients and gives the gradient of the input, added to `sum` if there is one.
-    pub fn backward(&self, dy: &Tensor, x: &Tensor, u: Option<&Tensor>, sum: Option<Tensor>) -> Result<Tensor> {
+    pub fn backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        u: Option<&Tensor>,
+        sum: Option<Tensor>,
+    ) -> Result<Tensor> {
         let du = self.backward_adapter(dy, x, u)?;
-        let adapter = du.as_ref().zip(self.lora.as_ref()).map(|(du, lora)| (du, &lora.a.value));
+        let adapter = du
+            .as_ref()
+            .zip(self.lora.as_ref())
+            .map(|(du, lora)| (du, &lora.a.value));
         linear::backward_input(dy, &self.weight, adapter, sum)
     }
 
     /// Adds to the adapter's gradients alone and gives that of `u`.
-    pub fn backward_adapter(&self, dy: &Tensor, x: &Tensor, u: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let (Some(lora), Some(u)) = (&self.lora, u) else { return Ok(None) };
+    pub fn backward_adapter(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        u: Option<&Tensor>,
+    ) -> Result<Option<Tensor>> {
+        let (Some(lora), Some(u)) = (&self.lora, u) else {
+            return Ok(None);
+        };
         let grad = LoraGrad {
             d_a: &lora.a.grad,
             d_b: &lora.b.grad,

@@ -10,7 +10,7 @@ mod lora_linear;
 mod names;
 mod rope_frequencies;
 
-pub use block::{Activations, ActivationPolicy, Block, InputGrad, Layout, Saved};
+pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, Saved};
 pub use config::*;
 pub use decoder::{Decoder, Sequences};
 pub use kv_cache::KvCache;

@@ -8,7 +8,9 @@ impl RopeConfig {
     /// Radians per position of each pair, `[E/2]`.
     pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {
         let frequency = |i: usize| self.theta.powf(-2.0 * i as f64 / head_dim as f64);
-        (0..head_dim / 2).map(|i| self.scaling.apply(frequency(i)) as f32).collect()
+        (0..head_dim / 2)
+            .map(|i| self.scaling.apply(frequency(i)) as f32)
+            .collect()
     }
 }
 
@@ -23,8 +25,10 @@ impl RopeScaling {
                 high_freq_factor,
                 original_max_position_embeddings,
             } => {
-                let turns = original_max_position_embeddings as f64 * frequency / std::f64::consts::TAU;
-                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                let turns =
+                    original_max_position_embeddings as f64 * frequency / std::f64::consts::TAU;
+                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
+                    .clamp(0.0, 1.0);
                 (1.0 - kept) * frequency / factor + kept * frequency
             }
         }

@@ -33,7 +33,13 @@ pub struct AdamW {
 ///
 /// # Shapes
 /// All four tensors alike.
-pub fn forward(update: &AdamW, weight: &Tensor, grad: &Tensor, m: &Tensor, v: &Tensor) -> Result<()> {
+pub fn forward(
+    update: &AdamW,
+    weight: &Tensor,
+    grad: &Tensor,
+    m: &Tensor,
+    v: &Tensor,
+) -> Result<()> {
     for (name, t) in [("grad", grad), ("m", m), ("v", v)] {
         expect_dims(OP, name, t, weight.dims())?;
     }
@@ -60,8 +66,12 @@ pub fn forward(update: &AdamW, weight: &Tensor, grad: &Tensor, m: &Tensor, v: &T
     cpu::write(OP, weight, |w| {
         cpu::write(OP, m, |m| {
             cpu::write(OP, v, |v| {
-                let tasks = w.par_chunks_mut(ELEMENTS_PER_TASK).zip(m.par_chunks_mut(ELEMENTS_PER_TASK));
-                let tasks = tasks.zip(v.par_chunks_mut(ELEMENTS_PER_TASK)).zip(grad.par_chunks(ELEMENTS_PER_TASK));
+                let tasks = w
+                    .par_chunks_mut(ELEMENTS_PER_TASK)
+                    .zip(m.par_chunks_mut(ELEMENTS_PER_TASK));
+                let tasks = tasks
+                    .zip(v.par_chunks_mut(ELEMENTS_PER_TASK))
+                    .zip(grad.par_chunks(ELEMENTS_PER_TASK));
                 tasks.for_each(|(state, g)| apply(state, g));
             })
         })
@@ -85,7 +95,13 @@ pub fn zero(grad: &Tensor) -> Result<()> {
 }
 
 /// The same from candle primitives: the new weight and moments.
-pub fn reference(update: &AdamW, weight: &Tensor, grad: &Tensor, m: &Tensor, v: &Tensor) -> Result<[Tensor; 3]> {
+pub fn reference(
+    update: &AdamW,
+    weight: &Tensor,
+    grad: &Tensor,
+    m: &Tensor,
+    v: &Tensor,
+) -> Result<[Tensor; 3]> {
     let AdamW { beta1, beta2, .. } = *update;
     let grad = (grad * f64::from(update.grad_scale))?;
     let m = ((m * beta1)? + (&grad * (1.0 - beta1))?)?;
@@ -93,6 +109,7 @@ pub fn reference(update: &AdamW, weight: &Tensor, grad: &Tensor, m: &Tensor, v: 
     let m_hat = (&m / (1.0 - beta1.powi(update.step as i32)))?;
     let v_hat = (&v / (1.0 - beta2.powi(update.step as i32)))?;
     let decayed = (weight * (1.0 - update.learning_rate * update.weight_decay))?;
-    let weight = (decayed - (m_hat * update.learning_rate)?.div(&(v_hat.sqrt()? + update.epsilon)?)?)?;
+    let weight =
+        (decayed - (m_hat * update.learning_rate)?.div(&(v_hat.sqrt()? + update.epsilon)?)?)?;
     Ok([weight, m, v])
 }

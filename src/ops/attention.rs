@@ -56,7 +56,9 @@ impl Heads {
 
     /// The keys, counted within the segment, that the query at `position` of it sees.
     fn visible(&self, position: usize) -> Range<usize> {
-        let start = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let start = self
+            .window
+            .map_or(0, |window| (position + 1).saturating_sub(window));
         start..position + 1
     }
 
@@ -81,7 +83,13 @@ pub struct Saved {
 ///
 /// # Errors
 /// [`Error::Shape`] if tensors, heads or segments do not fit together.
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads) -> Result<Saved> {
+pub fn forward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    segments: &[Segment],
+    heads: Heads,
+) -> Result<Saved> {
     check(q, k, v, segments, &heads)?;
     let n = q.dim(0)?;
     let (width, num_heads) = (heads.query_width(), heads.num_heads);
@@ -90,20 +98,30 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: 
     {
         let operands = Operands::read(q, k, v, heads)?;
         let (out, lse) = (Shared::new(&mut out), Shared::new(&mut lse));
-        let tasks: Vec<_> = segments.iter().flat_map(|s| (0..num_heads).map(move |h| (s, h))).collect();
-        tasks.into_par_iter().for_each_init(Vec::new, |scratch, (segment, head)| {
-            for tile in tiles(segment, &heads) {
-                let (rows, start) = (tile.queries.len(), tile.queries.start);
-                // SAFETY: a task alone has this head's columns of its segment's rows.
-                let (mut out, mut lse) = unsafe {
-                    (
-                        out.mat(start * width + head * heads.head_dim, rows, heads.head_dim, width),
-                        lse.mat(start * num_heads + head, rows, 1, num_heads),
-                    )
-                };
-                forward_tile(&operands, &tile, head, &mut out, &mut lse, scratch);
-            }
-        });
+        let tasks: Vec<_> = segments
+            .iter()
+            .flat_map(|s| (0..num_heads).map(move |h| (s, h)))
+            .collect();
+        tasks
+            .into_par_iter()
+            .for_each_init(Vec::new, |scratch, (segment, head)| {
+                for tile in tiles(segment, &heads) {
+                    let (rows, start) = (tile.queries.len(), tile.queries.start);
+                    // SAFETY: a task alone has this head's columns of its segment's rows.
+                    let (mut out, mut lse) = unsafe {
+                        (
+                            out.mat(
+                                start * width + head * heads.head_dim,
+                                rows,
+                                heads.head_dim,
+                                width,
+                            ),
+                            lse.mat(start * num_heads + head, rows, 1, num_heads),
+                        )
+                    };
+                    forward_tile(&operands, &tile, head, &mut out, &mut lse, scratch);
+                }
+            });
     }
     Ok(Saved {
         out: Tensor::from_vec(out, (n, width), &Device::Cpu)?,
@@ -130,27 +148,45 @@ pub fn backward(
     let mut dv = vec![0f32; v.elem_count()];
     {
         let operands = Operands::read(q, k, v, heads)?;
-        let outputs = (read(OP, d_out)?, read(OP, &saved.out)?, read(OP, &saved.lse)?);
-        let (dq, dk, dv) = (Shared::new(&mut dq), Shared::new(&mut dk), Shared::new(&mut dv));
-        let tasks: Vec<_> = segments.iter().flat_map(|s| (0..heads.num_kv_heads).map(move |h| (s, h))).collect();
-        tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (segment, kv_head)| {
-            for head in heads.group(kv_head) {
-                for tile in tiles(segment, &heads) {
-                    let e = heads.head_dim;
-                    let key_start = tile.keys.start * key_width + kv_head * e;
-                    // SAFETY: a task alone has this key/value head, with its group of query heads, of its segment.
-                    let mut grads = unsafe {
-                        Grads {
-                            dq: dq.mat(tile.queries.start * width + head * e, tile.queries.len(), e, width),
-                            dk: dk.mat(key_start, tile.keys.len(), e, key_width),
-                            dv: dv.mat(key_start, tile.keys.len(), e, key_width),
-                        }
-                    };
-                    let outputs = (&*outputs.0, &*outputs.1, &*outputs.2);
-                    backward_tile(&operands, &tile, head, outputs, &mut grads, scratch);
+        let outputs = (
+            read(OP, d_out)?,
+            read(OP, &saved.out)?,
+            read(OP, &saved.lse)?,
+        );
+        let (dq, dk, dv) = (
+            Shared::new(&mut dq),
+            Shared::new(&mut dk),
+            Shared::new(&mut dv),
+        );
+        let tasks: Vec<_> = segments
+            .iter()
+            .flat_map(|s| (0..heads.num_kv_heads).map(move |h| (s, h)))
+            .collect();
+        tasks
+            .into_par_iter()
+            .for_each_init(Scratch::default, |scratch, (segment, kv_head)| {
+                for head in heads.group(kv_head) {
+                    for tile in tiles(segment, &heads) {
+                        let e = heads.head_dim;
+                        let key_start = tile.keys.start * key_width + kv_head * e;
+                        // SAFETY: a task alone has this key/value head, with its group of query heads, of its segment.
+                        let mut grads = unsafe {
+                            Grads {
+                                dq: dq.mat(
+                                    tile.queries.start * width + head * e,
+                                    tile.queries.len(),
+                                    e,
+                                    width,
+                                ),
+                                dk: dk.mat(key_start, tile.keys.len(), e, key_width),
+                                dv: dv.mat(key_start, tile.keys.len(), e, key_width),
+                            }
+                        };
+                        let outputs = (&*outputs.0, &*outputs.1, &*outputs.2);
+                        backward_tile(&operands, &tile, head, outputs, &mut grads, scratch);
+                    }
                 }
-            }
-        });
+            });
     }
     Ok((
         Tensor::from_vec(dq, q.shape(), &Device::Cpu)?,
@@ -204,16 +240,18 @@ impl Tile {
 
 fn tiles<'a>(segment: &'a Segment, heads: &'a Heads) -> impl Iterator<Item = Tile> + 'a {
     let cached = segment.keys.len() - segment.queries.len();
-    (0..segment.queries.len()).step_by(QUERY_TILE).map(move |start| {
-        let end = segment.queries.len().min(start + QUERY_TILE);
-        let first_key = heads.visible(cached + start).start;
-        Tile {
-            queries: segment.queries.start + start..segment.queries.start + end,
-            keys: segment.keys.start + first_key..segment.keys.start + cached + end,
-            first_position: cached + start,
-            first_key,
-        }
-    })
+    (0..segment.queries.len())
+        .step_by(QUERY_TILE)
+        .map(move |start| {
+            let end = segment.queries.len().min(start + QUERY_TILE);
+            let first_key = heads.visible(cached + start).start;
+            Tile {
+                queries: segment.queries.start + start..segment.queries.start + end,
+                keys: segment.keys.start + first_key..segment.keys.start + cached + end,
+                first_position: cached + start,
+                first_key,
+            }
+        })
 }
 
 struct Operands<'a> {
@@ -236,21 +274,40 @@ impl<'a> Operands<'a> {
     /// This head's columns of a tile's rows of a tensor shaped like `q`.
     fn query_rows<'b>(&self, data: &'b [f32], tile: &Tile, head: usize) -> Mat<'b> {
         let (e, width) = (self.heads.head_dim, self.heads.query_width());
-        Mat::strided(&data[tile.queries.start * width + head * e..], tile.queries.len(), e, width)
+        Mat::strided(
+            &data[tile.queries.start * width + head * e..],
+            tile.queries.len(),
+            e,
+            width,
+        )
     }
 
     fn key_rows<'b>(&self, data: &'b [f32], tile: &Tile, head: usize) -> Mat<'b> {
         let (e, width) = (self.heads.head_dim, self.heads.key_width());
         let kv_head = head / (self.heads.num_heads / self.heads.num_kv_heads);
-        Mat::strided(&data[tile.keys.start * width + kv_head * e..], tile.keys.len(), e, width)
+        Mat::strided(
+            &data[tile.keys.start * width + kv_head * e..],
+            tile.keys.len(),
+            e,
+            width,
+        )
     }
 
     /// `scale Q K^T` of a tile into `scores`.
     fn scores(&self, tile: &Tile, head: usize, scores: &mut Vec<f32>) {
         let (rows, cols) = (tile.queries.len(), tile.keys.len());
         scores.resize(rows * cols, 0.0);
-        let (q, k) = (self.query_rows(&self.q, tile, head), self.key_rows(&self.k, tile, head));
-        matmul(&mut MatMut::new(scores, rows, cols), Into::Overwrite, q, k.t(), self.heads.scale());
+        let (q, k) = (
+            self.query_rows(&self.q, tile, head),
+            self.key_rows(&self.k, tile, head),
+        );
+        matmul(
+            &mut MatMut::new(scores, rows, cols),
+            Into::Overwrite,
+            q,
+            k.t(),
+            self.heads.scale(),
+        );
     }
 }
 
@@ -319,8 +376,18 @@ fn backward_tile(
     ds.resize(rows * cols, 0.0);
     let d_out_rows = operands.query_rows(d_out, tile, head);
     let v = operands.key_rows(&operands.v, tile, head);
-    matmul(&mut MatMut::new(ds, rows, cols), Into::Overwrite, d_out_rows, v.t(), 1.0);
-    for (row, (p, ds)) in p.chunks_exact_mut(cols).zip(ds.chunks_exact_mut(cols)).enumerate() {
+    matmul(
+        &mut MatMut::new(ds, rows, cols),
+        Into::Overwrite,
+        d_out_rows,
+        v.t(),
+        1.0,
+    );
+    for (row, (p, ds)) in p
+        .chunks_exact_mut(cols)
+        .zip(ds.chunks_exact_mut(cols))
+        .enumerate()
+    {
         let query = tile.queries.start + row;
         let start = query * heads.query_width() + head * e;
         let (d_out, out) = (&d_out[start..start + e], &out[start..start + e]);
@@ -335,7 +402,10 @@ fn backward_tile(
         );
     }
     let (p, ds) = (Mat::new(p, rows, cols), Mat::new(ds, rows, cols));
-    let (q, k) = (operands.query_rows(&operands.q, tile, head), operands.key_rows(&operands.k, tile, head));
+    let (q, k) = (
+        operands.query_rows(&operands.q, tile, head),
+        operands.key_rows(&operands.k, tile, head),
+    );
     matmul(&mut grads.dv, Into::Add, p.t(), d_out_rows, 1.0);
     matmul(&mut grads.dq, Into::Overwrite, ds, k, heads.scale());
     matmul(&mut grads.dk, Into::Add, ds.t(), q, heads.scale());
@@ -343,7 +413,13 @@ fn backward_tile(
 
 /// Turns scores into probabilities and `dP` into `dS = P (dP - delta)`; both 0 where nothing is seen.
 #[inline(always)]
-fn softmax_row_backward(p: &mut [f32], ds: &mut [f32], visible: Range<usize>, lse: f32, delta: f32) {
+fn softmax_row_backward(
+    p: &mut [f32],
+    ds: &mut [f32],
+    visible: Range<usize>,
+    lse: f32,
+    delta: f32,
+) {
     for row in [&mut *p, &mut *ds] {
         row[..visible.start].fill(0.0);
         row[visible.end..].fill(0.0);
@@ -358,7 +434,13 @@ fn softmax_row_backward(p: &mut [f32], ds: &mut [f32], visible: Range<usize>, ls
 ///
 /// # Shapes
 /// `q: [N, H, E]`, `k`, `v: [M, K, E]` -> `[N, H, E]`.
-pub fn reference(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads: Heads) -> Result<Tensor> {
+pub fn reference(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    segments: &[Segment],
+    heads: Heads,
+) -> Result<Tensor> {
     let scale = 1.0 / (heads.head_dim as f64).sqrt();
     let group = heads.num_heads / heads.num_kv_heads;
     let mut outs = Vec::with_capacity(segments.len());
@@ -366,7 +448,9 @@ pub fn reference(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads
         let rows = |t: &Tensor, range: &Range<usize>| t.narrow(0, range.start, range.len());
         let expand = |t: Tensor| -> Result<Tensor> {
             let (m, kv, e) = t.dims3()?;
-            Ok(t.unsqueeze(2)?.broadcast_as((m, kv, group, e))?.reshape((m, kv * group, e))?)
+            Ok(t.unsqueeze(2)?
+                .broadcast_as((m, kv, group, e))?
+                .reshape((m, kv * group, e))?)
         };
         let q = rows(q, queries)?.transpose(0, 1)?.contiguous()?; // [H, N, E]
         let k = expand(rows(k, keys)?)?.transpose(0, 1)?.contiguous()?; // [H, M, E]
@@ -378,8 +462,10 @@ pub fn reference(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads
                 (0..keys.len()).map(move |key| if visible.contains(&key) { 0.0 } else { -1e30 })
             })
             .collect();
-        let mask = Tensor::from_vec(mask, (1, queries.len(), keys.len()), &Device::Cpu)?.to_dtype(q.dtype())?;
-        let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * scale)?.broadcast_add(&mask)?;
+        let mask = Tensor::from_vec(mask, (1, queries.len(), keys.len()), &Device::Cpu)?
+            .to_dtype(q.dtype())?;
+        let scores =
+            (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * scale)?.broadcast_add(&mask)?;
         let weights = softmax(&scores)?;
         outs.push(weights.matmul(&v)?.transpose(0, 1)?.contiguous()?);
     }
@@ -388,6 +474,8 @@ pub fn reference(q: &Tensor, k: &Tensor, v: &Tensor, segments: &[Segment], heads
 
 fn softmax(scores: &Tensor) -> Result<Tensor> {
     debug_assert!(matches!(scores.dtype(), DType::F32 | DType::F64));
-    let exp = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    let exp = scores
+        .broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?
+        .exp()?;
     Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)
 }

@@ -3,7 +3,9 @@
 use std::cell::Cell;
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor};
+use candle_core::{
+    CpuStorage, DType, Device, InplaceOp1, Layout, Shape, Storage, StorageRef, Tensor,
+};
 
 use crate::{Error, Result};
 
@@ -37,7 +39,11 @@ fn wrong_tensor(op: &'static str, t: &Tensor) -> Error {
             t.dtype(),
             t.dims(),
             t.device().location(),
-            if t.is_contiguous() { "" } else { ", not contiguous" }
+            if t.is_contiguous() {
+                ""
+            } else {
+                ", not contiguous"
+            }
         ),
     }
 }
@@ -73,8 +79,12 @@ impl<F: FnOnce(&mut [f32])> InplaceOp1 for InPlace<F> {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (CpuStorage::F32(data), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
-            candle_core::bail!("{}: only a contiguous f32 tensor can be changed in place", self.op)
+        let (CpuStorage::F32(data), Some((start, end))) = (storage, layout.contiguous_offsets())
+        else {
+            candle_core::bail!(
+                "{}: only a contiguous f32 tensor can be changed in place",
+                self.op
+            )
         };
         let write = self.write.take().expect("candle calls an operation once");
         write(&mut data[start..end]);

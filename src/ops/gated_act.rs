@@ -28,7 +28,9 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (gates, ups) = (read(OP, gate)?, read(OP, up)?);
     cpu::build(gate.shape(), |y| {
         let tasks = y.par_chunks_mut(ELEMENTS_PER_TASK);
-        let tasks = tasks.zip(gates.par_chunks(ELEMENTS_PER_TASK)).zip(ups.par_chunks(ELEMENTS_PER_TASK));
+        let tasks = tasks
+            .zip(gates.par_chunks(ELEMENTS_PER_TASK))
+            .zip(ups.par_chunks(ELEMENTS_PER_TASK));
         tasks.for_each(|((y, gate), up)| {
             vectorized(
                 #[inline(always)]
@@ -52,20 +54,24 @@ pub fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
     let dy = read(OP, dy)?;
     cpu::write(OP, gate, |gate| {
         cpu::write(OP, up, |up| {
-            let tasks = gate.par_chunks_mut(ELEMENTS_PER_TASK).zip(up.par_chunks_mut(ELEMENTS_PER_TASK));
-            tasks.zip(dy.par_chunks(ELEMENTS_PER_TASK)).for_each(|((gate, up), dy)| {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
-                            let s = sigmoid(*gate);
-                            let d_gate = dy * *up * s * (1.0 + *gate * (1.0 - s));
-                            *up = dy * *gate * s;
-                            *gate = d_gate;
-                        }
-                    },
-                );
-            });
+            let tasks = gate
+                .par_chunks_mut(ELEMENTS_PER_TASK)
+                .zip(up.par_chunks_mut(ELEMENTS_PER_TASK));
+            tasks
+                .zip(dy.par_chunks(ELEMENTS_PER_TASK))
+                .for_each(|((gate, up), dy)| {
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {
+                                let s = sigmoid(*gate);
+                                let d_gate = dy * *up * s * (1.0 + *gate * (1.0 - s));
+                                *up = dy * *gate * s;
+                                *gate = d_gate;
+                            }
+                        },
+                    );
+                });
         })
     })?
 }

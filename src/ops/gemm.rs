@@ -20,7 +20,10 @@ impl<'a> Mat<'a> {
     /// A row-major matrix at the start of `data` whose rows begin `row_stride` elements apart.
     pub(super) fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         assert!(cols <= row_stride || rows <= 1, "rows of a matrix overlap");
-        assert!(rows == 0 || data.len() >= (rows - 1) * row_stride + cols, "matrix past the end of its data");
+        assert!(
+            rows == 0 || data.len() >= (rows - 1) * row_stride + cols,
+            "matrix past the end of its data"
+        );
         Self {
             data,
             rows,
@@ -48,8 +51,15 @@ impl<'a> Mat<'a> {
 
     /// A range of rows of this view.
     pub(super) fn rows(self, rows: Range<usize>) -> Self {
-        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows outside the matrix");
-        let start = if rows.is_empty() { 0 } else { rows.start * self.row_stride };
+        assert!(
+            rows.start <= rows.end && rows.end <= self.rows,
+            "rows outside the matrix"
+        );
+        let start = if rows.is_empty() {
+            0
+        } else {
+            rows.start * self.row_stride
+        };
         Self {
             data: &self.data[start..],
             rows: rows.len(),
@@ -103,7 +113,11 @@ pub(super) enum Into {
 
 /// `dst = factor * lhs rhs`, or the same added to `dst`, on this thread.
 pub(super) fn matmul(dst: &mut MatMut<'_>, into: Into, lhs: Mat<'_>, rhs: Mat<'_>, factor: f32) {
-    assert_eq!((dst.rows, dst.cols, lhs.cols), (lhs.rows, rhs.cols, rhs.rows), "matmul shapes");
+    assert_eq!(
+        (dst.rows, dst.cols, lhs.cols),
+        (lhs.rows, rhs.cols, rhs.rows),
+        "matmul shapes"
+    );
     if dst.rows == 0 || dst.cols == 0 {
         return;
     }
@@ -156,7 +170,13 @@ impl<'a> Shared<'a> {
     ///
     /// # Safety
     /// No other matrix in use at the same time may share an element with this one.
-    pub(super) unsafe fn mat(&self, start: usize, rows: usize, cols: usize, row_stride: usize) -> MatMut<'_> {
+    pub(super) unsafe fn mat(
+        &self,
+        start: usize,
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+    ) -> MatMut<'_> {
         assert!(
             rows == 0 || start + (rows - 1) * row_stride + cols <= self.len,
             "matrix past the end of its data"
@@ -181,12 +201,14 @@ pub(super) fn for_each_column_tile(
 ) {
     assert_eq!(dst.len(), rows * cols, "tiles of a matrix");
     let shared = Shared::new(dst);
-    (0..cols.div_ceil(width)).into_par_iter().for_each_init(Vec::new, |scratch, tile| {
-        let range = tile * width..cols.min((tile + 1) * width);
-        // SAFETY: tiles are disjoint ranges of columns.
-        let tile = unsafe { shared.mat(range.start, rows, range.len(), cols) };
-        f(tile, range, scratch);
-    });
+    (0..cols.div_ceil(width))
+        .into_par_iter()
+        .for_each_init(Vec::new, |scratch, tile| {
+            let range = tile * width..cols.min((tile + 1) * width);
+            // SAFETY: tiles are disjoint ranges of columns.
+            let tile = unsafe { shared.mat(range.start, rows, range.len(), cols) };
+            f(tile, range, scratch);
+        });
 }
 
 /// `dst = factor * lhs rhs`, or the same added, row-major, in parallel over tiles of rows.
@@ -194,8 +216,16 @@ pub(super) fn matmul_by_rows(dst: &mut [f32], into: Into, lhs: Mat<'_>, rhs: Mat
     const ROWS: usize = 256;
     let cols = rhs.cols;
     assert_eq!(dst.len(), lhs.rows * cols, "matmul shapes");
-    dst.par_chunks_mut((ROWS * cols).max(1)).enumerate().for_each(|(i, chunk)| {
-        let rows = i * ROWS..lhs.rows.min((i + 1) * ROWS);
-        matmul(&mut MatMut::new(chunk, rows.len(), cols), into, lhs.rows(rows), rhs, factor);
-    });
+    dst.par_chunks_mut((ROWS * cols).max(1))
+        .enumerate()
+        .for_each(|(i, chunk)| {
+            let rows = i * ROWS..lhs.rows.min((i + 1) * ROWS);
+            matmul(
+                &mut MatMut::new(chunk, rows.len(), cols),
+                into,
+                lhs.rows(rows),
+                rhs,
+                factor,
+            );
+        });
 }

@@ -9,8 +9,8 @@ use candle_core::{Device, Tensor};
 
 use super::cpu::{self, expect_dims, read};
 use super::gemm::{Into, Mat, for_each_column_tile, matmul, matmul_by_rows};
-use crate::quant::FrozenWeight;
 use crate::Result;
+use crate::quant::FrozenWeight;
 
 const OP: &str = "linear";
 
@@ -49,7 +49,12 @@ pub fn forward(
     let x = Mat::new(&x, n, d_in);
     let u = lora.map(|lora| down_project(x, &lora)).transpose()?;
     let lora_data = match (&lora, &u) {
-        (Some(lora), Some(u)) => Some((read(OP, u)?, read(OP, lora.b)?, lora.b.dims2()?.1, lora.scaling)),
+        (Some(lora), Some(u)) => Some((
+            read(OP, u)?,
+            read(OP, lora.b)?,
+            lora.b.dims2()?.1,
+            lora.scaling,
+        )),
         _ => None,
     };
     let bias = bias.map(|bias| read(OP, bias)).transpose()?;
@@ -57,7 +62,13 @@ pub fn forward(
         for_each_column_tile(y, (n, d_out), TILE, |mut tile, outs, scratch| {
             scratch.resize(outs.len() * d_in, 0.0);
             weight.read_tile(outs.clone(), 0..d_in, scratch);
-            matmul(&mut tile, Into::Overwrite, x, Mat::new(scratch, outs.len(), d_in).t(), 1.0);
+            matmul(
+                &mut tile,
+                Into::Overwrite,
+                x,
+                Mat::new(scratch, outs.len(), d_in).t(),
+                1.0,
+            );
             if let Some((u, b, r, scaling)) = &lora_data {
                 let b = Mat::new(b, d_out, *r).rows(outs.clone());
                 matmul(&mut tile, Into::Add, Mat::new(u, n, *r), b.t(), *scaling);
@@ -89,7 +100,13 @@ fn down_project(x: Mat<'_>, lora: &Lora<'_>) -> Result<Tensor> {
 ///
 /// # Shapes
 /// `dy: [N, out]`, `x: [N, in]`, `u: [N, R]`.
-pub fn backward_lora(dy: &Tensor, x: &Tensor, u: &Tensor, lora: Lora<'_>, grad: LoraGrad<'_>) -> Result<Tensor> {
+pub fn backward_lora(
+    dy: &Tensor,
+    x: &Tensor,
+    u: &Tensor,
+    lora: Lora<'_>,
+    grad: LoraGrad<'_>,
+) -> Result<Tensor> {
     let (n, d_out) = dy.dims2()?;
     let d_in = x.dims2()?.1;
     let r = u.dims2()?.1;
@@ -98,7 +115,13 @@ pub fn backward_lora(dy: &Tensor, x: &Tensor, u: &Tensor, lora: Lora<'_>, grad: 
     let (dy, x, u, b) = (read(OP, dy)?, read(OP, x)?, read(OP, u)?, read(OP, lora.b)?);
     let dy = Mat::new(&dy, n, d_out);
     let du = cpu::build((n, r), |du| {
-        matmul_by_rows(du, Into::Overwrite, dy, Mat::new(&b, d_out, r), lora.scaling);
+        matmul_by_rows(
+            du,
+            Into::Overwrite,
+            dy,
+            Mat::new(&b, d_out, r),
+            lora.scaling,
+        );
     })?;
     cpu::write(OP, grad.d_b, |d_b| {
         matmul_by_rows(d_b, Into::Add, dy.t(), Mat::new(&u, n, r), lora.scaling);
@@ -106,7 +129,13 @@ pub fn backward_lora(dy: &Tensor, x: &Tensor, u: &Tensor, lora: Lora<'_>, grad: 
     let du_data = read(OP, &du)?;
     cpu::write(OP, grad.d_a, |d_a| {
         for_each_column_tile(d_a, (r, d_in), TILE, |mut tile, ins, _| {
-            matmul(&mut tile, Into::Add, Mat::new(&du_data, n, r).t(), Mat::new(&x, n, d_in).cols(ins), 1.0);
+            matmul(
+                &mut tile,
+                Into::Add,
+                Mat::new(&du_data, n, r).t(),
+                Mat::new(&x, n, d_in).cols(ins),
+                1.0,
+            );
         });
     })?;
     drop(du_data);
@@ -134,16 +163,31 @@ pub fn backward_input(
     };
     let (dx, into) = match sum {
         Some(sum) => (sum, Into::Add),
-        None => (Tensor::from_vec(vec![0f32; n * d_in], (n, d_in), &Device::Cpu)?, Into::Overwrite),
+        None => (
+            Tensor::from_vec(vec![0f32; n * d_in], (n, d_in), &Device::Cpu)?,
+            Into::Overwrite,
+        ),
     };
     expect_dims(OP, "dx", &dx, &[n, d_in])?;
     cpu::write(OP, &dx, |dx| {
         for_each_column_tile(dx, (n, d_in), TILE, |mut tile, ins, scratch| {
             scratch.resize(d_out * ins.len(), 0.0);
             weight.read_tile(0..d_out, ins.clone(), scratch);
-            matmul(&mut tile, into, dy, Mat::new(scratch, d_out, ins.len()), 1.0);
+            matmul(
+                &mut tile,
+                into,
+                dy,
+                Mat::new(scratch, d_out, ins.len()),
+                1.0,
+            );
             if let Some((du, a, r)) = &lora_data {
-                matmul(&mut tile, Into::Add, Mat::new(du, n, *r), Mat::new(a, *r, d_in).cols(ins), 1.0);
+                matmul(
+                    &mut tile,
+                    Into::Add,
+                    Mat::new(du, n, *r),
+                    Mat::new(a, *r, d_in).cols(ins),
+                    1.0,
+                );
             }
         });
     })?;
@@ -151,7 +195,12 @@ pub fn backward_input(
 }
 
 /// The same from differentiable primitives, with the weight as a tensor `w: [out, in]`.
-pub fn reference(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, lora: Option<(&Tensor, &Tensor, f64)>) -> Result<Tensor> {
+pub fn reference(
+    x: &Tensor,
+    w: &Tensor,
+    bias: Option<&Tensor>,
+    lora: Option<(&Tensor, &Tensor, f64)>,
+) -> Result<Tensor> {
     let mut y = x.matmul(&w.t()?)?;
     if let Some(bias) = bias {
         y = y.broadcast_add(bias)?;

@@ -50,7 +50,9 @@ pub fn forward(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<To
     let rows = labelled_rows(x, head, labels)?;
     let x = read(OP, x)?;
     let mut losses = Vec::with_capacity(rows.len());
-    for_each_chunk(&x, head, &rows, |chunk, logits, _| losses.extend(row_losses(chunk, logits)));
+    for_each_chunk(&x, head, &rows, |chunk, logits, _| {
+        losses.extend(row_losses(chunk, logits))
+    });
     Ok(losses)
 }
 
@@ -58,7 +60,12 @@ pub fn forward(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<To
 ///
 /// # Shapes
 /// As [`forward`]; `dx: [N, D]`, zero in rows without a label.
-pub fn backward(x: &Tensor, head: &FrozenWeight, labels: &[i64], d_loss: f32) -> Result<(Vec<TokenLoss>, Tensor)> {
+pub fn backward(
+    x: &Tensor,
+    head: &FrozenWeight,
+    labels: &[i64],
+    d_loss: f32,
+) -> Result<(Vec<TokenLoss>, Tensor)> {
     let rows = labelled_rows(x, head, labels)?;
     let x_data = read(OP, x)?;
     let d = head.in_features();
@@ -69,12 +76,17 @@ pub fn backward(x: &Tensor, head: &FrozenWeight, labels: &[i64], d_loss: f32) ->
             logits_backward(&chunk_losses, logits, d_loss);
             let vocab = head.out_features();
             dx_chunk.resize(chunk.len() * d, 0.0);
-            for_each_column_tile(dx_chunk, (chunk.len(), d), TILE, |mut tile, cols, scratch| {
-                head_tiles(head, cols, scratch, |range, weight, into| {
-                    let dz = Mat::new(logits, chunk.len(), vocab).cols(range);
-                    matmul(&mut tile, into, dz, weight, 1.0);
-                });
-            });
+            for_each_column_tile(
+                dx_chunk,
+                (chunk.len(), d),
+                TILE,
+                |mut tile, cols, scratch| {
+                    head_tiles(head, cols, scratch, |range, weight, into| {
+                        let dz = Mat::new(logits, chunk.len(), vocab).cols(range);
+                        matmul(&mut tile, into, dz, weight, 1.0);
+                    });
+                },
+            );
             for ((row, _), values) in chunk.iter().zip(dx_chunk.chunks_exact(d)) {
                 dx[row * d..(row + 1) * d].copy_from_slice(values);
             }
@@ -98,8 +110,16 @@ fn head_tiles(
         let range = start..vocab.min(start + HEAD_ROWS);
         scratch.resize(range.len() * cols.len(), 0.0);
         head.read_tile(range.clone(), cols.clone(), scratch);
-        let into = if start == 0 { Into::Overwrite } else { Into::Add };
-        f(range.clone(), Mat::new(scratch, range.len(), cols.len()), into);
+        let into = if start == 0 {
+            Into::Overwrite
+        } else {
+            Into::Add
+        };
+        f(
+            range.clone(),
+            Mat::new(scratch, range.len(), cols.len()),
+            into,
+        );
     }
 }
 
@@ -107,7 +127,10 @@ fn head_tiles(
 fn labelled_rows(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<(usize, u32)>> {
     expect_dims(OP, "x", x, &[labels.len(), head.in_features()])?;
     let vocab = head.out_features();
-    let rows = labels.iter().enumerate().filter(|&(_, &label)| label != IGNORE_INDEX);
+    let rows = labels
+        .iter()
+        .enumerate()
+        .filter(|&(_, &label)| label != IGNORE_INDEX);
     rows.map(|(row, &label)| match u32::try_from(label) {
         Ok(label) if (label as usize) < vocab => Ok((row, label)),
         _ => Err(Error::Shape {
@@ -136,11 +159,22 @@ fn for_each_chunk(
         }
         logits.resize(chunk.len() * vocab, 0.0);
         let x = Mat::new(&gathered, chunk.len(), d);
-        for_each_column_tile(&mut logits, (chunk.len(), vocab), TILE, |mut tile, outs, scratch| {
-            scratch.resize(outs.len() * d, 0.0);
-            head.read_tile(outs.clone(), 0..d, scratch);
-            matmul(&mut tile, Into::Overwrite, x, Mat::new(scratch, outs.len(), d).t(), 1.0);
-        });
+        for_each_column_tile(
+            &mut logits,
+            (chunk.len(), vocab),
+            TILE,
+            |mut tile, outs, scratch| {
+                scratch.resize(outs.len() * d, 0.0);
+                head.read_tile(outs.clone(), 0..d, scratch);
+                matmul(
+                    &mut tile,
+                    Into::Overwrite,
+                    x,
+                    Mat::new(scratch, outs.len(), d).t(),
+                    1.0,
+                );
+            },
+        );
         f(chunk, &mut logits, &mut buffer);
     }
 }
@@ -172,26 +206,34 @@ fn row_losses(chunk: &[(usize, u32)], logits: &[f32]) -> Vec<TokenLoss> {
 /// Replaces the logits by their gradient.
 fn logits_backward(losses: &[TokenLoss], logits: &mut [f32], d_loss: f32) {
     let vocab = logits.len() / losses.len();
-    logits.par_chunks_exact_mut(vocab).zip(losses).for_each(|(logits, token)| {
-        let label = token.label as usize;
-        let lse = token.loss + logits[label];
-        vectorized(
-            #[inline(always)]
-            || {
-                for z in logits.iter_mut() {
-                    *z = d_loss * exp(*z - lse);
-                }
-            },
-        );
-        logits[label] -= d_loss;
-    });
+    logits
+        .par_chunks_exact_mut(vocab)
+        .zip(losses)
+        .for_each(|(logits, token)| {
+            let label = token.label as usize;
+            let lse = token.loss + logits[label];
+            vectorized(
+                #[inline(always)]
+                || {
+                    for z in logits.iter_mut() {
+                        *z = d_loss * exp(*z - lse);
+                    }
+                },
+            );
+            logits[label] -= d_loss;
+        });
 }
 
 /// The summed loss from differentiable primitives, with the head as a tensor `[V, D]` and every label below V.
 pub fn reference(x: &Tensor, head: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let logits = x.matmul(&head.t()?)?;
     let largest = logits.max_keepdim(D::Minus1)?.detach();
-    let lse = (logits.broadcast_sub(&largest)?.exp()?.sum_keepdim(D::Minus1)?.log()? + largest)?;
+    let lse = (logits
+        .broadcast_sub(&largest)?
+        .exp()?
+        .sum_keepdim(D::Minus1)?
+        .log()?
+        + largest)?;
     let at_label = logits.gather(&labels.unsqueeze(1)?, 1)?;
     Ok((lse - at_label)?.sum_all()?)
 }

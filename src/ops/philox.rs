@@ -15,7 +15,12 @@ pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
         }
         let product = |i: usize, word: u32| u64::from(MULTIPLIERS[i]) * u64::from(word);
         let (p0, p1) = (product(0, c[0]), product(1, c[2]));
-        c = [(p1 >> 32) as u32 ^ c[1] ^ key[0], p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ key[1], p0 as u32];
+        c = [
+            (p1 >> 32) as u32 ^ c[1] ^ key[0],
+            p1 as u32,
+            (p0 >> 32) as u32 ^ c[3] ^ key[1],
+            p0 as u32,
+        ];
     }
     c
 }
@@ -41,7 +46,15 @@ impl Uniform {
     pub fn next_f32(&mut self) -> f32 {
         let (block, lane) = (self.next / 4, self.next % 4);
         self.next += 1;
-        let words = philox(self.key, [block as u32, (block >> 32) as u32, self.stream[0], self.stream[1]]);
+        let words = philox(
+            self.key,
+            [
+                block as u32,
+                (block >> 32) as u32,
+                self.stream[0],
+                self.stream[1],
+            ],
+        );
         (words[lane as usize] >> 8) as f32 / (1 << 24) as f32
     }
 }
@@ -52,10 +65,19 @@ mod tests {
 
     #[test]
     fn philox_gives_the_published_vectors() {
-        assert_eq!(philox([0, 0], [0; 4]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
-        assert_eq!(philox([u32::MAX; 2], [u32::MAX; 4]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
         assert_eq!(
-            philox([0xa409_3822, 0x299f_31d0], [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344]),
+            philox([0, 0], [0; 4]),
+            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
+        );
+        assert_eq!(
+            philox([u32::MAX; 2], [u32::MAX; 4]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
+        assert_eq!(
+            philox(
+                [0xa409_3822, 0x299f_31d0],
+                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344]
+            ),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
     }

@@ -14,7 +14,9 @@ pub fn forward(x: &Tensor, branch: Tensor) -> Result<Tensor> {
     expect_dims(OP, "branch", &branch, x.dims())?;
     let x = read(OP, x)?;
     cpu::write(OP, &branch, |branch| {
-        let tasks = branch.par_chunks_mut(ELEMENTS_PER_TASK).zip(x.par_chunks(ELEMENTS_PER_TASK));
+        let tasks = branch
+            .par_chunks_mut(ELEMENTS_PER_TASK)
+            .zip(x.par_chunks(ELEMENTS_PER_TASK));
         tasks.for_each(|(branch, x)| {
             for (branch, x) in branch.iter_mut().zip(x) {
                 *branch += x;

@@ -22,7 +22,9 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     expect_dims(OP, "weight", weight, &[x.dim(D::Minus1)?])?;
     let (xs, w) = (read(OP, x)?, read(OP, weight)?);
     cpu::build(x.shape(), |y| {
-        let tasks = y.par_chunks_mut(ROWS_PER_TASK * d).zip(xs.par_chunks(ROWS_PER_TASK * d));
+        let tasks = y
+            .par_chunks_mut(ROWS_PER_TASK * d)
+            .zip(xs.par_chunks(ROWS_PER_TASK * d));
         tasks.for_each(|(y, x)| {
             vectorized(
                 #[inline(always)]
@@ -50,12 +52,18 @@ pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, dx: &Tensor)
     let (dy, x, w) = (read(OP, dy)?, read(OP, x)?, read(OP, weight)?);
     cpu::write(OP, dx, |dx| {
         let chunk = ROWS_PER_TASK * d;
-        let tasks = dx.par_chunks_mut(chunk).zip(dy.par_chunks(chunk)).zip(x.par_chunks(chunk));
+        let tasks = dx
+            .par_chunks_mut(chunk)
+            .zip(dy.par_chunks(chunk))
+            .zip(x.par_chunks(chunk));
         tasks.for_each(|((dx, dy), x)| {
             vectorized(
                 #[inline(always)]
                 || {
-                    let rows = dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).zip(x.chunks_exact(d));
+                    let rows = dx
+                        .chunks_exact_mut(d)
+                        .zip(dy.chunks_exact(d))
+                        .zip(x.chunks_exact(d));
                     for ((dx, dy), x) in rows {
                         let scale = inverse_rms(x, eps);
                         let w = &w[..d];

@@ -26,7 +26,9 @@ impl RopeTable {
     pub fn new(inv_freq: &[f32], positions: usize) -> Self {
         let angle = |p: usize, f: f32| f64::from(p as f32 * f);
         let table = |f: fn(f64) -> f64| {
-            (0..positions).flat_map(|p| inv_freq.iter().map(move |&freq| f(angle(p, freq)) as f32)).collect()
+            (0..positions)
+                .flat_map(|p| inv_freq.iter().map(move |&freq| f(angle(p, freq)) as f32))
+                .collect()
         };
         Self {
             cos: table(f64::cos),
@@ -43,7 +45,10 @@ impl RopeTable {
     /// Cosine and sine of each row of a batch as tensors `[N, 1, E/2]`, for [`reference`].
     pub fn gather(&self, positions: &[u32]) -> Result<(Tensor, Tensor)> {
         let rows = |table: &[f32]| {
-            let data = positions.iter().flat_map(|&p| self.row(table, p).to_vec()).collect();
+            let data = positions
+                .iter()
+                .flat_map(|&p| self.row(table, p).to_vec())
+                .collect();
             Tensor::from_vec(data, (positions.len(), 1, self.half), &Device::Cpu)
         };
         Ok((rows(&self.cos)?, rows(&self.sin)?))
@@ -83,16 +88,33 @@ fn rotate(x: &Tensor, positions: &[u32], table: &RopeTable, direction: Direction
     if n != positions.len() || width % (2 * table.half) != 0 || past_end.is_some() {
         return Err(Error::Shape {
             op: OP,
-            expected: format!("[{n}, heads * {}] at positions below {}", 2 * table.half, table.positions()),
-            found: format!("{:?} at {} positions, {past_end:?} past the table", x.dims(), positions.len()),
+            expected: format!(
+                "[{n}, heads * {}] at positions below {}",
+                2 * table.half,
+                table.positions()
+            ),
+            found: format!(
+                "{:?} at {} positions, {past_end:?} past the table",
+                x.dims(),
+                positions.len()
+            ),
         });
     }
-    let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
+    let sign = if direction == Direction::Forward {
+        1.0
+    } else {
+        -1.0
+    };
     cpu::write(OP, x, |x| {
-        let tasks = x.par_chunks_mut(ROWS_PER_TASK * width).zip(positions.par_chunks(ROWS_PER_TASK));
+        let tasks = x
+            .par_chunks_mut(ROWS_PER_TASK * width)
+            .zip(positions.par_chunks(ROWS_PER_TASK));
         tasks.for_each(|(rows, positions)| {
             for (row, &position) in rows.chunks_exact_mut(width).zip(positions) {
-                let (cos, sin) = (table.row(&table.cos, position), table.row(&table.sin, position));
+                let (cos, sin) = (
+                    table.row(&table.cos, position),
+                    table.row(&table.sin, position),
+                );
                 for head in row.chunks_exact_mut(2 * table.half) {
                     let (low, high) = head.split_at_mut(table.half);
                     for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {

@@ -168,8 +168,8 @@ train_config! {
     resume_from_checkpoint: Resume = Resume::Never;
 
     ["Machine"]
-    /// Compute activations again in the backward pass; false: keep them, faster and larger
-    gradient_checkpointing: bool = true;
+    /// Compute activations again in the backward pass; false: keep them, faster and larger; unset: keep what fits
+    gradient_checkpointing: Option<bool> = None;
     /// cpu or cuda
     device: DeviceKind = DeviceKind::Cpu;
     /// Type of activations: f32 on the CPU

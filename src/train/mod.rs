@@ -1,7 +1,16 @@
 //! Training: the configuration, the step, the optimizer, schedules, checkpoints and metrics.
 
+pub mod checkpoint;
 pub mod config;
+mod memory;
 pub mod metrics;
+mod optimizer;
+mod run_data;
 pub mod schedule;
+mod trainer;
 
 pub use config::TrainConfig;
+pub use memory::activation_policies;
+pub use optimizer::Optimizer;
+pub use run_data::RunData;
+pub use trainer::{Event, Outcome, Trainer};

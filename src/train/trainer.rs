@@ -1,0 +1,338 @@
+//! A training run. [`Trainer::step`] is the whole of an optimizer step: read it first.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use super::checkpoint::{self, TrainerState};
+use super::config::{Resume, TrainConfig};
+use super::memory::activation_policies;
+use super::metrics::{EvalRecord, MetricsWriter, StepRecord};
+use super::optimizer::Optimizer;
+use super::run_data::{RunData, load_data};
+use super::schedule::Schedule;
+use crate::data::{Batch, Example, RowOrder};
+use crate::device::peak_memory_bytes;
+use crate::infer::{LogProbs, evaluate};
+use crate::model::{ActivationPolicy, Decoder, Sequences};
+use crate::ops::linear_cross_entropy;
+use crate::quant::{DoubleQuant, QuantizeOptions};
+use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
+use crate::{Error, Result};
+
+const METRICS_FILE: &str = "metrics.jsonl";
+const CONFIG_FILE: &str = "config.toml";
+
+/// What a run tells while it goes on.
+#[derive(Debug)]
+pub enum Event<'a> {
+    Step(&'a StepRecord),
+    Evaluation(&'a EvalRecord),
+    Checkpoint(&'a Path),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The final adapter is in the run directory.
+    Finished,
+    /// Stopped by the caller after this checkpoint.
+    Stopped(PathBuf),
+}
+
+/// A decoder with its adapter, its data, and where the run stands.
+pub struct Trainer {
+    config: TrainConfig,
+    adapter_config: AdapterConfig,
+    decoder: Decoder,
+    policies: Vec<ActivationPolicy>,
+    data: RunData,
+    order: RowOrder,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    total_steps: usize,
+    state: TrainerState,
+}
+
+impl Trainer {
+    /// Loads model and data, makes or loads the adapter, and takes up a checkpoint where the config says so. Writes
+    /// nothing.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the config, the model, the data or the checkpoint.
+    pub fn new(config: TrainConfig) -> Result<Self> {
+        let quantize = QuantizeOptions {
+            quant_type: config.quant_type,
+            double_quant: if config.double_quant {
+                DoubleQuant::Yes
+            } else {
+                DoubleQuant::No
+            },
+            ..QuantizeOptions::default()
+        };
+        let mut decoder = Decoder::load(
+            &Checkpoint::open(&config.model_name_or_path)?,
+            Some(quantize),
+        )?;
+        let data = load_data(&config, decoder.config().vocab_size)?;
+        let adapter_config = match &config.adapter {
+            Some(dir) => {
+                let adapter = Adapter::read(dir)?;
+                decoder.load_adapter(&adapter)?;
+                adapter.config
+            }
+            None => {
+                let new = new_adapter_config(&config);
+                decoder.add_lora(&new, config.seed)?;
+                new
+            }
+        };
+        let batch = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+        let total_steps = match config.epochs() {
+            Some(epochs) => (data.train.examples.len() as f64 * epochs / batch as f64)
+                .ceil()
+                .max(1.0) as usize,
+            None => config.max_steps as usize,
+        };
+        let longest = data
+            .train
+            .examples
+            .iter()
+            .map(|e| e.input_ids.len())
+            .max()
+            .unwrap_or(0);
+        let tokens = longest * config.per_device_train_batch_size;
+        let mut trainer = Self {
+            policies: activation_policies(decoder.config(), tokens, config.gradient_checkpointing),
+            order: RowOrder::new(
+                data.train.examples.len(),
+                config.data_seed,
+                config.shuffle.into(),
+            ),
+            optimizer: Optimizer::new(&config, &decoder)?,
+            schedule: Schedule::from_config(&config, total_steps),
+            state: TrainerState {
+                global_step: 0,
+                epoch: 0.0,
+                examples_seen: 0,
+            },
+            adapter_config,
+            decoder,
+            data,
+            total_steps,
+            config,
+        };
+        trainer.resume()?;
+        Ok(trainer)
+    }
+
+    /// One optimizer step: forward and backward of each micro-batch, clip, update.
+    ///
+    /// The loss is the sum of the token losses over the number of labels in all micro-batches together, so that how the
+    /// rows are divided among micro-batches does not matter.
+    ///
+    /// # Errors
+    /// [`Error::Train`] if the loss or the gradient is not finite; the adapter is as before then.
+    pub fn step(&mut self) -> Result<StepRecord> {
+        let started = Instant::now();
+        let micro_batches = self.next_micro_batches();
+        let targets: usize = micro_batches.iter().map(Batch::target_count).sum();
+
+        self.optimizer.zero_grad(&self.decoder)?;
+        let mut loss = 0.0;
+        for batch in &micro_batches {
+            let d_loss = 1.0 / targets as f32;
+            let losses =
+                self.decoder
+                    .backward(sequences(batch), &batch.labels, d_loss, &self.policies)?;
+            loss += linear_cross_entropy::total(&losses);
+        }
+        loss /= targets as f64;
+        let grad_norm = self.optimizer.grad_norm(&self.decoder)?;
+        self.expect_finite(loss, grad_norm)?;
+
+        let learning_rate = self.schedule.learning_rate(self.state.global_step);
+        self.optimizer
+            .update(&self.decoder, learning_rate, grad_norm)?;
+
+        self.advance();
+        let tokens = micro_batches.iter().map(Batch::token_count).sum();
+        Ok(StepRecord {
+            step: self.state.global_step,
+            epoch: self.state.epoch,
+            loss,
+            grad_norm,
+            learning_rate,
+            tokens,
+            tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+            peak_memory_bytes: peak_memory_bytes(),
+        })
+    }
+
+    /// Trains to the end, or until `stop` is set: evaluates, saves, and keeps the run directory.
+    ///
+    /// # Errors
+    /// Those of [`step`](Self::step), and of writing.
+    pub fn run(
+        &mut self,
+        stop: &AtomicBool,
+        mut observe: impl FnMut(Event<'_>),
+    ) -> Result<Outcome> {
+        let dir = self.config.output_dir.clone();
+        std::fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
+        AtomicFile::write(dir.join(CONFIG_FILE), self.config.resolved_toml()?)?;
+        let mut metrics = match self.state.global_step {
+            0 => MetricsWriter::create(dir.join(METRICS_FILE))?,
+            step => MetricsWriter::truncate_after(dir.join(METRICS_FILE), step)?,
+        };
+        while self.state.global_step < self.total_steps {
+            let record = self.step()?;
+            metrics.write_step(&record)?;
+            observe(Event::Step(&record));
+            let is_last = record.step == self.total_steps;
+            if is_last
+                || self
+                    .config
+                    .eval_steps
+                    .is_some_and(|every| record.step.is_multiple_of(every))
+            {
+                if let Some(record) = self.evaluate()? {
+                    metrics.write_eval(&record)?;
+                    observe(Event::Evaluation(&record));
+                }
+            }
+            let stopped = stop.load(Ordering::Relaxed);
+            if is_last || stopped || record.step.is_multiple_of(self.config.save_steps) {
+                let path = self.save_checkpoint()?;
+                observe(Event::Checkpoint(&path));
+                if stopped && !is_last {
+                    return Ok(Outcome::Stopped(path));
+                }
+            }
+        }
+        self.decoder.adapter(&self.adapter_config)?.write(&dir)?;
+        Ok(Outcome::Finished)
+    }
+
+    /// Scores the evaluation rows; `None` if the run has none.
+    pub fn evaluate(&self) -> Result<Option<EvalRecord>> {
+        let Some(rows) = &self.data.eval else {
+            return Ok(None);
+        };
+        let evaluation = evaluate(&self.decoder, rows, LogProbs::Omit, |_, _| Ok(()))?;
+        Ok(Some(EvalRecord {
+            step: self.state.global_step,
+            eval_loss: evaluation.loss,
+            eval_perplexity: evaluation.perplexity,
+            eval_token_accuracy: evaluation.token_accuracy,
+        }))
+    }
+
+    /// Writes `checkpoint-N` and removes the oldest ones beyond `save_total_limit`.
+    pub fn save_checkpoint(&self) -> Result<PathBuf> {
+        let dir = &self.config.output_dir;
+        let adapter = self.decoder.adapter(&self.adapter_config)?;
+        let path = checkpoint::write(dir, &self.state, &adapter, &self.optimizer)?;
+        checkpoint::prune(dir, self.config.save_total_limit)?;
+        Ok(path)
+    }
+
+    pub fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    pub fn data(&self) -> &RunData {
+        &self.data
+    }
+
+    /// Optimizer steps of the whole run, and of those the ones that are done.
+    pub fn total_steps(&self) -> usize {
+        self.total_steps
+    }
+
+    pub fn steps_done(&self) -> usize {
+        self.state.global_step
+    }
+
+    /// One policy for each block.
+    pub fn policies(&self) -> &[ActivationPolicy] {
+        &self.policies
+    }
+
+    fn next_micro_batches(&mut self) -> Vec<Batch> {
+        let rows = self.config.per_device_train_batch_size;
+        (0..self.config.gradient_accumulation_steps)
+            .map(|micro_batch| {
+                let start = self.state.examples_seen + (micro_batch * rows) as u64;
+                let examples: Vec<&Example> = (start..start + rows as u64)
+                    .map(|position| &self.data.train.examples[self.order.row(position)])
+                    .collect();
+                Batch::from_examples(&examples)
+            })
+            .collect()
+    }
+
+    fn advance(&mut self) {
+        let batch =
+            self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps;
+        self.state.global_step += 1;
+        self.state.examples_seen += batch as u64;
+        self.state.epoch = self.state.examples_seen as f64 / self.data.train.examples.len() as f64;
+    }
+
+    fn expect_finite(&self, loss: f64, grad_norm: f64) -> Result<()> {
+        if loss.is_finite() && grad_norm.is_finite() {
+            return Ok(());
+        }
+        Err(Error::Train(format!(
+            "step {}: loss {loss}, gradient norm {grad_norm}: not finite; lower learning_rate or look at the rows of this step",
+            self.state.global_step + 1
+        )))
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        let dir = match &self.config.resume_from_checkpoint {
+            Resume::Never => return Ok(()),
+            Resume::From(dir) => dir.clone(),
+            Resume::Latest => match checkpoint::list(&self.config.output_dir)?.pop() {
+                Some(dir) => dir,
+                None => {
+                    let reason = format!("{} has no checkpoint", self.config.output_dir.display());
+                    return Err(Error::config("resume_from_checkpoint", reason));
+                }
+            },
+        };
+        let checkpoint = checkpoint::read(&dir)?;
+        self.decoder.load_adapter(&checkpoint.adapter)?;
+        self.adapter_config = checkpoint.adapter.config;
+        self.optimizer = Optimizer::new(&self.config, &self.decoder)?;
+        self.optimizer
+            .restore(checkpoint.state.global_step, &checkpoint.moments)?;
+        self.state = checkpoint.state;
+        Ok(())
+    }
+}
+
+fn new_adapter_config(config: &TrainConfig) -> AdapterConfig {
+    AdapterConfig {
+        base_model_name_or_path: Some(config.model_name_or_path.display().to_string()),
+        revision: None,
+        r: config.lora_r,
+        lora_alpha: config.lora_alpha,
+        lora_dropout: 0.0,
+        target_modules: config.lora_target_modules.clone(),
+        use_rslora: config.use_rslora,
+    }
+}
+
+fn sequences(batch: &Batch) -> Sequences<'_> {
+    Sequences {
+        input_ids: &batch.input_ids,
+        positions: &batch.positions,
+        cu_seqlens: &batch.cu_seqlens,
+    }
+}
