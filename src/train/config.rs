@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use foreign::FOREIGN_KEYS;
+pub use foreign::{FOREIGN_KEYS, SYNONYMS};
 pub use target_modules::TargetModules;
 pub use values::{ComputeDtype, Optim, Resume, ValueKind};
 
@@ -41,6 +41,14 @@ impl Key {
             serde_json::Value::String(text) => Some(text.clone()),
             other => Some(other.to_string()),
         }
+    }
+
+    /// Whether `text` is a value of this key; ranges and what other keys say are left to [`TrainConfig::load`].
+    ///
+    /// # Errors
+    /// What was expected and what was found.
+    pub fn check(&self, text: &str) -> Result<(), String> {
+        file::with_key(&TrainConfig::default(), self, text.into()).map(|_| ())
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::foreign::{self, FOREIGN_KEYS};
-use super::{KEYS, TrainConfig};
+use super::{KEYS, Key, TrainConfig};
 use crate::{Error, Result};
 
 /// How alike two names must be for one to be offered instead of the other.
@@ -67,11 +67,7 @@ pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
                 nearest: nearest(&name),
                 key: name.clone(),
             })?;
-        let value = key
-            .kind
-            .coerce(value)
-            .map_err(|reason| Error::config(&name, reason))?;
-        config = with_key(&config, &name, value)?;
+        config = with_key(&config, key, value).map_err(|reason| Error::config(key.name, reason))?;
     }
     if epochs_decide {
         config.max_steps = -1;
@@ -79,12 +75,16 @@ pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
     Ok(config)
 }
 
-/// One key at a time, so that an error of serde can be told by the key it came from.
-fn with_key(config: &TrainConfig, name: &str, value: Value) -> Result<TrainConfig> {
-    let wrap = |e: serde_json::Error| Error::config(name, e.to_string());
-    let mut fields = serde_json::to_value(config).map_err(wrap)?;
-    fields[name] = value;
-    serde_json::from_value(fields).map_err(wrap)
+/// Sets one key; one at a time, so that an error of serde can be told by the key it came from.
+pub(super) fn with_key(
+    config: &TrainConfig,
+    key: &Key,
+    value: Value,
+) -> Result<TrainConfig, String> {
+    let value = key.kind.coerce(value)?;
+    let mut fields = serde_json::to_value(config).map_err(|e| e.to_string())?;
+    fields[key.name] = value;
+    serde_json::from_value(fields).map_err(|e| e.to_string())
 }
 
 /// The known key that `name` probably means.
