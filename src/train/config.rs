@@ -43,6 +43,11 @@ impl Key {
         }
     }
 
+    fn is_unset_by_default(&self) -> bool {
+        let defaults = serde_json::to_value(TrainConfig::default());
+        defaults.is_ok_and(|defaults| defaults[self.name].is_null())
+    }
+
     /// Whether `text` is a value of this key; ranges and what other keys say are left to [`TrainConfig::load`].
     ///
     /// # Errors

@@ -51,11 +51,9 @@ fn from_toml(path: &Path, text: &str) -> Result<Value> {
 /// Sets the given keys over the defaults.
 pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
     let mut config = TrainConfig::default();
-    let epochs_decide = given.contains_key("num_train_epochs") && !given.contains_key("max_steps");
+    let is_given = |name: &str| given.get(name).is_some_and(|value| !value.is_null());
+    let epochs_decide = is_given("num_train_epochs") && !is_given("max_steps");
     for (name, value) in given {
-        if value.is_null() {
-            continue;
-        }
         if let Some(foreign) = foreign::find(&name) {
             foreign.check(&value)?;
             continue;
@@ -67,6 +65,9 @@ pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
                 nearest: nearest(&name),
                 key: name.clone(),
             })?;
+        if value.is_null() && key.is_unset_by_default() {
+            continue;
+        }
         config = with_key(&config, key, value).map_err(|reason| Error::config(key.name, reason))?;
     }
     if epochs_decide {

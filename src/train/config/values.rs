@@ -72,7 +72,7 @@ impl ValueKind {
             (Self::Bool | Self::BoolOrPath, Value::Bool(flag)) => Some(Value::Bool(flag)),
             (Self::Integer, Value::String(text)) => text.parse::<i64>().ok().map(Value::from),
             (Self::Count, Value::String(text)) => text.parse::<u64>().ok().map(Value::from),
-            (Self::Number, Value::String(text)) => text.parse::<f64>().ok().map(Value::from),
+            (Self::Number, Value::String(text)) => parse_finite(&text).map(Value::from),
             (Self::Integer, Value::Number(n)) => n.is_i64().then_some(Value::Number(n)),
             (Self::Count, Value::Number(n)) => n.is_u64().then_some(Value::Number(n)),
             (Self::Number, Value::Number(n)) => Some(Value::Number(n)),
@@ -87,6 +87,10 @@ impl ValueKind {
         };
         coerced.ok_or_else(|| format!("expected {expected}, found {found}"))
     }
+}
+
+fn parse_finite(text: &str) -> Option<f64> {
+    text.parse().ok().filter(|x: &f64| x.is_finite())
 }
 
 /// As Python's argparse scripts write them, too: `True`, `False`.
