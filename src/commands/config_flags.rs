@@ -1,9 +1,10 @@
 //! Every key of the training configuration as a flag: `--lora_r 64`, `--lora-r 64`, `--lora_r=64`.
 
 use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
+use clap::error::ErrorKind;
 use clap::{Arg, ArgMatches, Command};
 
-use qlora::train::config::{FOREIGN_KEYS, KEYS, Key, ValueKind};
+use qlora::train::config::{FOREIGN_KEYS, KEYS, Key, SYNONYMS, ValueKind};
 
 /// The keys that were given as flags, as text.
 #[derive(Debug, Clone, Default)]
@@ -17,13 +18,10 @@ const THREADS: &str = "threads";
 impl clap::Args for ConfigFlags {
     fn augment_args(command: Command) -> Command {
         let own = KEYS.iter().filter(|key| key.name != THREADS).map(flag);
-        let foreign = FOREIGN_KEYS.iter().map(|key| {
-            spelled_both_ways(Arg::new(key.name), key.name)
-                .num_args(0..=1)
-                .default_missing_value("true")
-                .hide(true)
-        });
-        command.args(own).args(foreign)
+        // Taken as flags too, for an error that says more than that they are unknown.
+        let foreign = FOREIGN_KEYS.iter().map(|key| hidden_flag(key.name));
+        let misnamed = SYNONYMS.iter().map(|(name, _)| hidden_flag(name));
+        command.args(own).args(foreign).args(misnamed)
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -33,6 +31,12 @@ impl clap::Args for ConfigFlags {
 
 impl clap::FromArgMatches for ConfigFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        if let Some((name, key)) = SYNONYMS.iter().find(|(name, _)| matches.contains_id(name)) {
+            return Err(clap::Error::raw(
+                ErrorKind::UnknownArgument,
+                format!("unexpected argument '--{name}' found, did you mean '--{key}'?"),
+            ));
+        }
         let own = KEYS.iter().map(|key| key.name);
         let mut overrides = Vec::new();
         for name in own.chain(FOREIGN_KEYS.iter().map(|key| key.name)) {
@@ -56,8 +60,8 @@ fn flag(key: &Key) -> Arg {
         Some(default) => format!("{} [default: {default}]", key.help),
         None => key.help.to_string(),
     };
-    let kind = key.kind;
-    let typed = move |text: String| kind.coerce(text.clone().into()).map(|_| text);
+    let (key, kind) = (*key, key.kind);
+    let typed = move |text: String| key.check(&text).map(|()| text);
     let arg = spelled_both_ways(Arg::new(key.name), key.name)
         .value_name(kind.placeholder())
         .value_parser(NonEmptyStringValueParser::new().try_map(typed))
@@ -66,8 +70,18 @@ fn flag(key: &Key) -> Arg {
     if kind.is_flag() {
         arg.num_args(0..=1).default_missing_value("true")
     } else {
-        arg.allow_negative_numbers(matches!(kind, ValueKind::Integer | ValueKind::Number))
+        arg.allow_negative_numbers(matches!(
+            kind,
+            ValueKind::Integer | ValueKind::Count | ValueKind::Number
+        ))
     }
+}
+
+fn hidden_flag(name: &'static str) -> Arg {
+    spelled_both_ways(Arg::new(name), name)
+        .num_args(0..=1)
+        .default_missing_value("true")
+        .hide(true)
 }
 
 /// qlora.py spells its flags with underscores, most programs with hyphens.

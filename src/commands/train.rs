@@ -21,6 +21,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
+    let _stop = super::interrupt::watch();
     let _device = qlora::device::open(config.device)?;
     anyhow::bail!("the trainer is not part of this build")
 }

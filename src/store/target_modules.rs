@@ -46,7 +46,8 @@ impl TargetModules {
     pub fn pattern(text: &str) -> Result<Self, String> {
         let regex = Regex::new(&format!("^(?:{text})$")).map_err(|e| {
             let last = e.to_string();
-            let last = last.lines().last().unwrap_or_default().trim();
+            let last = last.lines().last().unwrap_or_default();
+            let last = last.trim_start_matches("error: ");
             format!("`{text}` is not a regex: {last}")
         })?;
         Ok(Self::Pattern {

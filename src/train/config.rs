@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use foreign::FOREIGN_KEYS;
-
+pub use foreign::{FOREIGN_KEYS, SYNONYMS};
 pub use values::{ComputeDtype, Optim, Resume, ValueKind};
 
+use crate::data::DatasetFormat;
 use crate::device::DeviceKind;
 use crate::quant::QuantType;
 use crate::store::TargetModules;
@@ -41,6 +41,19 @@ impl Key {
             serde_json::Value::String(text) => Some(text.clone()),
             other => Some(other.to_string()),
         }
+    }
+
+    fn is_unset_by_default(&self) -> bool {
+        let defaults = serde_json::to_value(TrainConfig::default());
+        defaults.is_ok_and(|defaults| defaults[self.name].is_null())
+    }
+
+    /// Whether `text` is a value of this key; ranges and what other keys say are left to [`TrainConfig::load`].
+    ///
+    /// # Errors
+    /// What was expected and what was found.
+    pub fn check(&self, text: &str) -> Result<(), String> {
+        file::with_key(&TrainConfig::default(), self, text.into()).map(|_| ())
     }
 }
 
@@ -85,7 +98,7 @@ train_config! {
     /// Evaluation data file
     eval_dataset: Option<PathBuf> = None;
     /// Format of the data; unset: recognised from the first row
-    dataset_format: Option<String> = None;
+    dataset_format: Option<DatasetFormat> = None;
     /// Longest source, in tokens; the rest is cut off
     source_max_len: usize = 1024;
     /// Longest target, in tokens; the rest is cut off

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::foreign::{self, FOREIGN_KEYS};
-use super::{KEYS, TrainConfig};
+use super::{KEYS, Key, TrainConfig};
 use crate::{Error, Result};
 
 /// How alike two names must be for one to be offered instead of the other.
@@ -51,11 +51,9 @@ fn from_toml(path: &Path, text: &str) -> Result<Value> {
 /// Sets the given keys over the defaults.
 pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
     let mut config = TrainConfig::default();
-    let epochs_decide = given.contains_key("num_train_epochs") && !given.contains_key("max_steps");
+    let is_given = |name: &str| given.get(name).is_some_and(|value| !value.is_null());
+    let epochs_decide = is_given("num_train_epochs") && !is_given("max_steps");
     for (name, value) in given {
-        if value.is_null() {
-            continue;
-        }
         if let Some(foreign) = foreign::find(&name) {
             foreign.check(&value)?;
             continue;
@@ -67,11 +65,10 @@ pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
                 nearest: nearest(&name),
                 key: name.clone(),
             })?;
-        let value = key
-            .kind
-            .coerce(value)
-            .map_err(|reason| Error::config(&name, reason))?;
-        config = with_key(&config, &name, value)?;
+        if value.is_null() && key.is_unset_by_default() {
+            continue;
+        }
+        config = with_key(&config, key, value).map_err(|reason| Error::config(key.name, reason))?;
     }
     if epochs_decide {
         config.max_steps = -1;
@@ -79,12 +76,16 @@ pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
     Ok(config)
 }
 
-/// One key at a time, so that an error of serde can be told by the key it came from.
-fn with_key(config: &TrainConfig, name: &str, value: Value) -> Result<TrainConfig> {
-    let wrap = |e: serde_json::Error| Error::config(name, e.to_string());
-    let mut fields = serde_json::to_value(config).map_err(wrap)?;
-    fields[name] = value;
-    serde_json::from_value(fields).map_err(wrap)
+/// Sets one key; one at a time, so that an error of serde can be told by the key it came from.
+pub(super) fn with_key(
+    config: &TrainConfig,
+    key: &Key,
+    value: Value,
+) -> Result<TrainConfig, String> {
+    let value = key.kind.coerce(value)?;
+    let mut fields = serde_json::to_value(config).map_err(|e| e.to_string())?;
+    fields[key.name] = value;
+    serde_json::from_value(fields).map_err(|e| e.to_string())
 }
 
 /// The known key that `name` probably means.

@@ -12,7 +12,7 @@ use crate::{Error, Result};
 pub struct ForeignKey {
     pub name: &'static str,
     accepted: Accepted,
-    /// What to do instead.
+    /// Why there is no other value; empty where it is only not built yet.
     hint: &'static str,
 }
 
@@ -44,7 +44,7 @@ const fn any(name: &'static str) -> ForeignKey {
     }
 }
 
-const NOT_YET: &str = "this build does not support it yet";
+const NOT_YET: &str = "";
 const NO_GENERATION: &str = "training generates no text; use `qlora generate`";
 
 /// The keys of qlora.py and of `TrainingArguments` that are recognised without being supported.
@@ -95,7 +95,7 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
 ];
 
 /// Names other trainers use for a key of ours, too unlike it to be found by spelling.
-const SYNONYMS: &[(&str, &str)] = &[
+pub const SYNONYMS: &[(&str, &str)] = &[
     ("lr", "learning_rate"),
     ("model", "model_name_or_path"),
     ("base_model", "model_name_or_path"),
@@ -156,9 +156,10 @@ impl ForeignKey {
             [] => "leave it out".to_string(),
             [only, ..] => format!("leave it out or set it to {only}"),
         };
-        Err(Error::config(
-            self.name,
-            format!("{text} is not supported: {}; {remedy}", self.hint),
-        ))
+        let reason = match self.hint {
+            "" => format!("{text} is not supported yet; {remedy}"),
+            hint => format!("{text} is not supported: {hint}; {remedy}"),
+        };
+        Err(Error::config(self.name, reason))
     }
 }

@@ -15,6 +15,8 @@ use crate::train::schedule::SchedulerType;
 pub enum ValueKind {
     Bool,
     Integer,
+    /// An integer that is not negative.
+    Count,
     Number,
     Path,
     Text,
@@ -29,7 +31,7 @@ impl ValueKind {
     pub fn placeholder(self) -> &'static str {
         match self {
             Self::Bool => "BOOL",
-            Self::Integer => "N",
+            Self::Integer | Self::Count => "N",
             Self::Number => "X",
             Self::Path => "PATH",
             Self::Text => "NAME",
@@ -51,6 +53,7 @@ impl ValueKind {
         let expected = match self {
             Self::Bool => "true or false",
             Self::Integer => "an integer",
+            Self::Count => "a non-negative integer",
             Self::Number => "a number",
             Self::Path => "a path",
             Self::Text => "a name",
@@ -67,9 +70,11 @@ impl ValueKind {
                 Some(parse_bool(&text).map_or(Value::String(text), Value::Bool))
             }
             (Self::Bool | Self::BoolOrPath, Value::Bool(flag)) => Some(Value::Bool(flag)),
-            (Self::Integer, Value::String(text)) => parse_integer(&text),
-            (Self::Number, Value::String(text)) => text.parse::<f64>().ok().map(Value::from),
-            (Self::Integer, Value::Number(n)) => (!n.is_f64()).then_some(Value::Number(n)),
+            (Self::Integer, Value::String(text)) => text.parse::<i64>().ok().map(Value::from),
+            (Self::Count, Value::String(text)) => text.parse::<u64>().ok().map(Value::from),
+            (Self::Number, Value::String(text)) => parse_finite(&text).map(Value::from),
+            (Self::Integer, Value::Number(n)) => n.is_i64().then_some(Value::Number(n)),
+            (Self::Count, Value::Number(n)) => n.is_u64().then_some(Value::Number(n)),
             (Self::Number, Value::Number(n)) => Some(Value::Number(n)),
             (Self::Path | Self::Text | Self::List, Value::String(text)) => {
                 Some(Value::String(text))
@@ -84,6 +89,10 @@ impl ValueKind {
     }
 }
 
+fn parse_finite(text: &str) -> Option<f64> {
+    text.parse().ok().filter(|x: &f64| x.is_finite())
+}
+
 /// As Python's argparse scripts write them, too: `True`, `False`.
 fn parse_bool(text: &str) -> Option<bool> {
     match text.to_ascii_lowercase().as_str() {
@@ -91,11 +100,6 @@ fn parse_bool(text: &str) -> Option<bool> {
         "false" => Some(false),
         _ => None,
     }
-}
-
-fn parse_integer(text: &str) -> Option<Value> {
-    let signed = text.parse::<i64>().ok().map(Value::from);
-    signed.or_else(|| text.parse::<u64>().ok().map(Value::from))
 }
 
 /// A Rust type that a config key can have.
@@ -111,8 +115,8 @@ macro_rules! config_value {
 
 config_value! {
     bool => Bool,
-    usize => Integer,
-    u64 => Integer,
+    usize => Count,
+    u64 => Count,
     i64 => Integer,
     f64 => Number,
     PathBuf => Path,
