@@ -12,8 +12,8 @@ use super::mapped_file::MappedFile;
 use crate::quant::{DenseTensor, FrozenWeight};
 use crate::{Error, Result};
 
-const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(super) const SINGLE_FILE: &str = "model.safetensors";
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// A model directory: its weights mapped, nothing copied.
 #[derive(Debug)]
@@ -75,8 +75,7 @@ impl Checkpoint {
 
     /// Whether any weight is stored in bitsandbytes' 4-bit layout.
     pub fn is_quantized(&self) -> bool {
-        self.names()
-            .any(|name| bitsandbytes::weight_of_state(name).is_some())
+        self.names().any(bitsandbytes::is_state)
     }
 
     /// The file that holds the tensor.

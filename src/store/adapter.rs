@@ -1,0 +1,153 @@
+//! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! Tensors: `base_model.model.{path of the layer}.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`.
+//! Source: `save_pretrained` of PEFT 0.21.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use candle_core::DType;
+use half::{bf16, f16};
+use safetensors::Dtype;
+
+use super::adapter_config::{AdapterConfig, TargetModules};
+use super::atomic::AtomicFile;
+use super::checkpoint::read_json;
+use super::mapped_file::MappedFile;
+use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
+use crate::quant::DenseTensor;
+use crate::{Error, Result};
+
+const CONFIG_FILE: &str = "adapter_config.json";
+const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+const PREFIX: &str = "base_model.model.";
+const LORA_A: &str = ".lora_A.weight";
+const LORA_B: &str = ".lora_B.weight";
+
+/// A LoRA adapter with its tensors under the names PEFT gives them.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    pub config: AdapterConfig,
+    pub tensors: BTreeMap<String, DenseTensor>,
+}
+
+impl Adapter {
+    /// Reads the adapter in `dir`.
+    ///
+    /// # Errors
+    /// Those of [`AdapterConfig::from_json`]; [`Error::Malformed`] or [`Error::TensorMismatch`] for a tensor that is not
+    /// half of a LoRA pair of rank `r`.
+    pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let config_path = dir.join(CONFIG_FILE);
+        let config = AdapterConfig::from_json(&read_json(&config_path)?, &config_path)?;
+        let path = dir.join(WEIGHTS_FILE);
+        if !path.is_file() && dir.join("adapter_model.bin").is_file() {
+            let reason = "is missing; adapter_model.bin is not read, save the adapter as safetensors with PEFT";
+            return Err(Error::malformed(path, reason));
+        }
+        let file = MappedFile::open(&path)?;
+        let mut tensors = BTreeMap::new();
+        for name in file.names() {
+            tensors.insert(name.clone(), file.tensor(&name)?);
+        }
+        let adapter = Self { config, tensors };
+        adapter.check(&path)?;
+        Ok(adapter)
+    }
+
+    /// Writes the adapter into `dir`, which is made if it is not there. Tensors are stored in f32; `all-linear` becomes
+    /// the names of the layers, as PEFT writes it. Each file appears when it is complete, the config last.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; those of [`read`](Self::read) for tensors that it would refuse.
+    pub fn write(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let dir = dir.as_ref();
+        let path = dir.join(WEIGHTS_FILE);
+        self.check(&path)?;
+        fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let spec = |(name, tensor): (&String, &DenseTensor)| {
+            TensorSpec::new(name, Dtype::F32, tensor.shape.clone())
+        };
+        let specs: Vec<TensorSpec> = self.tensors.iter().map(spec).collect();
+        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        let mut file = SafetensorsWriter::create(&path, &specs, metadata)?;
+        for (spec, tensor) in specs.iter().zip(self.tensors.values()) {
+            file.append(spec, &f32_bytes(tensor))?;
+        }
+        file.finish()?;
+        let mut config = self.config.clone();
+        if config.target_modules == TargetModules::AllLinear {
+            config.target_modules = TargetModules::Names(self.layer_names());
+        }
+        let json = format!("{:#}\n", config.to_json());
+        AtomicFile::write(dir.join(CONFIG_FILE), json)
+    }
+
+    /// The last parts of the layers' names, sorted.
+    fn layer_names(&self) -> Vec<String> {
+        let paths = self
+            .tensors
+            .keys()
+            .filter_map(|name| name.strip_suffix(LORA_A));
+        let names: BTreeSet<&str> = paths.filter_map(|path| path.rsplit('.').next()).collect();
+        names.into_iter().map(str::to_string).collect()
+    }
+
+    fn check(&self, path: &Path) -> Result<()> {
+        if self.tensors.is_empty() {
+            return Err(Error::malformed(path, "has no tensors"));
+        }
+        for (name, tensor) in &self.tensors {
+            let (expected, rank, other) = if let Some(layer) = name.strip_suffix(LORA_A) {
+                ("[r, in]", tensor.shape.first(), format!("{layer}{LORA_B}"))
+            } else if let Some(layer) = name.strip_suffix(LORA_B) {
+                ("[out, r]", tensor.shape.last(), format!("{layer}{LORA_A}"))
+            } else {
+                let reason =
+                    format!("tensor `{name}` is neither lora_A nor lora_B of a linear layer");
+                return Err(Error::malformed(path, reason));
+            };
+            if !name.starts_with(PREFIX) {
+                return Err(Error::malformed(
+                    path,
+                    format!("tensor `{name}` does not start with {PREFIX}"),
+                ));
+            }
+            if tensor.shape.len() != 2 || rank != Some(&self.config.r) {
+                return Err(Error::TensorMismatch {
+                    tensor: name.clone(),
+                    expected: format!("{expected} with r = {}", self.config.r),
+                    found: format!("{:?}", tensor.shape),
+                });
+            }
+            if !self.tensors.contains_key(&other) {
+                return Err(Error::MissingTensor {
+                    path: path.to_path_buf(),
+                    tensor: other,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The little-endian f32 of a tensor; 16-bit types widen exactly.
+fn f32_bytes(tensor: &DenseTensor) -> std::borrow::Cow<'_, [u8]> {
+    let widen = |to_f32: fn(u16) -> f32| {
+        let halves = tensor
+            .data
+            .chunks_exact(2)
+            .map(|half| to_f32(u16::from_le_bytes([half[0], half[1]])));
+        halves
+            .flat_map(f32::to_le_bytes)
+            .collect::<Vec<u8>>()
+            .into()
+    };
+    match tensor.dtype {
+        DType::BF16 => widen(|bits| bf16::from_bits(bits).to_f32()),
+        DType::F16 => widen(|bits| f16::from_bits(bits).to_f32()),
+        _ => tensor.data.as_ref().into(),
+    }
+}

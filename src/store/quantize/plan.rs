@@ -1,0 +1,157 @@
+//! What to write for each tensor of the source, and in which shard.
+
+use std::cmp::Reverse;
+
+use super::{QuantizeJob, bitsandbytes};
+use crate::quant::QuantizeOptions;
+use crate::store::{Checkpoint, TensorSpec};
+use crate::{Error, Result};
+
+/// The layers that are quantized, by the last part of their name.
+const LINEAR_LAYERS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+
+/// A tensor of the source and what is planned to be written for it.
+pub(super) struct PlannedTensor {
+    pub(super) source: TensorSpec,
+    /// One spec for a copied tensor, several for a quantized one.
+    pub(super) written: Vec<TensorSpec>,
+}
+
+impl PlannedTensor {
+    pub(super) fn is_quantized(&self) -> bool {
+        self.written.len() > 1
+    }
+
+    fn written_bytes(&self) -> u64 {
+        self.written.iter().map(|spec| spec.nbytes() as u64).sum()
+    }
+}
+
+/// The tensors of each shard, in the order to write them. A weight and its state stay together.
+pub(super) fn plan(checkpoint: &Checkpoint, job: &QuantizeJob) -> Result<Vec<Vec<PlannedTensor>>> {
+    let mut names: Vec<&str> = checkpoint.names().collect();
+    names.sort_by_cached_key(|name| natural_key(name));
+    let mut shards: Vec<Vec<PlannedTensor>> = Vec::new();
+    let mut free_bytes = 0;
+    let mut quantized = 0;
+    for name in names {
+        let tensor = plan_tensor(checkpoint, name, job.options)?;
+        quantized += usize::from(tensor.is_quantized());
+        let bytes = tensor.written_bytes();
+        match shards.last_mut() {
+            Some(shard) if bytes <= free_bytes => {
+                free_bytes -= bytes;
+                shard.push(tensor);
+            }
+            _ => {
+                free_bytes = job.max_shard_bytes.saturating_sub(bytes);
+                shards.push(vec![tensor]);
+            }
+        }
+    }
+    if quantized == 0 {
+        let reason = format!(
+            "has no weight to quantize (names that end in {})",
+            LINEAR_LAYERS.join(", ")
+        );
+        return Err(Error::malformed(&job.source, reason));
+    }
+    for shard in &mut shards {
+        // Stable: within a type the natural order stays.
+        shard.sort_by_key(|tensor| {
+            (
+                tensor.is_quantized(),
+                Reverse(tensor.source.dtype.bitsize()),
+            )
+        });
+    }
+    Ok(shards)
+}
+
+fn plan_tensor(
+    checkpoint: &Checkpoint,
+    name: &str,
+    options: QuantizeOptions,
+) -> Result<PlannedTensor> {
+    let info = checkpoint.file(name)?.info(name)?;
+    let source = TensorSpec::new(name, info.dtype, info.shape.clone());
+    if !is_linear_weight(name) {
+        let written = vec![source.clone()];
+        return Ok(PlannedTensor { source, written });
+    }
+    let weight = checkpoint.tensor(name)?;
+    if weight.shape.len() != 2 {
+        return Err(Error::TensorMismatch {
+            tensor: name.to_string(),
+            expected: "a weight of two dimensions".into(),
+            found: format!("{:?}", weight.shape),
+        });
+    }
+    let written = bitsandbytes::planned(name, &weight.shape, weight.dtype, options);
+    Ok(PlannedTensor { source, written })
+}
+
+fn is_linear_weight(name: &str) -> bool {
+    let layer = name
+        .strip_suffix(".weight")
+        .and_then(|path| path.rsplit('.').next());
+    layer.is_some_and(|layer| LINEAR_LAYERS.contains(&layer))
+}
+
+/// Sorts `layers.2` before `layers.10`, so that a shard holds whole blocks.
+fn natural_key(name: &str) -> Vec<(usize, &str)> {
+    name.split('.')
+        .map(|part| (part.parse().unwrap_or(usize::MAX), part))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_are_sorted_by_number() {
+        let mut names = [
+            "model.layers.10.a",
+            "model.norm",
+            "model.layers.9.b",
+            "model.layers.9.a",
+        ];
+        names.sort_by_cached_key(|name| {
+            natural_key(name)
+                .into_iter()
+                .map(|(n, s)| (n, s.to_string()))
+                .collect::<Vec<_>>()
+        });
+        assert_eq!(
+            names,
+            [
+                "model.layers.9.a",
+                "model.layers.9.b",
+                "model.layers.10.a",
+                "model.norm"
+            ]
+        );
+    }
+
+    #[test]
+    fn only_the_weights_of_linear_layers_are_quantized() {
+        assert!(is_linear_weight("model.layers.0.self_attn.q_proj.weight"));
+        assert!(is_linear_weight("model.layers.0.mlp.down_proj.weight"));
+        for name in [
+            "model.layers.0.self_attn.q_proj.bias",
+            "lm_head.weight",
+            "model.layers.0.self_attn.q_norm.weight",
+        ] {
+            assert!(!is_linear_weight(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Writes a safetensors file tensor by tensor: never more than one of them in memory.
+//!
+//! The space for the header is kept free first, from the specs; the header is written last and padded with spaces, as the
+//! format allows. Layout: u64 header length, JSON header, tensor bytes.
+
+use std::collections::BTreeMap;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorInfo;
+
+use super::atomic::AtomicFile;
+use crate::{Error, Result};
+
+/// A multiple of this makes the first tensor aligned for every type.
+const HEADER_ALIGNMENT: usize = 8;
+
+/// Name, type and shape of a tensor in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    pub fn new(name: impl Into<String>, dtype: Dtype, shape: Vec<usize>) -> Self {
+        Self {
+            name: name.into(),
+            dtype,
+            shape,
+        }
+    }
+
+    pub fn nbytes(&self) -> usize {
+        (self.shape.iter().product::<usize>() * self.dtype.bitsize()).div_ceil(8)
+    }
+}
+
+/// A safetensors file being written; it appears under its name with [`finish`](Self::finish).
+#[derive(Debug)]
+pub struct SafetensorsWriter {
+    file: AtomicFile,
+    header_bytes: usize,
+    metadata: BTreeMap<String, String>,
+    tensors: Vec<(String, TensorInfo)>,
+    data_bytes: usize,
+}
+
+impl SafetensorsWriter {
+    /// Starts the file at `path`, which is to hold the tensors `planned`. A tensor may turn out smaller than planned.
+    pub fn create(
+        path: impl AsRef<Path>,
+        planned: &[TensorSpec],
+        metadata: BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let mut writer = Self {
+            file: AtomicFile::create(path)?,
+            header_bytes: 0,
+            metadata,
+            tensors: Vec::with_capacity(planned.len()),
+            data_bytes: 0,
+        };
+        for spec in planned {
+            writer.place(spec);
+        }
+        writer.header_bytes = writer.header()?.len().next_multiple_of(HEADER_ALIGNMENT);
+        writer.tensors.clear();
+        writer.data_bytes = 0;
+        let start = (size_of::<u64>() + writer.header_bytes) as u64;
+        writer.io(|file| file.seek(SeekFrom::Start(start)).map(drop))?;
+        Ok(writer)
+    }
+
+    /// Appends a tensor.
+    ///
+    /// # Errors
+    /// [`Error::TensorMismatch`] if `data` is not as long as the shape says or the name was written before.
+    pub fn append(&mut self, spec: &TensorSpec, data: &[u8]) -> Result<()> {
+        let mismatch = |expected: String, found: String| Error::TensorMismatch {
+            tensor: spec.name.clone(),
+            expected,
+            found,
+        };
+        if data.len() != spec.nbytes() {
+            return Err(mismatch(
+                format!("{} bytes", spec.nbytes()),
+                format!("{} bytes", data.len()),
+            ));
+        }
+        if self.tensors.iter().any(|(name, _)| *name == spec.name) {
+            return Err(mismatch(
+                "one tensor of this name".into(),
+                "a second one".into(),
+            ));
+        }
+        self.place(spec);
+        self.io(|file| file.write_all(data))
+    }
+
+    /// Writes the header and gives the file its name.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if more was written than planned.
+    pub fn finish(mut self) -> Result<()> {
+        let mut header = self.header()?;
+        if header.len() > self.header_bytes {
+            let reason = format!(
+                "has a header of {} bytes, planned were {}",
+                header.len(),
+                self.header_bytes
+            );
+            return Err(Error::malformed(self.file.path(), reason));
+        }
+        header.resize(self.header_bytes, b' ');
+        let length = (header.len() as u64).to_le_bytes();
+        self.io(|file| {
+            file.seek(SeekFrom::Start(0))?;
+            file.write_all(&length)?;
+            file.write_all(&header)
+        })?;
+        self.file.commit()
+    }
+
+    fn place(&mut self, spec: &TensorSpec) {
+        let end = self.data_bytes + spec.nbytes();
+        let info = TensorInfo {
+            dtype: spec.dtype,
+            shape: spec.shape.clone(),
+            data_offsets: (self.data_bytes, end),
+        };
+        self.tensors.push((spec.name.clone(), info));
+        self.data_bytes = end;
+    }
+
+    fn header(&self) -> Result<Vec<u8>> {
+        let header = || -> serde_json::Result<Vec<u8>> {
+            let mut header = serde_json::Map::new();
+            if !self.metadata.is_empty() {
+                header.insert("__metadata__".into(), serde_json::to_value(&self.metadata)?);
+            }
+            for (name, info) in &self.tensors {
+                header.insert(name.clone(), serde_json::to_value(info)?);
+            }
+            serde_json::to_vec(&header)
+        };
+        header().map_err(|error| Error::malformed(self.file.path(), error.to_string()))
+    }
+
+    fn io(&mut self, write: impl FnOnce(&mut AtomicFile) -> std::io::Result<()>) -> Result<()> {
+        let result = write(&mut self.file);
+        result.map_err(Error::io(self.file.path()))
+    }
+}
