@@ -1,6 +1,7 @@
 //! The subcommands, one file each, and what they share: config keys as flags, threads, errors on one line.
 
 mod config_flags;
+pub mod inspect;
 pub mod interrupt;
 pub mod train;
 
@@ -26,6 +27,11 @@ pub fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line
+}
+
+/// A line on stderr, above the progress bar where one is shown.
+pub fn log(bar: &indicatif::ProgressBar, line: String) {
+    bar.suspend(|| eprintln!("{line}"));
 }
 
 /// Lets a closed pipe end the program, as `head` expects, instead of a panic in `println!`.

@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
-use qlora::train::TrainConfig;
+use indicatif::{ProgressBar, ProgressStyle};
+use qlora::model::ActivationPolicy;
+use qlora::train::{Event, Outcome, TrainConfig, Trainer};
 
-use super::ConfigFlags;
+use super::{ConfigFlags, Interrupted};
 
 /// The arguments of `qlora train`.
 #[derive(Debug, clap::Args)]
@@ -21,7 +23,95 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
-    let _stop = super::interrupt::watch();
-    let _device = qlora::device::open(config.device)?;
-    anyhow::bail!("the trainer is not part of this build")
+    qlora::device::open(config.device)?;
+    let mut trainer = Trainer::new(config)?;
+    let outcome = train(&mut trainer)?;
+    let output_dir = &trainer.config().output_dir;
+    match outcome {
+        Outcome::Finished => {
+            println!("{}", output_dir.display());
+            Ok(())
+        }
+        Outcome::Stopped(checkpoint) => {
+            let hint = format!(
+                "; saved {}, continue with --resume_from_checkpoint true",
+                checkpoint.display()
+            );
+            Err(Interrupted(hint).into())
+        }
+    }
+}
+
+/// Runs `trainer` to its end with a progress bar and log lines on stderr.
+pub fn train(trainer: &mut Trainer) -> anyhow::Result<Outcome> {
+    describe(trainer);
+    let bar = ProgressBar::new(trainer.total_steps() as u64);
+    bar.set_style(ProgressStyle::with_template(
+        "{bar:30} step {pos}/{len}  {msg}  {eta} left",
+    )?);
+    bar.set_position(trainer.steps_done() as u64);
+    let logging_steps = trainer.config().logging_steps;
+    let outcome = trainer.run(super::interrupt::watch(), |event| match event {
+        Event::Step(record) => {
+            bar.set_position(record.step as u64);
+            bar.set_message(format!(
+                "loss {:.4}  {:.0} tokens/s",
+                record.loss, record.tokens_per_second
+            ));
+            if record.step.is_multiple_of(logging_steps) {
+                super::log(
+                    &bar,
+                    format!(
+                        "step {:>6}  loss {:.4}  grad norm {:.3}  learning rate {:.2e}  {:.0} tokens/s",
+                        record.step,
+                        record.loss,
+                        record.grad_norm,
+                        record.learning_rate,
+                        record.tokens_per_second
+                    ),
+                );
+            }
+        }
+        Event::Evaluation(record) => super::log(
+            &bar,
+            format!(
+                "step {:>6}  eval loss {:.4}  perplexity {:.3}  token accuracy {:.1} %",
+                record.step,
+                record.eval_loss,
+                record.eval_perplexity,
+                100.0 * record.eval_token_accuracy
+            ),
+        ),
+        Event::Checkpoint(path) => super::log(&bar, format!("saved {}", path.display())),
+    });
+    bar.finish_and_clear();
+    Ok(outcome?)
+}
+
+fn describe(trainer: &Trainer) {
+    let data = trainer.data();
+    eprintln!("{}", data.train.detected);
+    let stats = &data.train.stats;
+    eprintln!(
+        "{} training rows with {} tokens, {} of them with loss; {} dropped, {} truncated; {} evaluation rows",
+        data.train.examples.len(),
+        stats.tokens,
+        stats.target_tokens,
+        stats.dropped,
+        stats.truncated,
+        data.eval.as_ref().map_or(0, Vec::len),
+    );
+    let trained: usize = trainer
+        .decoder()
+        .trainables()
+        .map(|(_, trainable)| trainable.value.elem_count())
+        .sum();
+    let activations = match trainer.policies().first() {
+        Some(ActivationPolicy::Keep) => "kept",
+        _ => "computed again in backward",
+    };
+    eprintln!(
+        "{trained} trained parameters, {} optimizer steps, activations {activations}",
+        trainer.total_steps()
+    );
 }

@@ -1,5 +1,9 @@
-//! What a model is used for once it is trained.
+//! What a model is used for once it is trained: scoring text that is given ([`evaluate`]) and writing text ([`generate`]).
 
+mod evaluate;
+mod generate;
 mod sampling;
 
+pub use evaluate::{ECE_BINS, Evaluation, LogProbs, evaluate};
+pub use generate::{Finish, GenerateOptions, Generated, generate};
 pub use sampling::{Sampler, SamplingOptions};
