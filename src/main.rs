@@ -26,6 +26,8 @@ enum Command {
     Train(commands::train::Args),
     /// Show what is in a data file, a model or an adapter
     Inspect(commands::inspect::Args),
+    /// Measure speed and memory on synthetic weights
+    Bench(commands::bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -48,5 +50,6 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Train(args) => commands::train::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
+        Command::Bench(args) => commands::bench::run(args),
     }
 }

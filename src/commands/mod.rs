@@ -1,5 +1,6 @@
 //! The subcommands, one file each, and what they share: config keys as flags, threads, errors on one line.
 
+pub mod bench;
 mod config_flags;
 pub mod inspect;
 pub mod interrupt;

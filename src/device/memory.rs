@@ -5,6 +5,12 @@ pub fn peak_memory_bytes() -> Option<u64> {
     status_bytes(&read_status()?, "VmHWM")
 }
 
+/// Starts [`peak_memory_bytes`] anew, where the system can; otherwise it goes on from the start of the process.
+pub fn reset_peak_memory() {
+    // 5 resets the high-water mark (proc(5)); a system that refuses leaves the larger figure, which is still a bound.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
 /// Resident memory that no file stands behind (`RssAnon`): what is used beside the mapped weights. `None` where the
 /// system does not tell.
 pub fn anonymous_memory_bytes() -> Option<u64> {

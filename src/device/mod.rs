@@ -4,7 +4,9 @@ mod memory;
 
 use candle_core::Device;
 
-pub use memory::{anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes};
+pub use memory::{
+    anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes, reset_peak_memory,
+};
 
 use crate::{Error, Result};
 

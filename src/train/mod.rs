@@ -7,10 +7,12 @@ pub mod metrics;
 mod optimizer;
 mod run_data;
 pub mod schedule;
+mod synthetic;
 mod trainer;
 
 pub use config::TrainConfig;
 pub use memory::activation_policies;
 pub use optimizer::Optimizer;
 pub use run_data::RunData;
+pub use synthetic::{Shape, SyntheticRun};
 pub use trainer::{Event, Outcome, Trainer};

@@ -1,0 +1,183 @@
+//! `qlora bench`: how fast this machine trains, measured on synthetic weights.
+
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use qlora::device::{anonymous_memory_bytes, peak_memory_bytes, reset_peak_memory};
+use qlora::model::ActivationPolicy;
+use qlora::quant::QuantizeOptions;
+use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
+use serde_json::json;
+
+use super::ConfigFlags;
+
+/// Steps before the ones that count.
+const WARM_UP_STEPS: usize = 1;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Bench {
+    /// Tokens per second and memory of optimizer steps at full length
+    Speed(Box<SpeedArgs>),
+}
+
+#[derive(Debug, clap::Args)]
+struct SpeedArgs {
+    /// Size of the model: llama-110m, tinyllama-1.1b, llama-7b or llama3-8b; single sizes below win over it
+    #[arg(long, default_value = "llama-110m", value_parser = parse_shape)]
+    shape: Shape,
+    #[arg(long, alias = "hidden-size", value_name = "N")]
+    hidden_size: Option<usize>,
+    #[arg(long, alias = "intermediate-size", value_name = "N")]
+    intermediate_size: Option<usize>,
+    #[arg(long, alias = "num-hidden-layers", value_name = "N")]
+    num_hidden_layers: Option<usize>,
+    #[arg(long, alias = "num-attention-heads", value_name = "N")]
+    num_attention_heads: Option<usize>,
+    /// Unset: that of the shape, or as many as num_attention_heads where that is given
+    #[arg(long, alias = "num-key-value-heads", value_name = "N")]
+    num_key_value_heads: Option<usize>,
+    #[arg(long, alias = "vocab-size", value_name = "N")]
+    vocab_size: Option<usize>,
+    #[arg(long, alias = "tie-word-embeddings", value_name = "BOOL")]
+    tie_word_embeddings: Option<bool>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    flags: ConfigFlags,
+}
+
+fn parse_shape(name: &str) -> Result<Shape, String> {
+    Shape::named(name).ok_or_else(|| {
+        let names = Shape::NAMED.map(|(name, _)| name).join(", ");
+        format!("expected one of {names}")
+    })
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    match args.bench {
+        Bench::Speed(args) => speed(*args),
+    }
+}
+
+impl SpeedArgs {
+    fn shape(&self) -> Shape {
+        let named = self.shape;
+        let heads = self.num_attention_heads;
+        Shape {
+            hidden_size: self.hidden_size.unwrap_or(named.hidden_size),
+            intermediate_size: self.intermediate_size.unwrap_or(named.intermediate_size),
+            num_hidden_layers: self.num_hidden_layers.unwrap_or(named.num_hidden_layers),
+            num_attention_heads: heads.unwrap_or(named.num_attention_heads),
+            num_key_value_heads: self
+                .num_key_value_heads
+                .or(heads)
+                .unwrap_or(named.num_key_value_heads),
+            vocab_size: self.vocab_size.unwrap_or(named.vocab_size),
+            tie_word_embeddings: self
+                .tie_word_embeddings
+                .unwrap_or(named.tie_word_embeddings),
+        }
+    }
+}
+
+fn speed(args: SpeedArgs) -> anyhow::Result<()> {
+    let shape = args.shape();
+    let mut overrides = args.flags.overrides.clone();
+    let given = |key: &str| args.flags.overrides.iter().any(|(name, _)| name == key);
+    for (key, value) in [
+        ("gradient_accumulation_steps", "1"),
+        ("max_steps", "4"),
+        ("max_seq_len", "256"),
+        ("shuffle", "false"),
+    ] {
+        if !given(key) {
+            overrides.push((key.to_string(), value.to_string()));
+        }
+    }
+    let mut config = TrainConfig::load_partial(None, &overrides)?;
+    if let Some(threads) = config.threads {
+        super::use_threads(threads)?;
+    }
+    qlora::device::open(config.device)?;
+    let Ok(counted) = usize::try_from(config.max_steps) else {
+        bail!("a benchmark needs --max_steps of at least 1");
+    };
+    let rows = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+    eprintln!(
+        "writing a synthetic model: {}",
+        serde_json::to_string(&shape)?
+    );
+    let synthetic = SyntheticRun::create(
+        &shape,
+        rows,
+        config.longest_sequence(),
+        QuantizeOptions::default(),
+    )?;
+    config.model_name_or_path = synthetic.model();
+    config.dataset = synthetic.dataset();
+    config.output_dir = synthetic.output_dir();
+    config.max_steps = (WARM_UP_STEPS + counted) as i64;
+
+    let mut trainer = Trainer::new(config)?;
+    reset_peak_memory();
+    let mut step_seconds = Vec::with_capacity(counted);
+    let mut tokens = 0;
+    for step in 0..WARM_UP_STEPS + counted {
+        let started = Instant::now();
+        tokens = trainer.step()?.tokens;
+        let seconds = started.elapsed().as_secs_f64();
+        eprintln!("step {}: {seconds:.3} s", step + 1);
+        if step >= WARM_UP_STEPS {
+            step_seconds.push(seconds);
+        }
+    }
+    let median = median(&step_seconds).context("no step was counted")?;
+    let tokens_per_second = tokens as f64 / median;
+    let policy = match trainer.policies().first() {
+        Some(ActivationPolicy::Keep) => "keep",
+        _ => "recompute",
+    };
+    if args.json {
+        let report = json!({
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": step_seconds,
+            "tokens_per_step": tokens,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "anonymous_memory_bytes": anonymous_memory_bytes(),
+            "activations": policy,
+            "threads": rayon::current_num_threads(),
+            "device": trainer.config().device,
+            "shape": shape,
+            "version": env!("CARGO_PKG_VERSION"),
+        });
+        println!("{report}");
+    } else {
+        let peak = peak_memory_bytes().map_or("unknown".into(), |bytes| {
+            format!("{:.2} GB", bytes as f64 / 1e9)
+        });
+        println!(
+            "{tokens_per_second:.1} tokens/s (median of {counted} steps of {tokens} tokens), peak memory {peak}, activations: {policy}, {} threads",
+            rayon::current_num_threads()
+        );
+    }
+    Ok(())
+}
+
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(sorted[middle]),
+        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
+    }
+}

@@ -1,0 +1,215 @@
+//! A model of any shape with random weights, and rows of random tokens: what a benchmark trains on without a checkpoint.
+//!
+//! Both are ordinary files in a temporary directory, made by the same code that makes real ones, so that a benchmark runs
+//! what a user runs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use half::bf16;
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::model::{DecoderConfig, Module};
+use crate::ops::philox::Uniform;
+use crate::quant::QuantizeOptions;
+use crate::store::{AtomicFile, Existing, QuantizeJob, SafetensorsWriter, TensorSpec, quantize};
+use crate::{Error, Result};
+
+/// Everything fits into one shard.
+const ONE_SHARD: u64 = u64::MAX;
+
+/// The size of a Llama model, by the names of its `config.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub vocab_size: usize,
+    pub tie_word_embeddings: bool,
+}
+
+impl Shape {
+    /// The shapes that have a name.
+    pub const NAMED: [(&'static str, Self); 4] = [
+        (
+            "llama-110m",
+            Self::llama(768, 2048, 12, 12, 12, 32_000, true),
+        ),
+        (
+            "tinyllama-1.1b",
+            Self::llama(2048, 5632, 22, 32, 4, 32_000, false),
+        ),
+        (
+            "llama-7b",
+            Self::llama(4096, 11_008, 32, 32, 32, 32_000, false),
+        ),
+        (
+            "llama3-8b",
+            Self::llama(4096, 14_336, 32, 32, 8, 128_256, false),
+        ),
+    ];
+
+    const fn llama(
+        hidden_size: usize,
+        intermediate_size: usize,
+        num_hidden_layers: usize,
+        num_attention_heads: usize,
+        num_key_value_heads: usize,
+        vocab_size: usize,
+        tie_word_embeddings: bool,
+    ) -> Self {
+        Self {
+            hidden_size,
+            intermediate_size,
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads,
+            vocab_size,
+            tie_word_embeddings,
+        }
+    }
+
+    /// The shape called `name`.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::NAMED
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, shape)| *shape)
+    }
+
+    fn config(&self) -> serde_json::Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "vocab_size": self.vocab_size,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "max_position_embeddings": 1 << 20,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10_000.0,
+            "torch_dtype": "bfloat16",
+        })
+    }
+}
+
+/// The files of a synthetic run; they are removed when this is dropped.
+#[derive(Debug)]
+pub struct SyntheticRun {
+    dir: tempfile::TempDir,
+}
+
+impl SyntheticRun {
+    /// Writes a 4-bit model of `shape`, and `rows` rows of `tokens` random tokens that all carry loss.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or those of a config that cannot be.
+    pub fn create(
+        shape: &Shape,
+        rows: usize,
+        tokens: usize,
+        options: QuantizeOptions,
+    ) -> Result<Self> {
+        let dir = tempfile::tempdir().map_err(Error::io(std::env::temp_dir()))?;
+        let run = Self { dir };
+        let dense = run.dir.path().join("dense");
+        std::fs::create_dir(&dense).map_err(Error::io(&dense))?;
+        write_model(&dense, shape)?;
+        let job = QuantizeJob {
+            source: dense.clone(),
+            destination: run.model(),
+            existing: Existing::Refuse,
+            options,
+            max_shard_bytes: ONE_SHARD,
+        };
+        quantize(&job, |_| ())?;
+        std::fs::remove_dir_all(&dense).map_err(Error::io(&dense))?;
+        AtomicFile::write(run.dataset(), random_rows(shape.vocab_size, rows, tokens))?;
+        Ok(run)
+    }
+
+    pub fn model(&self) -> PathBuf {
+        self.dir.path().join("model")
+    }
+
+    pub fn dataset(&self) -> PathBuf {
+        self.dir.path().join("rows.jsonl")
+    }
+
+    pub fn output_dir(&self) -> PathBuf {
+        self.dir.path().join("output")
+    }
+}
+
+/// Uniform weights with the variance 1 / in, norms of 1.
+fn write_model(dir: &Path, shape: &Shape) -> Result<()> {
+    let config_path = dir.join("config.json");
+    let config_json = shape.config();
+    let config = DecoderConfig::from_json(&config_json, &config_path)?;
+    AtomicFile::write(&config_path, config_json.to_string())?;
+    let d = shape.hidden_size;
+    let mut tensors = BTreeMap::from([
+        (
+            "model.embed_tokens.weight".to_string(),
+            vec![shape.vocab_size, d],
+        ),
+        ("model.norm.weight".to_string(), vec![d]),
+    ]);
+    if !shape.tie_word_embeddings {
+        tensors.insert("lm_head.weight".into(), vec![shape.vocab_size, d]);
+    }
+    for layer in 0..shape.num_hidden_layers {
+        for module in Module::ALL {
+            let (d_out, d_in) = config.linear_shape(module);
+            tensors.insert(format!("{}.weight", module.path(layer)), vec![d_out, d_in]);
+        }
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            tensors.insert(format!("model.layers.{layer}.{norm}.weight"), vec![d]);
+        }
+    }
+    let spec = |(name, shape): (String, Vec<usize>)| TensorSpec::new(name, Dtype::BF16, shape);
+    let specs: Vec<_> = tensors.into_iter().map(spec).collect();
+    let mut file =
+        SafetensorsWriter::create(dir.join("model.safetensors"), &specs, BTreeMap::new())?;
+    for (number, spec) in specs.iter().enumerate() {
+        file.append(spec, &random_bf16(&spec.shape, number as u32))?;
+    }
+    file.finish()
+}
+
+fn random_bf16(shape: &[usize], stream: u32) -> Bytes {
+    let values: Vec<bf16> = match shape {
+        [rows, cols] => {
+            let bound = (3.0 / *cols as f32).sqrt();
+            let mut uniform = Uniform::new(0, [stream, 0]);
+            (0..rows * cols)
+                .map(|_| bf16::from_f32((2.0 * uniform.next_f32() - 1.0) * bound))
+                .collect()
+        }
+        _ => vec![bf16::ONE; shape.iter().product()],
+    };
+    Bytes::copy_from_slice(bytemuck::cast_slice(&values))
+}
+
+fn random_rows(vocab_size: usize, rows: usize, tokens: usize) -> String {
+    let mut text = String::new();
+    for row in 0..rows {
+        let mut uniform = Uniform::new(1, [row as u32, 0]);
+        let ids: Vec<u32> = (0..tokens)
+            .map(|_| (uniform.next_f32() * vocab_size as f32) as u32)
+            .collect();
+        writeln!(text, "{}", json!({ "input_ids": ids, "labels": ids }))
+            .expect("a String takes any text");
+    }
+    text
+}
