@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
+use crate::data::DatasetFormat;
 use crate::device::DeviceKind;
 use crate::quant::QuantType;
 use crate::store::TargetModules;
@@ -120,7 +121,7 @@ config_value! {
     i64 => Integer,
     f64 => Number,
     PathBuf => Path,
-    String => Text,
+    DatasetFormat => Text,
     QuantType => Text,
     SchedulerType => Text,
     Optim => Text,
