@@ -11,10 +11,10 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("store", &["quant"]),
     ("model", &["ops", "quant", "store"]),
     ("data", &[]),
-    // `quant` for the code that the configuration asks for.
+    // `quant` for the code that the configuration asks for, `infer` for the evaluation of `qlora eval` between steps.
     (
         "train",
-        &["model", "ops", "data", "store", "device", "quant"],
+        &["model", "ops", "data", "store", "device", "quant", "infer"],
     ),
     ("infer", &["model", "data"]),
     ("export", &["model", "quant", "store"]),

@@ -3,15 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use qlora::data::DatasetFormat;
 use qlora::device::DeviceKind;
 use qlora::quant::QuantType;
+use qlora::store::TargetModules;
 use qlora::train::TrainConfig;
-use qlora::train::config::{FOREIGN_KEYS, KEYS, Optim, Resume, SYNONYMS, TargetModules};
+use qlora::train::config::{FOREIGN_KEYS, KEYS, Optim, Resume, SYNONYMS};
 use qlora::train::schedule::SchedulerType;
 
 const TOML: &str = r#"
 model_name_or_path = "models/tiny"
 dataset = "rows.jsonl"
+dataset_format = "input-output"
 quant_type = "fp4"
 double_quant = false
 lora_r = 8
@@ -29,6 +32,7 @@ resume_from_checkpoint = "run/checkpoint-10"
 const YAML: &str = r#"
 model_name_or_path: models/tiny
 dataset: rows.jsonl
+dataset_format: input-output
 quant_type: fp4
 double_quant: false
 lora_r: 8
@@ -45,7 +49,8 @@ eval_steps: null
 "#;
 
 const JSON: &str = r#"{
-"model_name_or_path": "models/tiny", "dataset": "rows.jsonl", "quant_type": "fp4", "double_quant": false, "lora_r": 8,
+"model_name_or_path": "models/tiny", "dataset": "rows.jsonl", "dataset_format": "input-output",
+"quant_type": "fp4", "double_quant": false, "lora_r": 8,
 "lora_alpha": 32, "lora_target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-4,
 "lr_scheduler_type": "cosine_with_min_lr", "min_lr_rate": 0.1, "max_steps": -1, "num_train_epochs": 2.5,
 "optim": "paged_adamw_32bit", "resume_from_checkpoint": "run/checkpoint-10"
@@ -55,6 +60,7 @@ fn written() -> TrainConfig {
     TrainConfig {
         model_name_or_path: "models/tiny".into(),
         dataset: "rows.jsonl".into(),
+        dataset_format: Some(DatasetFormat::InputOutput),
         quant_type: QuantType::Fp4,
         double_quant: false,
         lora_r: 8,
@@ -219,6 +225,7 @@ fn a_bad_value_is_an_error_that_names_its_key() {
             "expected one of `constant`",
         ),
         ("optim", "paged_adamw_8bit", "not built yet"),
+        ("dataset_format", "parquet", "expected one of `tokenized`"),
         ("optim", "sgd", "use adamw_torch"),
         ("lora_target_modules", "(q_proj", "is not a regex"),
         ("compute_dtype", "bf16", "only f32 is supported on the CPU"),

@@ -97,7 +97,7 @@ train_config! {
     dataset: PathBuf = PathBuf::new();
     /// Evaluation data file
     eval_dataset: Option<PathBuf> = None;
-    /// Format of the data; unset: recognised from the first row
+    /// tokenized, messages, alpaca or input-output; unset: recognised from the first row
     dataset_format: Option<DatasetFormat> = None;
     /// Longest source, in tokens; the rest is cut off
     source_max_len: usize = 1024;

@@ -121,7 +121,6 @@ config_value! {
     i64 => Integer,
     f64 => Number,
     PathBuf => Path,
-    String => Text,
     DatasetFormat => Text,
     QuantType => Text,
     SchedulerType => Text,
