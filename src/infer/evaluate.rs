@@ -139,13 +139,12 @@ struct Bin {
 impl Totals {
     fn add(&mut self, score: &TokenLoss) {
         self.loss += f64::from(score.loss);
-        let confidence = f64::from(score.confidence);
         // A confidence on an edge belongs to the lower bin; a NaN, from broken weights, to the first.
-        let bin = (confidence * ECE_BINS as f64).ceil() as usize;
+        let bin = (score.confidence * ECE_BINS as f32).ceil() as usize;
         let bin = &mut self.bins[bin.clamp(1, ECE_BINS) - 1];
         bin.tokens += 1;
         bin.correct += usize::from(score.prediction == score.label);
-        bin.confidence += confidence;
+        bin.confidence += f64::from(score.confidence);
     }
 
     fn evaluation(&self) -> Result<Evaluation> {
@@ -199,9 +198,7 @@ mod tests {
     fn totals_follow_their_definitions() {
         let mut totals = Totals::default();
         // Bin (12/15, 13/15]: confidence 0.85 twice, one right. Bin (4/15, 5/15]: 0.3, right.
-        for (loss, confidence, is_likeliest) in
-            [(0.5, 0.85, true), (2.0, 0.85, false), (0.5, 0.3, true)]
-        {
+        for (loss, confidence, prediction) in [(0.5, 0.85, 1), (2.0, 0.85, 7), (0.5, 0.3, 1)] {
             totals.add(&score(loss, confidence, prediction));
         }
         let found = totals.evaluation().unwrap();

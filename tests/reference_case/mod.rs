@@ -1,0 +1,180 @@
+//! The fixtures of `tests/fixtures/make_engine.py`: a 4-bit checkpoint, an adapter, and what transformers and PEFT compute.
+
+// Each test file uses a part of it.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use qlora::data::{Batch, Example};
+use qlora::model::{Decoder, Sequences};
+use qlora::store::{Adapter, Checkpoint};
+use safetensors::tensor::{Dtype, SafeTensors};
+
+pub const CASES: [&str; 7] = [
+    "llama_mha",
+    "llama_gqa",
+    "llama_odd",
+    "mistral",
+    "mistral_sw",
+    "qwen2",
+    "qwen3",
+];
+
+/// The cases that have a training run.
+pub const TRAINED_CASES: [&str; 2] = ["llama_gqa", "qwen3"];
+
+/// One of [`CASES`].
+pub struct ReferenceCase {
+    pub dir: PathBuf,
+    /// The rows of the batch, without padding.
+    pub examples: Vec<Example>,
+    /// Logits of each row, `[T * V]`.
+    pub logits: Vec<Vec<f32>>,
+    pub loss: f32,
+    pub prompt: Vec<u32>,
+    /// What greedy decoding writes after `prompt`.
+    pub generated: Vec<u32>,
+    /// Name in the PEFT file -> gradient, sorted by name.
+    pub grads: Vec<(String, Vec<f32>)>,
+}
+
+impl ReferenceCase {
+    pub fn read(name: &str) -> Self {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/fixtures/engine")
+            .join(name);
+        let bytes = std::fs::read(dir.join("reference.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let (ids, shape) = integers(&tensors, "input_ids");
+        let (mask, _) = integers(&tensors, "attention_mask");
+        let (labels, _) = integers(&tensors, "labels");
+        let padded_logits = floats(&tensors, "logits");
+        let t = shape[1];
+        let vocab_size = padded_logits.len() / ids.len();
+        let mut examples = Vec::new();
+        let mut logits = Vec::new();
+        for row in 0..shape[0] {
+            let len = mask[row * t..(row + 1) * t].iter().sum::<i64>() as usize;
+            let span = row * t..row * t + len;
+            examples.push(Example {
+                input_ids: ids[span.clone()].iter().map(|&id| id as u32).collect(),
+                labels: labels[span.clone()].to_vec(),
+                line: row + 1,
+            });
+            logits.push(padded_logits[span.start * vocab_size..span.end * vocab_size].to_vec());
+        }
+        let mut grads: Vec<_> = tensors
+            .names()
+            .into_iter()
+            .filter_map(|name| {
+                Some((
+                    name.strip_prefix("grad.")?.to_string(),
+                    floats(&tensors, name),
+                ))
+            })
+            .collect();
+        grads.sort_by(|a, b| a.0.cmp(&b.0));
+        let as_ids = |name| {
+            integers(&tensors, name)
+                .0
+                .iter()
+                .map(|&id| id as u32)
+                .collect()
+        };
+        Self {
+            examples,
+            logits,
+            loss: floats(&tensors, "loss")[0],
+            prompt: as_ids("prompt"),
+            generated: as_ids("generated"),
+            grads,
+            dir,
+        }
+    }
+
+    /// The checkpoint with its adapter.
+    pub fn decoder(&self) -> Decoder {
+        decoder_with_adapter(&self.dir, &self.dir.join("adapter"))
+    }
+
+    pub fn batch(&self) -> Batch {
+        Batch::from_examples(&self.examples.iter().collect::<Vec<_>>())
+    }
+}
+
+fn integers(tensors: &SafeTensors, name: &str) -> (Vec<i64>, Vec<usize>) {
+    let tensor = tensors.tensor(name).unwrap();
+    assert_eq!(tensor.dtype(), Dtype::I64, "{name}");
+    let values = tensor
+        .data()
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|b| i64::from_le_bytes(*b))
+        .collect();
+    (values, tensor.shape().to_vec())
+}
+
+/// The values of an f32 tensor.
+fn floats(tensors: &SafeTensors, name: &str) -> Vec<f32> {
+    let tensor = tensors.tensor(name).unwrap();
+    assert_eq!(tensor.dtype(), Dtype::F32, "{name}");
+    tensor
+        .data()
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b))
+        .collect()
+}
+
+/// `|found - expected| / |expected|` in the Euclidean norm.
+pub fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(
+        &mut found
+            .iter()
+            .zip(expected)
+            .map(|(f, e)| f64::from(*f) - f64::from(*e)),
+    );
+    let size = norm(&mut expected.iter().map(|e| f64::from(*e)));
+    assert!(size > 0.0, "the reference is zero");
+    difference / size
+}
+
+/// The largest difference of two entries; NaN if there is one.
+pub fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let differences = found.iter().zip(expected).map(|(f, e)| (f - e).abs());
+    differences.fold(0.0, |largest, d| {
+        if d > largest || d.is_nan() {
+            d
+        } else {
+            largest
+        }
+    })
+}
+
+/// The checkpoint with the adapter in `adapter_dir`.
+pub fn decoder_with_adapter(case_dir: &Path, adapter_dir: &Path) -> Decoder {
+    let mut decoder = Decoder::load(&Checkpoint::open(case_dir).unwrap(), None).unwrap();
+    decoder
+        .load_adapter(&Adapter::read(adapter_dir).unwrap())
+        .unwrap();
+    decoder
+}
+
+pub fn sequences(batch: &Batch) -> Sequences<'_> {
+    Sequences {
+        input_ids: &batch.input_ids,
+        positions: &batch.positions,
+        cu_seqlens: &batch.cu_seqlens,
+    }
+}
+
+/// The data of a tensor.
+pub fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
