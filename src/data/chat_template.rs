@@ -125,6 +125,12 @@ impl ChatTemplate {
         tools: Option<&Value>,
         prompt: GenerationPrompt,
     ) -> Result<String> {
+        if messages.iter().chain(tools).any(has_marker) {
+            return Err(Error::malformed(
+                &self.path,
+                "a message has U+FDD0 or U+FDD1, which mark generated text; take it out",
+            ));
+        }
         let template = self
             .environment
             .get_template(TEMPLATE_NAME)
@@ -155,7 +161,7 @@ impl ChatTemplate {
                 (GENERATION_BEGIN | GENERATION_END, _) => {
                     return Err(Error::malformed(
                         &self.path,
-                        "generation blocks are nested, or a message has U+FDD0 or U+FDD1",
+                        "the chat template nests generation blocks",
                     ));
                 }
                 _ => text.push(c),
@@ -210,6 +216,17 @@ impl ChatTemplate {
 
     fn error(&self, error: &minijinja::Error) -> Error {
         Error::malformed(&self.path, error.to_string())
+    }
+}
+
+/// Whether text in `value` could pass for a marker.
+fn has_marker(value: &Value) -> bool {
+    let is_marker = |text: &str| text.contains([GENERATION_BEGIN, GENERATION_END]);
+    match value {
+        Value::String(text) => is_marker(text),
+        Value::Array(items) => items.iter().any(has_marker),
+        Value::Object(object) => object.iter().any(|(k, v)| is_marker(k) || has_marker(v)),
+        _ => false,
     }
 }
 

@@ -116,11 +116,4 @@ mod tests {
         ];
         assert_eq!(expected.map(|_| generator.next()), expected);
     }
-
-    #[test]
-    fn row_order_is_fixed_for_ever() {
-        let mut order = RowOrder::new(8, 42, Shuffle::Yes);
-        let rows: Vec<usize> = (0..16).map(|p| order.row(p)).collect();
-        assert_eq!(rows[..8].len(), 8);
-    }
 }

@@ -1,0 +1,721 @@
+//! Data files become the token ids and masks that transformers and qlora.py make of them, and bad ones say where.
+//! Fixtures: `tests/fixtures/make_data.py`.
+
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use qlora::data::{
+    Batch, ChatTemplate, Dataset, DatasetFormat, Example, GenerationPrompt, LoadOptions, RowOrder,
+    Shuffle, SpecialTokens, Tokenizer, Unlabelled, load,
+};
+use qlora::{Error, IGNORE_INDEX};
+use serde_json::{Map, Value, json};
+
+const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_metaspace"];
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/data")
+}
+
+fn fixture(name: &str) -> Value {
+    let text = std::fs::read_to_string(fixtures().join(name)).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn tokenizer(name: &str) -> Tokenizer {
+    Tokenizer::from_dir(fixtures().join(name)).unwrap()
+}
+
+fn integers<T: TryFrom<i64>>(value: &Value) -> Vec<T> {
+    let number = |v: &Value| T::try_from(v.as_i64().unwrap()).ok().unwrap();
+    value.as_array().unwrap().iter().map(number).collect()
+}
+
+/// A model directory with the tokenizer fixture `name` and `chat_template` in its config.
+fn model_dir(name: &str, chat_template: Value) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let source = fixtures().join(name);
+    std::fs::copy(
+        source.join("tokenizer.json"),
+        dir.path().join("tokenizer.json"),
+    )
+    .unwrap();
+    let config = std::fs::read_to_string(source.join("tokenizer_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["chat_template"] = chat_template;
+    std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    dir
+}
+
+fn load_bytes(
+    file_name: &str,
+    bytes: &[u8],
+    options: &LoadOptions,
+    tokenizer: Option<&Tokenizer>,
+) -> qlora::Result<Dataset> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(file_name);
+    std::fs::write(&path, bytes).unwrap();
+    load(&path, options, tokenizer)
+}
+
+fn jsonl(records: &[Value]) -> Vec<u8> {
+    let lines: Vec<String> = records.iter().map(|record| format!("{record}\n")).collect();
+    lines.concat().into_bytes()
+}
+
+#[test]
+fn encode_and_decode_equal_transformers() {
+    let expected = fixture("encode.json");
+    for name in TOKENIZERS {
+        let tokenizer = tokenizer(name);
+        for case in expected[name].as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            let ids: Vec<u32> = integers(&case["ids"]);
+            assert_eq!(tokenizer.encode(text).unwrap(), ids, "{name}: {text:?}");
+            let decoded = tokenizer.decode(&ids, SpecialTokens::Keep).unwrap();
+            assert_eq!(decoded, case["decoded"].as_str().unwrap(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn special_tokens_are_read_from_every_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, value: Value| {
+        std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+    };
+    std::fs::copy(
+        fixtures().join("tokenizer/tokenizer.json"),
+        dir.path().join("tokenizer.json"),
+    )
+    .unwrap();
+    write(
+        "tokenizer_config.json",
+        json!({"bos_token": {"content": "<s>", "lstrip": false}, "eos_token": null, "add_bos_token": true}),
+    );
+    write(
+        "special_tokens_map.json",
+        json!({"eos_token": "<|eot_id|>", "pad_token": {"content": "<pad>"}}),
+    );
+    write("generation_config.json", json!({"eos_token_id": [2, 4]}));
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    assert_eq!(tokenizer.bos_token_id(), Some(1));
+    assert_eq!(tokenizer.eos_token(), Some("<|eot_id|>"));
+    assert_eq!(tokenizer.pad_token_id(), Some(0));
+    assert_eq!(tokenizer.eos_token_ids(), [2, 4, 7]);
+    let plain = tokenizer.encode("Hello").unwrap();
+    let with_bos = tokenizer.encode_with_specials("Hello").unwrap();
+    assert_eq!(with_bos, [&[1], plain.as_slice()].concat());
+    assert!(tokenizer.is_special(1) && !tokenizer.is_special(plain[0]));
+
+    write("generation_config.json", json!({"eos_token_id": "two"}));
+    let error = Tokenizer::from_dir(dir.path()).err().unwrap().to_string();
+    assert!(
+        error.contains("generation_config.json: `eos_token_id`"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_sentencepiece_model_alone_says_how_to_convert_it() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.model"), b"\n\x0f").unwrap();
+    let error = Tokenizer::from_dir(dir.path()).err().unwrap().to_string();
+    assert!(
+        error.contains("tokenizer.model: ") && error.contains("save_pretrained"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_missing_or_damaged_tokenizer_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(matches!(
+        Tokenizer::from_dir(dir.path()),
+        Err(Error::Io { .. })
+    ));
+    std::fs::write(dir.path().join("tokenizer.json"), b"{\"model\": 3}").unwrap();
+    assert!(matches!(
+        Tokenizer::from_dir(dir.path()),
+        Err(Error::Malformed { .. })
+    ));
+}
+
+#[test]
+fn chat_ids_and_masks_equal_transformers() {
+    let expected = fixture("chat.json");
+    for name in TOKENIZERS {
+        for case in expected[name].as_array().unwrap() {
+            check_chat(name, case, &case["template"]);
+        }
+    }
+}
+
+#[test]
+fn masks_derived_from_prefixes_equal_generation_blocks() {
+    let expected = fixture("chat.json");
+    for name in TOKENIZERS {
+        for case in expected[name].as_array().unwrap() {
+            assert!(
+                case["template_without_generation"].is_string(),
+                "{}",
+                case["name"]
+            );
+            check_chat(name, case, &case["template_without_generation"]);
+        }
+    }
+}
+
+fn check_chat(name: &str, case: &Value, template: &Value) {
+    let label = format!("{name}: {}", case["name"]);
+    let dir = model_dir(name, template.clone());
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    let tools = Some(&case["tools"]).filter(|tools| !tools.is_null());
+    let messages = case["messages"].as_array().unwrap();
+    let chat_template = tokenizer.chat_template().unwrap();
+    let text = chat_template.render(messages, tools, GenerationPrompt::No);
+    assert_eq!(text.unwrap(), case["text"].as_str().unwrap(), "{label}");
+    if let Some(prompt) = case["prompt"].as_str() {
+        let text = chat_template.render(messages, tools, GenerationPrompt::Yes);
+        assert_eq!(text.unwrap(), prompt, "{label}");
+    }
+
+    let record = match tools {
+        Some(tools) => json!({"messages": messages, "tools": tools}),
+        None => json!({"messages": messages}),
+    };
+    let options = LoadOptions::default();
+    let dataset = load_bytes("chat.jsonl", &jsonl(&[record]), &options, Some(&tokenizer)).unwrap();
+    let example = &dataset.examples[0];
+    assert_eq!(
+        example.input_ids,
+        integers::<u32>(&case["input_ids"]),
+        "{label}"
+    );
+    let mask: Vec<i64> = integers(&case["assistant_mask"]);
+    for (i, (&label_id, is_assistant)) in example.labels.iter().zip(mask).enumerate() {
+        let expected = if is_assistant == 1 {
+            i64::from(example.input_ids[i])
+        } else {
+            IGNORE_INDEX
+        };
+        assert_eq!(label_id, expected, "{label}: token {i}");
+    }
+}
+
+fn chat_template(source: &str) -> qlora::Result<ChatTemplate> {
+    ChatTemplate::new("chat_template.jinja", source.into(), Map::new(), Vec::new())
+}
+
+fn conversation() -> Vec<Value> {
+    vec![
+        json!({"role": "user", "content": "a"}),
+        json!({"role": "assistant", "content": "b"}),
+        json!({"role": "user", "content": "c"}),
+        json!({"role": "assistant", "content": "d"}),
+    ]
+}
+
+#[test]
+fn a_template_whose_prefixes_do_not_nest_is_an_error() {
+    let last_turn_only = "{% for m in messages %}{{ m.role }}{% if loop.last %}<think></think>{% endif %}{{ m.content }}\
+                          {% endfor %}{% if add_generation_prompt %}assistant{% endif %}";
+    let template = chat_template(last_turn_only).unwrap();
+    let error = template
+        .render_for_training(&conversation(), None)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("messages[1]") && error.contains("{% generation %}"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_template_says_why_it_refuses_a_conversation() {
+    let template = chat_template("{{ raise_exception('roles must alternate') }}").unwrap();
+    let error = template
+        .render_for_training(&conversation(), None)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("chat_template.jinja: ") && error.contains("roles must alternate"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_template_that_is_not_valid_names_its_line() {
+    for source in [
+        "a\n{% for m in messages %}",
+        "a\n{% generation %}",
+        "a\n{{ x + }}",
+    ] {
+        let error = chat_template(source).err().unwrap().to_string();
+        assert!(error.contains("chat_template:2"), "{error}");
+    }
+}
+
+#[test]
+fn a_message_cannot_forge_the_assistant_mask() {
+    let template = chat_template(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    )
+    .unwrap();
+    for content in ["\u{FDD0}", "\u{FDD1}", "x\u{FDD1}y\u{FDD0}z"] {
+        let messages = [json!({"role": "user", "content": content})];
+        assert!(
+            template.render_for_training(&messages, None).is_err(),
+            "{content:?}"
+        );
+    }
+}
+
+#[test]
+fn of_named_templates_the_default_is_used() {
+    let named =
+        json!([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]);
+    let dir = model_dir("tokenizer", named);
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    let render = |t: &Tokenizer| {
+        let template = t.chat_template().unwrap();
+        template
+            .render(&conversation(), None, GenerationPrompt::No)
+            .unwrap()
+    };
+    assert_eq!(render(&tokenizer), "d");
+    std::fs::write(dir.path().join("chat_template.jinja"), "j\n").unwrap();
+    assert_eq!(render(&Tokenizer::from_dir(dir.path()).unwrap()), "j");
+}
+
+#[test]
+fn strftime_now_refuses_a_bad_format() {
+    let year = chat_template("{{ strftime_now('%Y') }}").unwrap();
+    let text = year.render(&[], None, GenerationPrompt::No).unwrap();
+    assert_eq!(text.len(), 4);
+    let bad = chat_template("{{ strftime_now('%Q%') }}").unwrap();
+    assert!(bad.render(&[], None, GenerationPrompt::No).is_err());
+}
+
+#[test]
+fn source_and_target_rows_equal_the_collator_of_qlora_py() {
+    let expected = fixture("rows.json");
+    for name in TOKENIZERS {
+        let tokenizer = tokenizer(name);
+        for case in expected[name].as_array().unwrap() {
+            let options = LoadOptions {
+                source_max_len: case["source_max_len"].as_u64().unwrap() as usize,
+                target_max_len: case["target_max_len"].as_u64().unwrap() as usize,
+                train_on_source: case["train_on_source"].as_bool().unwrap().into(),
+                ..LoadOptions::default()
+            };
+            let records = case["records"].as_array().unwrap();
+            let dataset =
+                load_bytes("rows.jsonl", &jsonl(records), &options, Some(&tokenizer)).unwrap();
+            assert_eq!(dataset.format.name(), case["format"].as_str().unwrap());
+            let rows = case["rows"].as_array().unwrap();
+            assert_eq!(dataset.examples.len(), rows.len());
+            for (example, row) in dataset.examples.iter().zip(rows) {
+                assert_eq!(
+                    example.input_ids,
+                    integers::<u32>(&row["input_ids"]),
+                    "{case}"
+                );
+                assert_eq!(example.labels, integers::<i64>(&row["labels"]), "{case}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tokenized_rows_are_recognised_and_kept_as_they_are() {
+    let records = [
+        json!({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}),
+        json!({"input_ids": [8, 9], "other": "x"}),
+    ];
+    let dataset = load_bytes("a.jsonl", &jsonl(&records), &LoadOptions::default(), None).unwrap();
+    assert_eq!(dataset.format, DatasetFormat::Tokenized);
+    assert!(
+        dataset.detected.contains("`input_ids`"),
+        "{}",
+        dataset.detected
+    );
+    assert_eq!(
+        dataset.examples,
+        [
+            Example {
+                input_ids: vec![5, 6, 7],
+                labels: vec![-100, 6, 7],
+                line: 1
+            },
+            Example {
+                input_ids: vec![8, 9],
+                labels: vec![8, 9],
+                line: 2
+            },
+        ]
+    );
+    assert_eq!((dataset.stats.tokens, dataset.stats.target_tokens), (5, 3));
+}
+
+#[test]
+fn an_array_and_its_lines_give_the_same_rows() {
+    let records = [json!({"input_ids": [1, 2]}), json!({"input_ids": [3, 4]})];
+    let array = Value::from(records.to_vec()).to_string();
+    let options = LoadOptions::default();
+    let from_array = load_bytes("a.json", array.as_bytes(), &options, None).unwrap();
+    let from_lines = load_bytes("a.jsonl", &jsonl(&records), &options, None).unwrap();
+    assert_eq!(from_array.examples, from_lines.examples);
+    let with_marks = [b"\xEF\xBB\xBF".as_slice(), &jsonl(&records)].concat();
+    let windows = String::from_utf8(with_marks)
+        .unwrap()
+        .replace('\n', "\r\n\r\n");
+    let with_blank_lines = load_bytes("a.jsonl", windows.as_bytes(), &options, None).unwrap();
+    assert_eq!(with_blank_lines.examples[1].input_ids, [3, 4]);
+    assert_eq!(with_blank_lines.examples[1].line, 3);
+}
+
+#[test]
+fn rows_are_cut_on_the_right_and_dropped_without_a_target() {
+    let records = [
+        json!({"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}),
+        json!({"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]}),
+        json!({"input_ids": [1, 2], "labels": [1, -100]}),
+        json!({"input_ids": [7, 8]}),
+    ];
+    let options = LoadOptions {
+        max_seq_len: Some(3),
+        ..LoadOptions::default()
+    };
+    let dataset = load_bytes("a.jsonl", &jsonl(&records), &options, None).unwrap();
+    let lines: Vec<usize> = dataset.examples.iter().map(|e| e.line).collect();
+    assert_eq!(lines, [1, 4]);
+    assert_eq!(dataset.examples[0].labels, [-100, -100, 3]);
+    let stats = dataset.stats;
+    assert_eq!((stats.rows, stats.dropped, stats.truncated), (4, 2, 2));
+    assert_eq!((stats.tokens, stats.target_tokens), (5, 2));
+
+    let keep = LoadOptions {
+        unlabelled: Unlabelled::Keep,
+        ..options.clone()
+    };
+    let kept = load_bytes("a.jsonl", &jsonl(&records), &keep, None).unwrap();
+    assert_eq!((kept.examples.len(), kept.stats.dropped), (4, 0));
+    let first = LoadOptions {
+        max_samples: Some(1),
+        ..options
+    };
+    let one = load_bytes("a.jsonl", &jsonl(&records), &first, None).unwrap();
+    assert_eq!((one.examples.len(), one.stats.rows), (1, 1));
+}
+
+#[test]
+fn a_bad_row_names_its_line_and_what_was_expected() {
+    let tokenizer = tokenizer("tokenizer");
+    let good = "{\"input_ids\": [1, 2]}\n";
+    let cases: [(&[u8], &str); 11] = [
+        (
+            b"{\"input_ids\": [1, 2",
+            "bad JSON: EOF while parsing a list at column 19",
+        ),
+        (b"[1, 2]", "the row is an array, expected an object"),
+        (
+            b"{\"text\": 1}",
+            "column `input_ids` is missing; the row has `text`",
+        ),
+        (
+            b"{\"input_ids\": \"1 2\"}",
+            "`input_ids` is a string, expected an array",
+        ),
+        (
+            b"{\"input_ids\": [1, 2.5]}",
+            "`input_ids[1]` is 2.5, expected a token id",
+        ),
+        (
+            b"{\"input_ids\": [-1, 2]}",
+            "`input_ids[0]` is -1, expected a token id",
+        ),
+        (b"{\"input_ids\": []}", "`input_ids` is empty"),
+        (
+            b"{\"input_ids\": [1, 480]}",
+            "token id 480, beyond the model's vocabulary of 480",
+        ),
+        (
+            b"{\"input_ids\": [1, 2], \"labels\": [1, 480]}",
+            "`labels` has token id 480, beyond",
+        ),
+        (
+            b"{\"input_ids\": [1, 2], \"labels\": [1]}",
+            "`labels` has 1 entries and `input_ids` has 2",
+        ),
+        (
+            b"{\"input_ids\": [1, 2], \"labels\": [1, -1]}",
+            "`labels[1]` is -1, expected a token id or -100",
+        ),
+    ];
+    let options = LoadOptions {
+        vocab_size: Some(480),
+        ..LoadOptions::default()
+    };
+    for (line, reason) in cases {
+        let bytes = [good.as_bytes(), line, b"\n", line].concat();
+        expect_row_error(&bytes, &options, None, 2, reason);
+    }
+    expect_row_error(
+        b"{\"input_ids\": [1, 2]}\n\n\xff\xfe",
+        &options,
+        None,
+        3,
+        "invalid UTF-8 at byte 1",
+    );
+
+    let alpaca = "{\"instruction\": \"a\", \"output\": \"b\"}\n";
+    for (line, reason) in [
+        ("{\"instruction\": \"a\"}", "column `output` is missing"),
+        (
+            "{\"instruction\": 3, \"output\": \"b\"}",
+            "`instruction` is a number, expected a string",
+        ),
+        (
+            "{\"instruction\": \"a\", \"output\": \"b\", \"input\": null}",
+            "`input` is null, expected a string",
+        ),
+    ] {
+        let bytes = format!("{alpaca}{line}\n");
+        expect_row_error(bytes.as_bytes(), &options, Some(&tokenizer), 2, reason);
+    }
+    let small = LoadOptions {
+        vocab_size: Some(20),
+        ..LoadOptions::default()
+    };
+    expect_row_error(
+        alpaca.as_bytes(),
+        &small,
+        Some(&tokenizer),
+        1,
+        "beyond the model's vocabulary of 20",
+    );
+}
+
+fn expect_row_error(
+    bytes: &[u8],
+    options: &LoadOptions,
+    tokenizer: Option<&Tokenizer>,
+    expected_line: usize,
+    expected: &str,
+) {
+    match load_bytes("bad.jsonl", bytes, options, tokenizer) {
+        Err(Error::Row { path, line, reason }) => {
+            assert!(path.ends_with("bad.jsonl"));
+            assert_eq!(line, expected_line, "{reason}");
+            assert!(reason.contains(expected), "{reason:?} lacks {expected:?}");
+        }
+        other => panic!("expected {expected:?}, got {other:?}"),
+    }
+}
+
+#[test]
+fn bad_messages_name_the_message() {
+    let dir = model_dir(
+        "tokenizer",
+        json!("{% for m in messages %}{{ m.content }}{% endfor %}"),
+    );
+    let with_template = Tokenizer::from_dir(dir.path()).unwrap();
+    let options = LoadOptions::default();
+    for (messages, reason) in [
+        (json!("hello"), "`messages` is a string, expected an array"),
+        (json!([]), "`messages` is empty"),
+        (
+            json!(["hello"]),
+            "`messages[0]` is a string, expected an object",
+        ),
+        (json!([{"role": "user"}]), "`messages[0]` has no `content`"),
+        (
+            json!([{"role": "user", "content": 3}]),
+            "`messages[0].content` is a number",
+        ),
+        (
+            json!([{"role": null, "content": ""}]),
+            "`messages[0].role` is null",
+        ),
+    ] {
+        let bytes = jsonl(&[json!({"messages": messages})]);
+        expect_row_error(&bytes, &options, Some(&with_template), 1, reason);
+    }
+    let bytes = jsonl(&[json!({"messages": conversation()})]);
+    let without_template = tokenizer("tokenizer");
+    expect_row_error(
+        &bytes,
+        &options,
+        Some(&without_template),
+        1,
+        "no chat template",
+    );
+}
+
+#[test]
+fn a_bad_file_is_named() {
+    let options = LoadOptions::default();
+    for bytes in [b"".as_slice(), b"\n \n"] {
+        let error = load_bytes("empty.jsonl", bytes, &options, None).unwrap_err();
+        assert!(matches!(&error, Error::Malformed { .. }), "{error}");
+        assert!(
+            error
+                .to_string()
+                .ends_with("empty.jsonl: the file has no rows"),
+            "{error}"
+        );
+    }
+    assert!(matches!(
+        load("no/such.jsonl", &options, None),
+        Err(Error::Io { .. })
+    ));
+    assert!(matches!(
+        load_bytes("a.csv", b"a,b", &options, None),
+        Err(Error::Malformed { .. })
+    ));
+    let error =
+        load_bytes("a.json", b"[{\"input_ids\": [1]},\n oops]", &options, None).unwrap_err();
+    assert!(matches!(&error, Error::Row { line: 2, .. }), "{error}");
+    let unknown = jsonl(&[json!({"text": "a", "label": 1})]);
+    expect_row_error(
+        &unknown,
+        &options,
+        None,
+        1,
+        "no dataset_format fits the columns `text`, `label`",
+    );
+    let alpaca = jsonl(&[json!({"instruction": "a", "output": "b"})]);
+    let error = load_bytes("a.jsonl", &alpaca, &options, None).unwrap_err();
+    assert!(
+        matches!(&error, Error::Config { key, .. } if key == "dataset_format"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_file_without_any_target_is_an_error() {
+    let row = json!({"input_ids": [1, 2], "labels": [-100, -100]});
+    let bytes = jsonl(&[row.clone(), row]);
+    expect_row_error(
+        &bytes,
+        &LoadOptions::default(),
+        None,
+        1,
+        "all labels are -100, and so in all 2 rows",
+    );
+    let options = LoadOptions {
+        max_seq_len: Some(1),
+        ..LoadOptions::default()
+    };
+    let bytes = jsonl(&[json!({"input_ids": [1, 2]})]);
+    expect_row_error(&bytes, &options, None, 1, "raise max_seq_len");
+}
+
+#[test]
+fn formats_are_named_as_in_configs() {
+    for format in DatasetFormat::ALL {
+        assert_eq!(serde_json::to_value(format).unwrap(), format.name());
+        assert_eq!(format.name().parse::<DatasetFormat>(), Ok(format));
+    }
+    assert_eq!("input_output".parse(), Ok(DatasetFormat::InputOutput));
+    assert!(
+        "alpacca"
+            .parse::<DatasetFormat>()
+            .unwrap_err()
+            .contains("`alpaca`")
+    );
+}
+
+#[test]
+fn a_batch_lays_sequences_one_after_another() {
+    let example = |input_ids: &[u32], labels: &[i64]| Example {
+        input_ids: input_ids.to_vec(),
+        labels: labels.to_vec(),
+        line: 1,
+    };
+    let a = example(&[5, 6, 7], &[-100, 6, 7]);
+    let b = example(&[8, 9], &[8, 9]);
+    assert_eq!((a.target_count(), b.target_count()), (2, 1));
+    let batch = Batch::from_examples(&[&a, &b]);
+    assert_eq!(batch.input_ids, [5, 6, 7, 8, 9]);
+    assert_eq!(batch.labels, [6, 7, -100, 9, -100]);
+    assert_eq!(batch.positions, [0, 1, 2, 0, 1]);
+    assert_eq!(batch.cu_seqlens, [0, 3, 5]);
+    assert_eq!((batch.token_count(), batch.target_count()), (5, 3));
+}
+
+#[test]
+fn row_order_is_fixed_for_ever() {
+    for case in fixture("row_order.json").as_array().unwrap() {
+        let expected: Vec<usize> = integers(&case["order"]);
+        let rows = case["rows"].as_u64().unwrap() as usize;
+        let mut order = RowOrder::new(rows, case["data_seed"].as_u64().unwrap(), Shuffle::Yes);
+        let found: Vec<usize> = (0..expected.len() as u64).map(|p| order.row(p)).collect();
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn row_order_without_shuffle_is_file_order_wrapping() {
+    let mut order = RowOrder::new(3, 42, Shuffle::No);
+    let rows: Vec<usize> = (0..7).map(|p| order.row(p)).collect();
+    assert_eq!(rows, [0, 1, 2, 0, 1, 2, 0]);
+}
+
+proptest! {
+    #[test]
+    fn every_epoch_holds_each_row_once(rows in 1usize..200, seed: u64, epoch in 0u64..1000) {
+        let mut order = RowOrder::new(rows, seed, Shuffle::Yes);
+        let start = epoch * rows as u64;
+        let mut seen: Vec<usize> = (start..start + rows as u64).map(|p| order.row(p)).collect();
+        seen.sort_unstable();
+        prop_assert_eq!(seen, (0..rows).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn row_order_needs_only_the_position(rows in 1usize..50, seed: u64, position in 0u64..500) {
+        let mut resumed = RowOrder::new(rows, seed, Shuffle::Yes);
+        let mut uninterrupted = RowOrder::new(rows, seed, Shuffle::Yes);
+        let mut last = 0;
+        for p in 0..=position {
+            last = uninterrupted.row(p);
+        }
+        prop_assert_eq!(resumed.row(position), last);
+    }
+
+    #[test]
+    fn a_batch_conserves_tokens_and_targets(lengths in prop::collection::vec(0usize..9, 0..6)) {
+        let examples: Vec<Example> = lengths
+            .iter()
+            .map(|&n| Example { input_ids: vec![3; n], labels: (0..n as i64).map(|i| if i % 3 == 0 { 3 } else { -100 }).collect(), line: 1 })
+            .collect();
+        let batch = Batch::from_examples(&examples.iter().collect::<Vec<_>>());
+        let n = lengths.iter().sum::<usize>();
+        prop_assert_eq!((batch.token_count(), batch.labels.len(), batch.positions.len()), (n, n, n));
+        prop_assert_eq!(batch.target_count(), examples.iter().map(Example::target_count).sum::<usize>());
+        prop_assert_eq!(batch.cu_seqlens.last(), Some(&n));
+    }
+
+    #[test]
+    fn the_reader_never_panics_on_a_mutated_file(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        keep in any::<prop::sample::Index>(),
+    ) {
+        let mut bytes = jsonl(&[
+            json!({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}),
+            json!({"input_ids": [4, 5], "messages": [{"role": "user", "content": "été"}]}),
+        ]);
+        for (index, byte) in edits {
+            let i = index.index(bytes.len());
+            bytes[i] = byte;
+        }
+        bytes.truncate(keep.index(bytes.len()) + 1);
+        for name in ["a.jsonl", "a.json"] {
+            if let Ok(dataset) = load_bytes(name, &bytes, &LoadOptions::default(), None) {
+                prop_assert!(dataset.examples.iter().all(|e| e.input_ids.len() == e.labels.len() && e.target_count() > 0));
+            }
+        }
+    }
+}
