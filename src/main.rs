@@ -24,6 +24,8 @@ struct Cli {
 enum Command {
     /// Fine-tune: train a LoRA adapter on a 4-bit model
     Train(commands::train::Args),
+    /// Show what is in a data file, a model or an adapter
+    Inspect(commands::inspect::Args),
 }
 
 fn main() -> ExitCode {
@@ -45,5 +47,6 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
     match cli.command {
         Command::Train(args) => commands::train::run(args),
+        Command::Inspect(args) => commands::inspect::run(args),
     }
 }

@@ -1,6 +1,7 @@
 //! The subcommands, one file each, and what they share: config keys as flags, threads, errors on one line.
 
 mod config_flags;
+pub mod inspect;
 pub mod interrupt;
 pub mod train;
 

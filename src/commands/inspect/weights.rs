@@ -1,0 +1,237 @@
+//! What is in a model directory or an adapter directory: tensors, types, sizes, quantization, LoRA settings.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use qlora::quant::{Absmax, FrozenWeight};
+use qlora::store::{Adapter, AdapterConfig, Checkpoint, TargetModules};
+use serde_json::{Value, json};
+
+/// The shape of a model, in the words of its `config.json`.
+const SHAPE_KEYS: [&str; 8] = [
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+];
+
+/// A directory's weights, counted by how they are stored.
+pub struct Contents {
+    path: PathBuf,
+    kind: Kind,
+    groups: BTreeMap<String, Group>,
+}
+
+enum Kind {
+    Model(Value),
+    Adapter(Box<AdapterConfig>),
+}
+
+#[derive(Default, Clone, Copy)]
+struct Group {
+    tensors: usize,
+    parameters: usize,
+    bytes: usize,
+}
+
+impl Group {
+    fn add(&mut self, parameters: usize, bytes: usize) {
+        self.tensors += 1;
+        self.parameters += parameters;
+        self.bytes += bytes;
+    }
+
+    fn json(self) -> Value {
+        json!({"tensors": self.tensors, "parameters": self.parameters, "bytes": self.bytes})
+    }
+}
+
+impl Contents {
+    pub fn read(dir: &Path) -> anyhow::Result<Self> {
+        let (kind, groups) = if dir.join("adapter_config.json").exists() {
+            let adapter = Adapter::read(dir)?;
+            let groups = adapter_groups(&adapter);
+            (Kind::Adapter(Box::new(adapter.config)), groups)
+        } else if dir.join("config.json").exists() {
+            let checkpoint = Checkpoint::open(dir)?;
+            let groups = model_groups(&checkpoint)?;
+            (Kind::Model(checkpoint.config().clone()), groups)
+        } else {
+            bail!(
+                "{}: has neither config.json (a model) nor adapter_config.json (an adapter)",
+                dir.display()
+            );
+        };
+        Ok(Self {
+            path: dir.to_path_buf(),
+            kind,
+            groups,
+        })
+    }
+
+    fn total(&self) -> Group {
+        let mut total = Group::default();
+        for group in self.groups.values() {
+            total.tensors += group.tensors;
+            total.parameters += group.parameters;
+            total.bytes += group.bytes;
+        }
+        total
+    }
+
+    pub fn json(&self) -> Value {
+        let types: serde_json::Map<String, Value> = self
+            .groups
+            .iter()
+            .map(|(name, group)| (name.clone(), group.json()))
+            .collect();
+        let total = self.total();
+        let mut json = match &self.kind {
+            Kind::Model(config) => json!({
+                "kind": "model",
+                "model_type": config["model_type"],
+                "config": shape(config),
+                "quantization_config": config["quantization_config"],
+            }),
+            Kind::Adapter(config) => json!({
+                "kind": "adapter",
+                "r": config.r,
+                "lora_alpha": config.lora_alpha,
+                "scaling": config.scaling(),
+                "lora_dropout": config.lora_dropout,
+                "use_rslora": config.use_rslora,
+                "target_modules": target_modules(&config.target_modules),
+                "base_model_name_or_path": config.base_model_name_or_path,
+            }),
+        };
+        json["path"] = json!(self.path);
+        json["tensors"] = json!(total.tensors);
+        json["parameters"] = json!(total.parameters);
+        json["bytes"] = json!(total.bytes);
+        json["types"] = Value::Object(types);
+        json
+    }
+
+    pub fn text(&self) -> String {
+        let mut text = format!("{}: {}\n", self.path.display(), self.headline());
+        let rows = self.groups.iter().map(|(name, group)| (name.as_str(), *group));
+        for (name, group) in rows.chain([("in all", self.total())]) {
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                text,
+                "  {name:<28} {:>6} tensors {:>15} parameters {:>10}",
+                group.tensors,
+                group.parameters,
+                size(group.bytes)
+            );
+        }
+        text
+    }
+
+    fn headline(&self) -> String {
+        match &self.kind {
+            Kind::Model(config) => {
+                let shape: Vec<String> = shape(config)
+                    .iter()
+                    .map(|(key, value)| format!("{key} {value}"))
+                    .collect();
+                let model_type = config["model_type"].as_str().unwrap_or("unnamed");
+                format!("{model_type} model, {}", shape.join(", "))
+            }
+            Kind::Adapter(config) => format!(
+                "LoRA adapter, r {}, lora_alpha {} (scaling {:.4}{}), lora_dropout {}, target_modules {}, base model {}",
+                config.r,
+                config.lora_alpha,
+                config.scaling(),
+                if config.use_rslora { ", rsLoRA" } else { "" },
+                config.lora_dropout,
+                target_modules(&config.target_modules),
+                config.base_model_name_or_path.as_deref().unwrap_or("not named"),
+            ),
+        }
+    }
+}
+
+fn shape(config: &Value) -> serde_json::Map<String, Value> {
+    SHAPE_KEYS
+        .iter()
+        .filter_map(|key| Some((key.to_string(), config.get(key)?.clone())))
+        .collect()
+}
+
+fn target_modules(targets: &TargetModules) -> Value {
+    match targets {
+        TargetModules::AllLinear => json!("all-linear"),
+        TargetModules::Names(names) => json!(names),
+        TargetModules::Regex(regex) => json!(regex),
+    }
+}
+
+fn adapter_groups(adapter: &Adapter) -> BTreeMap<String, Group> {
+    let mut groups: BTreeMap<String, Group> = BTreeMap::new();
+    for tensor in adapter.tensors.values() {
+        groups
+            .entry(tensor.dtype.as_str().into())
+            .or_default()
+            .add(tensor.shape.iter().product(), tensor.data.len());
+    }
+    groups
+}
+
+/// A 4-bit weight counts as one tensor: its scales, `NAME.absmax` and so on, belong to it.
+fn model_groups(checkpoint: &Checkpoint) -> qlora::Result<BTreeMap<String, Group>> {
+    let mut groups: BTreeMap<String, Group> = BTreeMap::new();
+    for name in checkpoint.names() {
+        let parents = name.match_indices('.').map(|(dot, _)| &name[..dot]);
+        if parents.into_iter().any(|parent| checkpoint.contains(parent)) {
+            continue;
+        }
+        let file = checkpoint.file(name)?;
+        let info = file.info(name)?;
+        let stored = format!("{:?}", info.dtype).to_lowercase();
+        let (group, parameters, bytes) = match stored.as_str() {
+            "bf16" | "f16" | "f32" | "u8" => match checkpoint.weight(name)? {
+                FrozenWeight::Quantized(weight) => {
+                    let double = match weight.absmax {
+                        Absmax::Double { .. } => ", double quant",
+                        Absmax::Single(_) => "",
+                    };
+                    let quant_type = json!(weight.quant_type);
+                    let quant_type = quant_type.as_str().unwrap_or_default();
+                    let group = format!("{quant_type}, block {}{double}", weight.block_size);
+                    (group, weight.numel(), weight.nbytes())
+                }
+                FrozenWeight::Dense(weight) => {
+                    (stored, weight.shape.iter().product(), weight.data.len())
+                }
+            },
+            _ => {
+                let (start, end) = info.data_offsets;
+                (stored, info.shape.iter().product(), end - start)
+            }
+        };
+        groups.entry(group).or_default().add(parameters, bytes);
+    }
+    Ok(groups)
+}
+
+/// Bytes in the largest binary unit that leaves at least one.
+fn size(bytes: usize) -> String {
+    let mut value = bytes as f64;
+    let mut units = ["B", "KiB", "MiB", "GiB"].into_iter();
+    let mut unit = units.next().unwrap_or("B");
+    for larger in units {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = larger;
+    }
+    format!("{value:.1} {unit}")
+}
