@@ -24,7 +24,12 @@ pub struct Args {
     path: PathBuf,
 
     /// Model directory whose tokenizer and chat template a data file is read with
-    #[arg(long, value_name = "DIR", alias = "model-name-or-path", alias = "model_name_or_path")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        alias = "model-name-or-path",
+        alias = "model_name_or_path"
+    )]
     model: Option<PathBuf>,
 
     /// Format of the data file: tokenized, alpaca, input-output or messages; detected if not given
@@ -66,10 +71,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         };
     }
     if args.path.extension().is_some_and(|e| e == "safetensors") {
-        bail!(
-            "{}: give the directory it lies in",
-            args.path.display()
-        );
+        bail!("{}: give the directory it lies in", args.path.display());
     }
     inspect_dataset(&args)
 }
@@ -118,8 +120,7 @@ fn vocab_size(model: &Path) -> anyhow::Result<Option<usize>> {
         return Ok(None);
     }
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    let config: Value =
-        serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+    let config: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
     let vocab_size = config["vocab_size"].as_u64();
     Ok(vocab_size.and_then(|size| usize::try_from(size).ok()))
 }

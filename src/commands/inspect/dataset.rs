@@ -53,7 +53,10 @@ impl fmt::Display for View<'_> {
         let shown = self.dataset.examples.iter().take(self.rows);
         if shown.len() > 0 {
             let legend = match self.marks {
-                Marks::Colours => format!("{}trained{} {}not trained{}", GREEN[0], RESET, GREY[0], RESET),
+                Marks::Colours => format!(
+                    "{}trained{} {}not trained{}",
+                    GREEN[0], RESET, GREY[0], RESET
+                ),
                 Marks::Quotes => "«trained» not trained".into(),
             };
             writeln!(f, "\n{legend}")?;
@@ -89,7 +92,11 @@ impl View<'_> {
     fn row(&self, f: &mut fmt::Formatter<'_>, example: &Example) -> fmt::Result {
         let tokens = example.input_ids.len();
         let trained = example.target_count();
-        writeln!(f, "\nline {}: {tokens} tokens, {trained} trained", example.line)?;
+        writeln!(
+            f,
+            "\nline {}: {tokens} tokens, {trained} trained",
+            example.line
+        )?;
         let mut was_trained = false;
         for (i, piece) in self.pieces(example).iter().enumerate() {
             match self.marks {

@@ -120,7 +120,10 @@ impl Contents {
 
     pub fn text(&self) -> String {
         let mut text = format!("{}: {}\n", self.path.display(), self.headline());
-        let rows = self.groups.iter().map(|(name, group)| (name.as_str(), *group));
+        let rows = self
+            .groups
+            .iter()
+            .map(|(name, group)| (name.as_str(), *group));
         for (name, group) in rows.chain([("in all", self.total())]) {
             // Writing to a string cannot fail.
             let _ = writeln!(
@@ -152,7 +155,10 @@ impl Contents {
                 if config.use_rslora { ", rsLoRA" } else { "" },
                 config.lora_dropout,
                 target_modules(&config.target_modules),
-                config.base_model_name_or_path.as_deref().unwrap_or("not named"),
+                config
+                    .base_model_name_or_path
+                    .as_deref()
+                    .unwrap_or("not named"),
             ),
         }
     }
@@ -189,7 +195,10 @@ fn model_groups(checkpoint: &Checkpoint) -> qlora::Result<BTreeMap<String, Group
     let mut groups: BTreeMap<String, Group> = BTreeMap::new();
     for name in checkpoint.names() {
         let parents = name.match_indices('.').map(|(dot, _)| &name[..dot]);
-        if parents.into_iter().any(|parent| checkpoint.contains(parent)) {
+        if parents
+            .into_iter()
+            .any(|parent| checkpoint.contains(parent))
+        {
             continue;
         }
         let file = checkpoint.file(name)?;
