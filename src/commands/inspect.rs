@@ -33,23 +33,27 @@ pub struct Args {
     model: Option<PathBuf>,
 
     /// Format of the data file: tokenized, alpaca, input-output or messages; detected if not given
-    #[arg(long, value_name = "FORMAT", alias = "dataset_format")]
+    #[arg(
+        long = "dataset_format",
+        value_name = "FORMAT",
+        alias = "dataset-format"
+    )]
     dataset_format: Option<DatasetFormat>,
 
     /// Cut rows to this many tokens
-    #[arg(long, value_name = "N", alias = "max_seq_len")]
+    #[arg(long = "max_seq_len", value_name = "N", alias = "max-seq-len")]
     max_seq_len: Option<usize>,
 
     /// Cut the source of alpaca and input-output rows
-    #[arg(long, value_name = "N", alias = "source_max_len", default_value_t = LoadOptions::default().source_max_len)]
+    #[arg(long = "source_max_len", value_name = "N", alias = "source-max-len", default_value_t = LoadOptions::default().source_max_len)]
     source_max_len: usize,
 
     /// Cut the target of alpaca and input-output rows
-    #[arg(long, value_name = "N", alias = "target_max_len", default_value_t = LoadOptions::default().target_max_len)]
+    #[arg(long = "target_max_len", value_name = "N", alias = "target-max-len", default_value_t = LoadOptions::default().target_max_len)]
     target_max_len: usize,
 
     /// Loss on the source too
-    #[arg(long, alias = "train_on_source", num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    #[arg(long = "train_on_source", alias = "train-on-source", num_args = 0..=1, value_name = "BOOL", default_missing_value = "true", default_value_t = false, hide_possible_values = true)]
     train_on_source: bool,
 
     /// Rows to show [default: 3, or all with --json]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use qlora::quant::{Absmax, FrozenWeight};
-use qlora::store::{Adapter, AdapterConfig, Checkpoint, TargetModules};
+use qlora::store::{Adapter, AdapterConfig, Checkpoint};
 use serde_json::{Value, json};
 
 /// The shape of a model, in the words of its `config.json`.
@@ -106,7 +106,7 @@ impl Contents {
                 "scaling": config.scaling(),
                 "lora_dropout": config.lora_dropout,
                 "use_rslora": config.use_rslora,
-                "target_modules": target_modules(&config.target_modules),
+                "target_modules": config.target_modules,
                 "base_model_name_or_path": config.base_model_name_or_path,
             }),
         };
@@ -154,7 +154,7 @@ impl Contents {
                 config.scaling(),
                 if config.use_rslora { ", rsLoRA" } else { "" },
                 config.lora_dropout,
-                target_modules(&config.target_modules),
+                json!(config.target_modules),
                 config
                     .base_model_name_or_path
                     .as_deref()
@@ -169,14 +169,6 @@ fn shape(config: &Value) -> serde_json::Map<String, Value> {
         .iter()
         .filter_map(|key| Some((key.to_string(), config.get(key)?.clone())))
         .collect()
-}
-
-fn target_modules(targets: &TargetModules) -> Value {
-    match targets {
-        TargetModules::AllLinear => json!("all-linear"),
-        TargetModules::Names(names) => json!(names),
-        TargetModules::Pattern { text, .. } => json!(text),
-    }
 }
 
 fn adapter_groups(adapter: &Adapter) -> BTreeMap<String, Group> {
