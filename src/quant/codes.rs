@@ -33,7 +33,7 @@ pub(super) const FP4_THRESHOLDS: [f32; 7] = from_bits([
 ]);
 
 /// The FP4 codes in ascending order of magnitude.
-pub(super) const FP4_BY_MAGNITUDE: [u8; 8] = [0, 1, 6, 7, 4, 5, 2, 3];
+pub(super) const FP4_BY_MAGNITUDE: [u32; 8] = [0, 1, 6, 7, 4, 5, 2, 3];
 
 const fn from_bits<const N: usize>(bits: [u32; N]) -> [f32; N] {
     let mut values = [0.0; N];
