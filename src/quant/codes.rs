@@ -98,11 +98,14 @@ fn build_dynamic_map() -> [f32; 256] {
     map
 }
 
-/// The 255 midpoints of [`dynamic_map`]: a value takes the code that is the number of midpoints below it.
-pub(super) fn dynamic_midpoints() -> &'static [f32; 255] {
-    static MIDPOINTS: LazyLock<[f32; 255]> = LazyLock::new(|| {
+/// `dynamic_lower_bounds()[k]` separates the codes `k - 1` and `k` of [`dynamic_map`]; a value equal to it takes `k - 1`.
+pub(super) fn dynamic_lower_bounds() -> &'static [f32; 256] {
+    static BOUNDS: LazyLock<[f32; 256]> = LazyLock::new(|| {
         let map = dynamic_map();
-        std::array::from_fn(|k| 0.5 * (map[k] + map[k + 1]))
+        std::array::from_fn(|k| match k {
+            0 => f32::NEG_INFINITY,
+            _ => 0.5 * (map[k - 1] + map[k]),
+        })
     });
-    &MIDPOINTS
+    &BOUNDS
 }

@@ -57,7 +57,7 @@ mod private {
 
         #[inline(always)]
         fn round(values: [f32; 16]) -> [u16; 16] {
-            values.map(|v| bf16::from_f32(v).to_bits())
+            values.map(round_to_bf16)
         }
     }
 
@@ -76,6 +76,20 @@ mod private {
             rounded.map(f16::to_bits)
         }
     }
+}
+
+/// `bf16::from_f32(value).to_bits()` without a branch, so that a table is rounded in one vector.
+#[inline(always)]
+fn round_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    // The addition could carry a NaN over to a number.
+    let bits = if value.is_nan() {
+        bits | 0x0040_0000
+    } else {
+        rounded
+    };
+    (bits >> 16) as u16
 }
 
 impl Params4bit {
@@ -176,6 +190,20 @@ mod tests {
     ) -> Vec<T> {
         dequantize_run(isa, weight, start, &mut out);
         out
+    }
+
+    #[test]
+    fn rounding_to_bf16_equals_that_of_half() {
+        for high in 0..=u16::MAX {
+            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(u32::from(high) << 16 | low);
+                assert_eq!(
+                    round_to_bf16(value),
+                    bf16::from_f32(value).to_bits(),
+                    "{value:e}"
+                );
+            }
+        }
     }
 
     proptest! {

@@ -242,3 +242,31 @@ fn fp4_code(value: f32) -> u32 {
     );
     magnitude | u32::from(value < 0.0) << 3
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn every_instruction_set_gives_the_same_bits(
+            values in prop::collection::vec(-4.0f32..4.0, 1..1500),
+            block_size in prop::sample::select(vec![32usize, 64, 256]),
+            quant_type in prop::sample::select(vec![QuantType::Nf4, QuantType::Fp4]),
+        ) {
+            let options = QuantizeOptions { quant_type, block_size, ..Default::default() };
+            let quantize = |isa| {
+                let mut packed = vec![0xff; values.len().div_ceil(2)];
+                let mut absmax = vec![f32::NAN; values.len().div_ceil(block_size)];
+                quantize_blocks_with(isa, &values, options, &mut packed, &mut absmax);
+                (packed, absmax)
+            };
+            let portable = quantize(Isa::Portable);
+            for isa in Isa::all_detected() {
+                prop_assert_eq!(&quantize(isa), &portable);
+            }
+        }
+    }
+}
