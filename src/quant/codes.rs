@@ -33,7 +33,7 @@ pub(super) const FP4_THRESHOLDS: [f32; 7] = from_bits([
 ]);
 
 /// The FP4 codes in ascending order of magnitude.
-pub(super) const FP4_BY_MAGNITUDE: [u8; 8] = [0, 1, 6, 7, 4, 5, 2, 3];
+pub(super) const FP4_BY_MAGNITUDE: [u32; 8] = [0, 1, 6, 7, 4, 5, 2, 3];
 
 const fn from_bits<const N: usize>(bits: [u32; N]) -> [f32; N] {
     let mut values = [0.0; N];
@@ -98,11 +98,14 @@ fn build_dynamic_map() -> [f32; 256] {
     map
 }
 
-/// The 255 midpoints of [`dynamic_map`]: a value takes the code that is the number of midpoints below it.
-pub(super) fn dynamic_midpoints() -> &'static [f32; 255] {
-    static MIDPOINTS: LazyLock<[f32; 255]> = LazyLock::new(|| {
+/// `dynamic_lower_bounds()[k]` separates the codes `k - 1` and `k` of [`dynamic_map`]; a value equal to it takes `k - 1`.
+pub(super) fn dynamic_lower_bounds() -> &'static [f32; 256] {
+    static BOUNDS: LazyLock<[f32; 256]> = LazyLock::new(|| {
         let map = dynamic_map();
-        std::array::from_fn(|k| 0.5 * (map[k] + map[k + 1]))
+        std::array::from_fn(|k| match k {
+            0 => f32::NEG_INFINITY,
+            _ => 0.5 * (map[k - 1] + map[k]),
+        })
     });
-    &MIDPOINTS
+    &BOUNDS
 }

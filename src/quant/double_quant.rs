@@ -46,32 +46,29 @@ fn mean(absmax: &[f32]) -> f32 {
 
 /// Writes the codes of one nested block and returns its `nested_absmax`.
 fn quantize_nested_block(absmax: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
-    let nested_absmax = absmax
-        .iter()
-        .fold(0.0f32, |m, &a| m.max((a - offset).abs()));
+    let nested_absmax = f32::from_bits(
+        absmax
+            .iter()
+            .fold(0, |m, &a| (a - offset).abs().to_bits().max(m)),
+    );
     if nested_absmax == 0.0 {
         codes.fill(0);
         return 0.0;
     }
     let reciprocal = 1.0 / nested_absmax;
-    let midpoints = codes::dynamic_midpoints();
+    let bounds = codes::dynamic_lower_bounds();
     for (code, &a) in codes.iter_mut().zip(absmax) {
-        *code = dynamic_code((a - offset) * reciprocal, midpoints);
+        *code = dynamic_code((a - offset) * reciprocal, bounds);
     }
     nested_absmax
 }
 
-/// The number of midpoints below `value`, bit by bit.
-fn dynamic_code(value: f32, midpoints: &[f32; 255]) -> u8 {
+/// The largest code whose lower bound is below `value`, bit by bit and without a branch to mispredict.
+fn dynamic_code(value: f32, bounds: &[f32; 256]) -> u8 {
     [128u8, 64, 32, 16, 8, 4, 2, 1]
         .into_iter()
         .fold(0, |code, bit| {
-            let candidate = code | bit;
-            if midpoints[usize::from(candidate) - 1] < value {
-                candidate
-            } else {
-                code
-            }
+            code + bit * u8::from(bounds[usize::from(code | bit)] < value)
         })
 }
 

@@ -7,6 +7,8 @@ mod dense;
 mod dequantize;
 mod double_quant;
 mod frozen_weight;
+mod isa;
+mod lookup;
 mod params4bit;
 mod quantize;
 

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::{
     Absmax, DenseTensor, Params4bit, QuantType,
     codes::{FP4_BY_MAGNITUDE, FP4_THRESHOLDS, NF4_THRESHOLDS},
+    isa::Isa,
     params4bit::{MAX_BLOCK_SIZE, is_block_size},
 };
 use crate::{Error, Result};
@@ -117,6 +118,7 @@ fn quantize_task(
     packed: &mut [u8],
     absmax: &mut [f32],
 ) -> Option<usize> {
+    let isa = Isa::detect();
     // The largest block, and a multiple of each smaller one.
     let mut buffer = [0.0; MAX_BLOCK_SIZE];
     let n = weight.numel();
@@ -128,7 +130,7 @@ fn quantize_task(
         let start = start + i * MAX_BLOCK_SIZE;
         let values = &mut buffer[..MAX_BLOCK_SIZE.min(n - start)];
         weight.read_range(start, values);
-        quantize_blocks(values, options, packed, absmax);
+        quantize_blocks_with(isa, values, options, packed, absmax);
         if absmax.iter().any(|a| !a.is_finite()) {
             return values
                 .iter()
@@ -139,6 +141,47 @@ fn quantize_task(
     None
 }
 
+fn quantize_blocks_with(
+    isa: Isa,
+    values: &[f32],
+    options: QuantizeOptions,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) {
+    match isa {
+        Isa::Portable => quantize_blocks(values, options, packed, absmax),
+        // SAFETY: `Isa` says that the processor has the instructions.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { quantize_blocks_avx2(values, options, packed, absmax) },
+        // SAFETY: `Isa` says that the processor has the instructions.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { quantize_blocks_avx512(values, options, packed, absmax) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn quantize_blocks_avx2(
+    values: &[f32],
+    options: QuantizeOptions,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) {
+    quantize_blocks(values, options, packed, absmax);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn quantize_blocks_avx512(
+    values: &[f32],
+    options: QuantizeOptions,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) {
+    quantize_blocks(values, options, packed, absmax);
+}
+
+#[inline(always)]
 fn quantize_blocks(
     values: &[f32],
     options: QuantizeOptions,
@@ -191,9 +234,39 @@ fn nf4_code(value: f32) -> u32 {
 
 #[inline(always)]
 fn fp4_code(value: f32) -> u32 {
-    let magnitude: u32 = FP4_THRESHOLDS
-        .iter()
-        .map(|&t| u32::from(t < value.abs()))
-        .sum();
-    u32::from(FP4_BY_MAGNITUDE[magnitude as usize]) | u32::from(value < 0.0) << 3
+    let magnitude = FP4_THRESHOLDS.iter().zip(&FP4_BY_MAGNITUDE[1..]).fold(
+        FP4_BY_MAGNITUDE[0],
+        |code, (&t, &above)| {
+            if t < value.abs() { above } else { code }
+        },
+    );
+    magnitude | u32::from(value < 0.0) << 3
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn every_instruction_set_gives_the_same_bits(
+            values in prop::collection::vec(-4.0f32..4.0, 1..1500),
+            block_size in prop::sample::select(vec![32usize, 64, 256]),
+            quant_type in prop::sample::select(vec![QuantType::Nf4, QuantType::Fp4]),
+        ) {
+            let options = QuantizeOptions { quant_type, block_size, ..Default::default() };
+            let quantize = |isa| {
+                let mut packed = vec![0xff; values.len().div_ceil(2)];
+                let mut absmax = vec![f32::NAN; values.len().div_ceil(block_size)];
+                quantize_blocks_with(isa, &values, options, &mut packed, &mut absmax);
+                (packed, absmax)
+            };
+            let portable = quantize(Isa::Portable);
+            for isa in Isa::all_detected() {
+                prop_assert_eq!(&quantize(isa), &portable);
+            }
+        }
+    }
 }
