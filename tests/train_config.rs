@@ -145,7 +145,7 @@ fn defaults_are_those_of_qlora_py() {
     assert_eq!(config.gradient_accumulation_steps, 16);
     assert_eq!((config.max_steps, config.save_steps), (10_000, 250));
     assert_eq!(config.device, DeviceKind::Cpu);
-    assert!(config.double_quant && config.gradient_checkpointing);
+    assert!(config.double_quant);
 }
 
 #[test]
