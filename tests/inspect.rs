@@ -50,7 +50,7 @@ fn data_dir() -> tempfile::TempDir {
             {"role": "user", "content": "Sure?"},
             {"role": "assistant", "content": "Yes.\nSeven stones."},
         ]}),
-        json!({"messages": [{"role": "user", "content": "a long question ".repeat(9)}, {"role": "assistant", "content": "b"}]}),
+        json!({"messages": [{"role": "user", "content": "a long question ".repeat(20)}, {"role": "assistant", "content": "b"}]}),
         json!({"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}),
     ];
     let lines: Vec<String> = chat.iter().map(|row| format!("{row}\n")).collect();
@@ -68,7 +68,7 @@ fn chat_rows_are_shown_with_their_mask() {
         "--model",
         "model",
         "--max_seq_len",
-        "100",
+        "80",
         "--rows",
         "1",
     ];
@@ -86,10 +86,10 @@ fn json_rows_are_what_training_sees() {
     let dir = data_dir();
     let model = dir.path().join("model");
     for flag in ["--max_seq_len", "--max-seq-len"] {
-        let arguments = ["chat.jsonl", "--model", "model", flag, "100", "--json"];
+        let arguments = ["chat.jsonl", "--model", "model", flag, "80", "--json"];
         let found = json_of(inspect(dir.path(), &arguments));
         let options = LoadOptions {
-            max_seq_len: Some(100),
+            max_seq_len: Some(80),
             ..LoadOptions::default()
         };
         let tokenizer = Tokenizer::from_dir(&model).unwrap();

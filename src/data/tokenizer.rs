@@ -117,7 +117,9 @@ impl Tokenizer {
 
     /// Token ids of `text` without special tokens around it; special tokens spelled in the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.encode_with_offsets(text)?.ids)
+        let encoding = self.inner.encode_fast(text, false);
+        let encoding = encoding.map_err(|e| self.cannot_encode(&e))?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// As [`encode`](Self::encode), with the bytes that each token covers.
@@ -125,7 +127,7 @@ impl Tokenizer {
         let encoding = self
             .inner
             .encode(text, false)
-            .map_err(|e| Error::malformed(&self.path, format!("cannot encode: {e}")))?;
+            .map_err(|e| self.cannot_encode(&e))?;
         Ok(Encoding {
             ids: encoding.get_ids().to_vec(),
             offsets: encoding.get_offsets().to_vec(),
@@ -137,7 +139,7 @@ impl Tokenizer {
         let encoding = self
             .inner
             .encode_fast(text, true)
-            .map_err(|e| Error::malformed(&self.path, format!("cannot encode: {e}")))?;
+            .map_err(|e| self.cannot_encode(&e))?;
         let mut ids = encoding.get_ids().to_vec();
         if let (true, Some(bos)) = (self.add_bos_token, self.bos_token_id())
             && ids.first() != Some(&bos)
@@ -220,6 +222,10 @@ impl Tokenizer {
     /// The chat template of the model, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    fn cannot_encode(&self, error: &tokenizers::Error) -> Error {
+        Error::malformed(&self.path, format!("cannot encode: {error}"))
     }
 
     fn special_token(&self, name: &str) -> Option<&str> {
