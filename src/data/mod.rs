@@ -38,7 +38,7 @@ impl From<bool> for TrainOnSource {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {
     pub input_ids: Vec<u32>,
-    /// As long as `input_ids` and not shifted; [`IGNORE_INDEX`](crate::IGNORE_INDEX) = no loss.
+    /// As long as `input_ids` and not shifted; [`IGNORE_INDEX`] = no loss.
     pub labels: Vec<i64>,
     /// The line (JSONL) or record of the data file, counted from 1.
     pub line: usize,

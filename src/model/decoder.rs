@@ -74,6 +74,11 @@ impl Decoder {
         &self.config
     }
 
+    /// The blocks, the lowest first.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
     /// The linear layer `module` of block `layer`.
     pub fn linear(&self, layer: usize, module: Module) -> &LoraLinear {
         self.blocks[layer].linear(module)

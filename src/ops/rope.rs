@@ -42,7 +42,7 @@ impl RopeTable {
         self.cos.len() / self.half.max(1)
     }
 
-    /// Cosine and sine of each row of a batch as tensors `[N, 1, E/2]`, for [`reference`].
+    /// Cosine and sine of each row of a batch as tensors `[N, 1, E/2]`, for [`reference()`].
     pub fn gather(&self, positions: &[u32]) -> Result<(Tensor, Tensor)> {
         let rows = |table: &[f32]| {
             let data = positions

@@ -179,6 +179,7 @@ impl Trainer {
         mut observe: impl FnMut(Event<'_>),
     ) -> Result<Outcome> {
         let dir = self.config.output_dir.clone();
+        self.expect_no_other_run()?;
         std::fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
         AtomicFile::write(dir.join(CONFIG_FILE), self.config.resolved_toml()?)?;
         let mut metrics = match self.state.global_step {
@@ -190,19 +191,15 @@ impl Trainer {
             metrics.write_step(&record)?;
             observe(Event::Step(&record));
             let is_last = record.step == self.total_steps;
-            if is_last
-                || self
-                    .config
-                    .eval_steps
-                    .is_some_and(|every| record.step.is_multiple_of(every))
+            let is_due = |every: usize| is_last || record.step.is_multiple_of(every);
+            if is_due(self.config.eval_steps.unwrap_or(self.total_steps))
+                && let Some(record) = self.evaluate()?
             {
-                if let Some(record) = self.evaluate()? {
-                    metrics.write_eval(&record)?;
-                    observe(Event::Evaluation(&record));
-                }
+                metrics.write_eval(&record)?;
+                observe(Event::Evaluation(&record));
             }
             let stopped = stop.load(Ordering::Relaxed);
-            if is_last || stopped || record.step.is_multiple_of(self.config.save_steps) {
+            if stopped || is_due(self.config.save_steps) {
                 let path = self.save_checkpoint()?;
                 observe(Event::Checkpoint(&path));
                 if stopped && !is_last {
@@ -282,6 +279,20 @@ impl Trainer {
         self.state.global_step += 1;
         self.state.examples_seen += batch as u64;
         self.state.epoch = self.state.examples_seen as f64 / self.data.train.examples.len() as f64;
+    }
+
+    /// A new run does not mix its checkpoints with those of an earlier one.
+    fn expect_no_other_run(&self) -> Result<()> {
+        match checkpoint::list(&self.config.output_dir)?.pop() {
+            Some(path) if self.state.global_step == 0 => {
+                let reason = format!(
+                    "{} is from an earlier run; continue it with resume_from_checkpoint, or choose another directory",
+                    path.display()
+                );
+                Err(Error::config("output_dir", reason))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn expect_finite(&self, loss: f64, grad_norm: f64) -> Result<()> {

@@ -1,0 +1,213 @@
+//! A whole block against the same block composed of the references in f64, which finite differences prove.
+
+mod oracle;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use oracle::{Random, assert_close, f32, f64s, oracle};
+use qlora::model::{ActivationPolicy, Decoder, InputGrad, Layout, Module};
+use qlora::ops::attention::{self, Heads, Segment};
+use qlora::ops::{gated_act, linear, residual, rms_norm, rope};
+use qlora::store::{Adapter, Checkpoint};
+
+const LENGTHS: [usize; 2] = [25, 17];
+
+/// The frozen parts of block 0 in f64.
+struct Frozen {
+    weights: Vec<Tensor>,
+    biases: Vec<Option<Tensor>>,
+    input_norm: Tensor,
+    post_attention_norm: Tensor,
+    qk_norm: Option<(Tensor, Tensor)>,
+}
+
+fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
+    let vector = |name: &str| {
+        let stored = checkpoint.tensor(name).unwrap();
+        let mut values = vec![0f32; stored.numel()];
+        stored.read_range(0, &mut values);
+        Tensor::from_vec(values, stored.shape, &Device::Cpu)
+            .unwrap()
+            .to_dtype(DType::F64)
+            .unwrap()
+    };
+    let norm = |name: &str| vector(&format!("model.layers.0.{name}.weight"));
+    let weight = |module| {
+        let weight = &decoder.linear(0, module).weight;
+        let (rows, cols) = (weight.out_features(), weight.in_features());
+        let mut values = vec![0f32; rows * cols];
+        weight.read_tile(0..rows, 0..cols, &mut values);
+        Tensor::from_vec(values, (rows, cols), &Device::Cpu)
+            .unwrap()
+            .to_dtype(DType::F64)
+            .unwrap()
+    };
+    let bias = |module| {
+        decoder
+            .linear(0, module)
+            .bias
+            .as_ref()
+            .map(|b| b.to_dtype(DType::F64).unwrap())
+    };
+    Frozen {
+        weights: Module::ALL.map(weight).to_vec(),
+        biases: Module::ALL.map(bias).to_vec(),
+        input_norm: norm("input_layernorm"),
+        post_attention_norm: norm("post_attention_layernorm"),
+        qk_norm: decoder
+            .config()
+            .qk_norm
+            .then(|| (norm("self_attn.q_norm"), norm("self_attn.k_norm"))),
+    }
+}
+
+/// `inputs`: x, then A and B of each module.
+fn reference(
+    inputs: &[Tensor],
+    frozen: &Frozen,
+    (cos, sin): (&Tensor, &Tensor),
+    (segments, heads): (&[Segment], Heads),
+    (eps, scaling): (f64, f64),
+) -> Tensor {
+    let project = |x: &Tensor, module: Module| {
+        let i = module as usize;
+        let lora = (&inputs[1 + 2 * i], &inputs[2 + 2 * i], scaling);
+        linear::reference(x, &frozen.weights[i], frozen.biases[i].as_ref(), Some(lora)).unwrap()
+    };
+    let by_head = |t: Tensor| t.reshape((t.dim(0).unwrap(), (), heads.head_dim)).unwrap();
+    let x = &inputs[0];
+    let h = rms_norm::reference(x, &frozen.input_norm, eps).unwrap();
+    let (mut q, mut k) = (
+        by_head(project(&h, Module::Q)),
+        by_head(project(&h, Module::K)),
+    );
+    if let Some((q_norm, k_norm)) = &frozen.qk_norm {
+        q = rms_norm::reference(&q, q_norm, eps).unwrap();
+        k = rms_norm::reference(&k, k_norm, eps).unwrap();
+    }
+    let (q, k) = (
+        rope::reference(&q, cos, sin).unwrap(),
+        rope::reference(&k, cos, sin).unwrap(),
+    );
+    let v = by_head(project(&h, Module::V));
+    let out = attention::reference(&q, &k, &v, segments, heads).unwrap();
+    let mid = residual::reference(x, &project(&out.flatten_from(1).unwrap(), Module::O)).unwrap();
+    let h = rms_norm::reference(&mid, &frozen.post_attention_norm, eps).unwrap();
+    let act = gated_act::reference(&project(&h, Module::Gate), &project(&h, Module::Up)).unwrap();
+    residual::reference(&mid, &project(&act, Module::Down)).unwrap()
+}
+
+fn check(case: &str) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/engine")
+        .join(case);
+    let checkpoint = Checkpoint::open(&dir).unwrap();
+    let mut decoder = Decoder::load(&checkpoint, None).unwrap();
+    decoder
+        .load_adapter(&Adapter::read(dir.join("adapter")).unwrap())
+        .unwrap();
+    let config = decoder.config().clone();
+    let heads = Heads {
+        num_heads: config.num_heads,
+        num_kv_heads: config.num_kv_heads,
+        head_dim: config.head_dim,
+        window: config.sliding_window[0],
+    };
+    let mut random = Random::new(case);
+    let n = LENGTHS.iter().sum();
+    let segments = [0..LENGTHS[0], LENGTHS[0]..n].map(|r| Segment {
+        queries: r.clone(),
+        keys: r,
+    });
+    let positions: Vec<u32> = LENGTHS.iter().flat_map(|&len| 0..len as u32).collect();
+    let rope = decoder.rope_table(LENGTHS[0]);
+    let (cos, sin) = rope.gather(&positions).unwrap();
+    let (cos, sin) = (
+        cos.to_dtype(DType::F64).unwrap(),
+        sin.to_dtype(DType::F64).unwrap(),
+    );
+
+    let x = random.tensor(&[n, config.hidden_size]);
+    let dy = random.tensor(&[n, config.hidden_size]);
+    let block = &decoder.blocks()[0];
+    let mut inputs = vec![x.clone()];
+    for module in Module::ALL {
+        let lora = decoder
+            .linear(0, module)
+            .lora
+            .as_ref()
+            .expect("the fixture targets every layer");
+        inputs.extend([&lora.a, &lora.b].map(|t| t.value.to_dtype(DType::F64).unwrap()));
+    }
+    let scaling = decoder.linear(0, Module::Q).lora.as_ref().unwrap().scaling;
+    let frozen = frozen(&decoder, &checkpoint);
+    let (want, grads) = oracle(&mut random, &inputs, &dy, |t| {
+        reference(
+            t,
+            &frozen,
+            (&cos, &sin),
+            (&segments, heads),
+            (config.rms_norm_eps, scaling),
+        )
+    });
+
+    let layout = Layout {
+        positions: &positions,
+        segments: &segments,
+        rope: &rope,
+    };
+    let mut kept = Vec::new();
+    for policy in [ActivationPolicy::Keep, ActivationPolicy::Recompute] {
+        for (_, trainable) in decoder.trainables() {
+            qlora::ops::adamw::zero(&trainable.grad).unwrap();
+        }
+        let (y, saved) = block.forward(&f32(&x), &layout, policy).unwrap();
+        assert_close("y", &y, &want, 2e-5);
+        let dx = block
+            .backward(f32(&dy), saved, &layout, InputGrad::Needed)
+            .unwrap()
+            .unwrap();
+        assert_close("dx", &dx, &grads[0], 1e-4);
+        let mut bits = f64s(&dx);
+        for (i, module) in Module::ALL.into_iter().enumerate() {
+            let lora = decoder.linear(0, module).lora.as_ref().unwrap();
+            assert_close(
+                &format!("dA of {}", module.name()),
+                &lora.a.grad,
+                &grads[1 + 2 * i],
+                1e-4,
+            );
+            assert_close(
+                &format!("dB of {}", module.name()),
+                &lora.b.grad,
+                &grads[2 + 2 * i],
+                1e-4,
+            );
+            bits.extend(f64s(&lora.a.grad));
+            bits.extend(f64s(&lora.b.grad));
+        }
+        kept.push(bits);
+    }
+    assert!(kept[0] == kept[1], "{case}: Keep and Recompute differ");
+}
+
+#[test]
+fn a_block_of_odd_sizes_equals_its_reference() {
+    check("llama_odd");
+}
+
+#[test]
+fn a_block_with_query_and_key_norm_equals_its_reference() {
+    check("qwen3");
+}
+
+#[test]
+fn a_block_with_biases_equals_its_reference() {
+    check("qwen2");
+}
+
+#[test]
+fn a_block_with_a_sliding_window_equals_its_reference() {
+    check("mistral_sw");
+}
