@@ -24,6 +24,10 @@ struct Cli {
 enum Command {
     /// Fine-tune: train a LoRA adapter on a 4-bit model
     Train(commands::train::Args),
+    /// Measure how well a model predicts the rows of a data file
+    Eval(commands::eval::Args),
+    /// Write text from a prompt
+    Generate(commands::generate::Args),
     /// Show what is in a data file, a model or an adapter
     Inspect(commands::inspect::Args),
     /// Measure speed and memory on synthetic weights
@@ -49,6 +53,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
     match cli.command {
         Command::Train(args) => commands::train::run(args),
+        Command::Eval(args) => commands::eval::run(args),
+        Command::Generate(args) => commands::generate::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Bench(args) => commands::bench::run(args),
     }

@@ -2,11 +2,15 @@
 
 pub mod bench;
 mod config_flags;
+pub mod eval;
+pub mod generate;
 pub mod inspect;
 pub mod interrupt;
+mod model_args;
 pub mod train;
 
 pub use config_flags::ConfigFlags;
+pub use model_args::ModelArgs;
 
 use anyhow::Context;
 

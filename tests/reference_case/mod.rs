@@ -117,7 +117,7 @@ fn integers(tensors: &SafeTensors, name: &str) -> (Vec<i64>, Vec<usize>) {
 }
 
 /// The values of an f32 tensor.
-fn floats(tensors: &SafeTensors, name: &str) -> Vec<f32> {
+pub fn floats(tensors: &SafeTensors, name: &str) -> Vec<f32> {
     let tensor = tensors.tensor(name).unwrap();
     assert_eq!(tensor.dtype(), Dtype::F32, "{name}");
     tensor

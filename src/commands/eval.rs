@@ -1,0 +1,138 @@
+//! `qlora eval`: how well a model, with or without an adapter, predicts the rows of a data file.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use qlora::data::{DatasetFormat, LoadOptions, TrainOnSource, Unlabelled};
+use qlora::infer::{Evaluation, LogProbs, evaluate};
+use qlora::store::AtomicFile;
+use safetensors::tensor::{Dtype, TensorView};
+
+use super::ModelArgs;
+
+/// The arguments of `qlora eval`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// Rows to predict (.jsonl or .json); rows with `input_ids` are taken as they are
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+
+    /// Write the log-probability of every token: f32 [T-1] per row i, named logprobs.i
+    #[arg(long, value_name = "OUT.safetensors")]
+    logprobs: Option<PathBuf>,
+
+    /// What a row looks like; seen from the first row if not given
+    #[arg(long, alias = "dataset_format", value_name = "FORMAT")]
+    dataset_format: Option<DatasetFormat>,
+
+    /// Cut rows after this many tokens
+    #[arg(long, alias = "max_seq_len", value_name = "N")]
+    max_seq_len: Option<usize>,
+
+    /// Cut the source of alpaca and input-output rows
+    #[arg(
+        long,
+        alias = "source_max_len",
+        value_name = "N",
+        default_value_t = LoadOptions::default().source_max_len
+    )]
+    source_max_len: usize,
+
+    /// Cut the target of alpaca and input-output rows
+    #[arg(
+        long,
+        alias = "target_max_len",
+        value_name = "N",
+        default_value_t = LoadOptions::default().target_max_len
+    )]
+    target_max_len: usize,
+
+    /// Count the loss of the source too
+    #[arg(long, alias = "train_on_source", num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    train_on_source: bool,
+
+    /// Evaluate only the first rows
+    #[arg(long, alias = "max_eval_samples", value_name = "N")]
+    max_eval_samples: Option<usize>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let model = args.model.load()?;
+    let options = LoadOptions {
+        format: args.dataset_format,
+        source_max_len: args.source_max_len,
+        target_max_len: args.target_max_len,
+        max_seq_len: args.max_seq_len,
+        train_on_source: TrainOnSource::from(args.train_on_source),
+        max_samples: args.max_eval_samples,
+        vocab_size: Some(model.config().vocab_size),
+        // Example i has to stay row i of the file.
+        unlabelled: Unlabelled::Keep,
+    };
+    let tokenizer = args.model.tokenizer()?;
+    let dataset = qlora::data::load(&args.data, &options, tokenizer.as_ref())?;
+    eprintln!(
+        "{}: {} rows, {}",
+        args.data.display(),
+        dataset.examples.len(),
+        dataset.detected
+    );
+
+    let wanted = match args.logprobs {
+        Some(_) => LogProbs::EveryToken,
+        None => LogProbs::Omit,
+    };
+    let progress = ProgressBar::new(dataset.examples.len() as u64).with_style(
+        ProgressStyle::with_template("{bar:40} {pos}/{len} rows, {eta} left")?,
+    );
+    let mut log_probs = BTreeMap::new();
+    let evaluation = evaluate(&model, &dataset.examples, wanted, |row, row_log_probs| {
+        log_probs.extend(row_log_probs.map(|values| (format!("logprobs.{row}"), values)));
+        progress.inc(1);
+        Ok(())
+    })
+    .with_context(|| args.data.display().to_string())?;
+    progress.finish_and_clear();
+    if let Some(path) = &args.logprobs {
+        write_log_probs(path, &log_probs)?;
+        eprintln!("log-probabilities: {}", path.display());
+    }
+    if args.json {
+        println!("{}", serde_json::to_string(&evaluation)?);
+    } else {
+        print_table(&evaluation);
+    }
+    Ok(())
+}
+
+fn write_log_probs(path: &Path, rows: &BTreeMap<String, Vec<f32>>) -> anyhow::Result<()> {
+    let views = rows
+        .iter()
+        .map(|(name, values)| {
+            let bytes = bytemuck::cast_slice(values);
+            Ok((
+                name,
+                TensorView::new(Dtype::F32, vec![values.len()], bytes)?,
+            ))
+        })
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
+    AtomicFile::write(path, safetensors::serialize(views, None)?)?;
+    Ok(())
+}
+
+fn print_table(evaluation: &Evaluation) {
+    println!("loss            {:.6}", evaluation.loss);
+    println!("perplexity      {:.4}", evaluation.perplexity);
+    println!("token_accuracy  {:.4}", evaluation.token_accuracy);
+    println!("ece             {:.4}", evaluation.ece);
+    println!("tokens          {}", evaluation.tokens);
+}

@@ -1,0 +1,183 @@
+//! `qlora generate`: text from a prompt, with or without an adapter.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use qlora::data::{GenerationPrompt, SpecialTokens, Tokenizer};
+use qlora::infer::{GenerateOptions, Sampler, SamplingOptions, generate};
+use serde_json::json;
+
+use super::ModelArgs;
+
+/// The arguments of `qlora generate`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    prompt: Prompt,
+
+    /// Put the prompt into the model's chat template as the user's turn (the default if the model has one)
+    #[arg(long, conflicts_with = "raw")]
+    chat: bool,
+
+    /// Continue the prompt as it is
+    #[arg(long)]
+    raw: bool,
+
+    /// Stop after this many tokens
+    #[arg(
+        long,
+        alias = "max_new_tokens",
+        value_name = "N",
+        default_value_t = 256
+    )]
+    max_new_tokens: usize,
+
+    /// 0 takes the likeliest token, 1 draws from the model's own distribution
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+
+    /// Draw from the K likeliest tokens only
+    #[arg(long, alias = "top_k", value_name = "K")]
+    top_k: Option<usize>,
+
+    /// Draw from the fewest likeliest tokens that have probability P together
+    #[arg(long, alias = "top_p", value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+
+    /// Of the draws
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+
+    /// Print one JSON object at the end instead of the text as it is written
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct Prompt {
+    /// The text to continue or to answer
+    #[arg(long = "prompt", value_name = "TEXT")]
+    text: Option<String>,
+
+    /// A file with that text
+    #[arg(long = "prompt-file", alias = "prompt_file", value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let mut sampler = Sampler::new(SamplingOptions {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+    })?;
+    let tokenizer = Tokenizer::from_dir(&args.model.model)?;
+    let prompt = prompt_ids(&args, &tokenizer)?;
+    let model = args.model.load()?;
+    let options = GenerateOptions {
+        max_new_tokens: args.max_new_tokens,
+        stop_ids: tokenizer.eos_token_ids().to_vec(),
+    };
+
+    let mut stream = TextStream::new(&tokenizer);
+    let started = Instant::now();
+    let mut failed = None;
+    let generated = generate(&model, &prompt, &options, &mut sampler, |token| {
+        let new = stream.push(token);
+        match new.and_then(|new| if args.json { Ok(()) } else { print_now(new) }) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    })?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let text = tokenizer.decode(&generated.ids, SpecialTokens::Skip)?;
+    if args.json {
+        let result = json!({
+            "text": text,
+            "ids": generated.ids,
+            "finish": generated.finish,
+            "prompt_tokens": prompt.len(),
+            "new_tokens": generated.ids.len(),
+            "seconds": seconds,
+        });
+        println!("{result}");
+    } else {
+        println!("{}", text.strip_prefix(&stream.text).unwrap_or_default());
+        let new = generated.ids.len();
+        eprintln!(
+            "{} prompt tokens, {new} new in {seconds:.1} s",
+            prompt.len()
+        );
+    }
+    Ok(())
+}
+
+fn prompt_ids(args: &Args, tokenizer: &Tokenizer) -> anyhow::Result<Vec<u32>> {
+    let text = match (&args.prompt.text, &args.prompt.file) {
+        (Some(text), _) => text.clone(),
+        (None, Some(file)) => {
+            std::fs::read_to_string(file).with_context(|| file.display().to_string())?
+        }
+        (None, None) => unreachable!("clap requires one of the two"),
+    };
+    match tokenizer.chat_template().filter(|_| !args.raw) {
+        Some(template) => {
+            let messages = [json!({"role": "user", "content": text})];
+            Ok(tokenizer.encode(&template.render(&messages, None, GenerationPrompt::Yes)?)?)
+        }
+        None if args.chat => anyhow::bail!(
+            "{}: the model has no chat template; use --raw",
+            args.model.model.display()
+        ),
+        None => Ok(tokenizer.encode_with_specials(&text)?),
+    }
+}
+
+fn print_now(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
+}
+
+/// Tokens to text as they come: a character whose bytes lie in several tokens appears with its last one.
+struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    ids: Vec<u32>,
+    text: String,
+}
+
+impl<'a> TextStream<'a> {
+    fn new(tokenizer: &'a Tokenizer) -> Self {
+        Self {
+            tokenizer,
+            ids: Vec::new(),
+            text: String::new(),
+        }
+    }
+
+    /// Takes the next token and gives the text that is new and final.
+    fn push(&mut self, token: u32) -> anyhow::Result<&str> {
+        self.ids.push(token);
+        let text = self.tokenizer.decode(&self.ids, SpecialTokens::Skip)?;
+        // An incomplete character decodes to U+FFFD, which its next token replaces.
+        let is_whole = !text.ends_with(char::REPLACEMENT_CHARACTER) && text.starts_with(&self.text);
+        let printed = self.text.len();
+        if is_whole {
+            self.text = text;
+        }
+        Ok(&self.text[printed..])
+    }
+}

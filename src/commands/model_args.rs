@@ -1,0 +1,61 @@
+//! The model that a command works with: `--model`, `--adapter`, `--quant-type`.
+
+use std::path::PathBuf;
+
+use qlora::data::Tokenizer;
+use qlora::model::Decoder;
+use qlora::quant::{QuantType, QuantizeOptions};
+use qlora::store::{Adapter, Checkpoint};
+
+#[derive(Debug, clap::Args)]
+pub struct ModelArgs {
+    /// Hugging Face model directory: 4-bit, or bf16/f16/f32
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+
+    /// PEFT adapter directory
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+
+    /// Quantize weights that are not in 4 bits yet, as training does, to nf4 or fp4; unset: as stored
+    #[arg(long, alias = "quant_type", value_name = "TYPE", value_parser = parse_quant_type)]
+    quant_type: Option<QuantType>,
+}
+
+impl ModelArgs {
+    /// The model with its adapter, if one is given.
+    pub fn load(&self) -> anyhow::Result<Decoder> {
+        let checkpoint = Checkpoint::open(&self.model)?;
+        if self.adapter.is_some() && self.quant_type.is_none() && !checkpoint.is_quantized() {
+            eprintln!(
+                "{}: not in 4 bits and used as stored; --quant-type nf4 takes it as training does",
+                self.model.display()
+            );
+        }
+        let quantize = self.quant_type.map(|quant_type| QuantizeOptions {
+            quant_type,
+            ..QuantizeOptions::default()
+        });
+        let mut decoder = Decoder::load(&checkpoint, quantize)?;
+        if let Some(dir) = &self.adapter {
+            decoder.load_adapter(&Adapter::read(dir)?)?;
+        }
+        Ok(decoder)
+    }
+
+    /// The model's tokenizer; `None` if there is none, which is enough for rows of token ids.
+    pub fn tokenizer(&self) -> anyhow::Result<Option<Tokenizer>> {
+        match self.model.join("tokenizer.json").exists() {
+            true => Ok(Some(Tokenizer::from_dir(&self.model)?)),
+            false => Ok(None),
+        }
+    }
+}
+
+fn parse_quant_type(text: &str) -> Result<QuantType, String> {
+    match text {
+        "nf4" => Ok(QuantType::Nf4),
+        "fp4" => Ok(QuantType::Fp4),
+        _ => Err("expected nf4 or fp4".to_string()),
+    }
+}

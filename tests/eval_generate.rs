@@ -1,0 +1,257 @@
+//! `qlora eval` and `qlora generate` from the command line.
+
+mod reference_case;
+
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use qlora::IGNORE_INDEX;
+use reference_case::{ReferenceCase, floats, largest_difference};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+fn qlora() -> Command {
+    Command::new(assert_cmd::cargo::cargo_bin!("qlora"))
+}
+
+fn write_rows(case: &ReferenceCase, path: &Path) {
+    let rows = case.examples.iter();
+    let lines =
+        rows.map(|e| json!({"input_ids": e.input_ids, "labels": e.labels}).to_string() + "\n");
+    std::fs::write(path, lines.collect::<String>()).unwrap();
+}
+
+/// The case's checkpoint with a tokenizer in which the word `w7` is token 7.
+fn model_with_tokenizer(case: &ReferenceCase, dir: &Path) -> PathBuf {
+    let model = dir.join("model");
+    std::fs::create_dir(&model).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(case.dir.join(file), model.join(file)).unwrap();
+    }
+    let vocab: serde_json::Map<String, Value> =
+        (0..256).map(|id| (format!("w{id}"), json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"},
+    });
+    std::fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(model.join("tokenizer_config.json"), "{}").unwrap();
+    model
+}
+
+fn words(ids: &[u32]) -> String {
+    let words: Vec<String> = ids.iter().map(|id| format!("w{id}")).collect();
+    words.join(" ")
+}
+
+fn stdout_json(command: &mut Command) -> Value {
+    let output = command.assert().success().get_output().stdout.clone();
+    serde_json::from_slice(&output).unwrap()
+}
+
+#[test]
+fn eval_prints_the_reference_loss_and_writes_every_log_probability() {
+    let case = ReferenceCase::read("llama_odd");
+    let dir = tempfile::tempdir().unwrap();
+    let (data, out) = (
+        dir.path().join("rows.jsonl"),
+        dir.path().join("out.safetensors"),
+    );
+    write_rows(&case, &data);
+    let mut command = qlora();
+    command
+        .arg("eval")
+        .arg("--model")
+        .arg(&case.dir)
+        .arg("--data")
+        .arg(&data);
+    command.arg("--adapter").arg(case.dir.join("adapter"));
+    let found = stdout_json(command.args(["--json", "--logprobs"]).arg(&out));
+    let loss = found["loss"].as_f64().unwrap();
+    assert!((loss - f64::from(case.loss)).abs() < 1e-5, "{found}");
+    assert!((found["perplexity"].as_f64().unwrap() - loss.exp()).abs() < 1e-6);
+    let labels = case.examples.iter().flat_map(|e| &e.labels);
+    assert_eq!(
+        found["tokens"],
+        labels.filter(|l| **l != IGNORE_INDEX).count()
+    );
+    for key in ["token_accuracy", "ece"] {
+        assert!(
+            (0.0..=1.0).contains(&found[key].as_f64().unwrap()),
+            "{found}"
+        );
+    }
+
+    let bytes = std::fs::read(&out).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(tensors.len(), case.examples.len());
+    for (row, (example, logits)) in case.examples.iter().zip(&case.logits).enumerate() {
+        let name = format!("logprobs.{row}");
+        let t = example.input_ids.len();
+        assert_eq!(tensors.tensor(&name).unwrap().shape(), [t - 1]);
+        let rows = logits.chunks_exact(logits.len() / t);
+        let expected: Vec<f32> = rows
+            .zip(&example.input_ids[1..])
+            .map(|(logits, &next)| {
+                let sum: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();
+                (f64::from(logits[next as usize]) - sum.ln()) as f32
+            })
+            .collect();
+        assert!(
+            largest_difference(&floats(&tensors, &name), &expected) < 1e-4,
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn eval_without_json_prints_one_measure_a_line() {
+    let case = ReferenceCase::read("qwen2");
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("rows.jsonl");
+    write_rows(&case, &data);
+    let mut command = qlora();
+    command
+        .arg("eval")
+        .arg("--model")
+        .arg(&case.dir)
+        .arg("--data")
+        .arg(&data);
+    let output = command
+        .args(["--max_seq_len", "12"])
+        .assert()
+        .success()
+        .get_output()
+        .stdout
+        .clone();
+    let text = String::from_utf8(output).unwrap();
+    let names: Vec<&str> = text
+        .lines()
+        .map(|line| line.split_whitespace().next().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        ["loss", "perplexity", "token_accuracy", "ece", "tokens"]
+    );
+}
+
+#[test]
+fn eval_of_a_token_beyond_the_vocabulary_names_the_line_and_writes_nothing() {
+    let case = ReferenceCase::read("qwen2");
+    let dir = tempfile::tempdir().unwrap();
+    let (data, out) = (
+        dir.path().join("rows.jsonl"),
+        dir.path().join("out.safetensors"),
+    );
+    std::fs::write(
+        &data,
+        "{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 256]}\n",
+    )
+    .unwrap();
+    let mut command = qlora();
+    command
+        .arg("eval")
+        .arg("--model")
+        .arg(&case.dir)
+        .arg("--data")
+        .arg(&data)
+        .arg("--logprobs")
+        .arg(&out);
+    command
+        .assert()
+        .code(1)
+        .stderr(predicate::str::contains("rows.jsonl:2:"));
+    assert!(!out.exists());
+}
+
+#[test]
+fn generate_writes_the_reference_continuation() {
+    let case = ReferenceCase::read("llama_gqa");
+    let dir = tempfile::tempdir().unwrap();
+    let model = model_with_tokenizer(&case, dir.path());
+    let generate = || {
+        let mut command = qlora();
+        command
+            .arg("generate")
+            .arg("--model")
+            .arg(&model)
+            .arg("--adapter")
+            .arg(case.dir.join("adapter"));
+        command.args([
+            "--prompt",
+            &words(&case.prompt),
+            "--max_new_tokens",
+            &case.generated.len().to_string(),
+        ]);
+        command
+    };
+    let found = stdout_json(generate().arg("--json"));
+    assert_eq!(found["ids"], json!(case.generated));
+    assert_eq!(found["text"], words(&case.generated));
+    assert_eq!(found["finish"], "length");
+    generate()
+        .assert()
+        .success()
+        .stdout(words(&case.generated) + "\n");
+}
+
+#[test]
+fn generate_draws_the_same_text_for_the_same_seed() {
+    let case = ReferenceCase::read("qwen3");
+    let dir = tempfile::tempdir().unwrap();
+    let model = model_with_tokenizer(&case, dir.path());
+    let prompt = dir.path().join("prompt.txt");
+    std::fs::write(&prompt, words(&case.prompt)).unwrap();
+    let text = |seed: &str| {
+        let mut command = qlora();
+        command
+            .arg("generate")
+            .arg("--model")
+            .arg(&model)
+            .arg("--prompt-file")
+            .arg(&prompt);
+        command.args([
+            "--raw",
+            "--temperature",
+            "1.0",
+            "--top_k",
+            "50",
+            "--top_p",
+            "0.95",
+            "--seed",
+            seed,
+        ]);
+        stdout_json(command.args(["--max_new_tokens", "12", "--json"]))["text"].clone()
+    };
+    assert_eq!(text("1"), text("1"));
+    assert_ne!(text("1"), text("2"));
+}
+
+#[test]
+fn generate_refuses_what_cannot_be() {
+    let case = ReferenceCase::read("qwen3");
+    let dir = tempfile::tempdir().unwrap();
+    let model = model_with_tokenizer(&case, dir.path());
+    let generate = |arguments: &[&str]| {
+        let mut command = qlora();
+        command
+            .arg("generate")
+            .arg("--model")
+            .arg(&model)
+            .args(arguments)
+            .assert()
+    };
+    generate(&[]).code(2);
+    generate(&["--prompt", "w1", "--prompt-file", "x"]).code(2);
+    generate(&["--prompt", "w1", "--chat", "--raw"]).code(2);
+    generate(&["--prompt", ""])
+        .code(1)
+        .stderr(predicate::str::contains("prompt"));
+    let without_template = generate(&["--prompt", "w1", "--chat"]).code(1);
+    without_template.stderr(predicate::str::contains("no chat template"));
+    let negative = generate(&["--prompt", "w1", "--temperature=-1"]).code(1);
+    negative.stderr(predicate::str::contains("temperature"));
+}
