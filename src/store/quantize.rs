@@ -139,10 +139,10 @@ impl Run<'_> {
         shard: &[PlannedTensor],
         mut progress: impl FnMut(&str, u64),
     ) -> Result<()> {
-        let specs: Vec<TensorSpec> = shard
-            .iter()
-            .flat_map(|tensor| tensor.written.clone())
-            .collect();
+        let specs = shard.iter().flat_map(|tensor| tensor.written.clone());
+        let (states, mut specs): (Vec<TensorSpec>, Vec<TensorSpec>) =
+            specs.partition(|spec| bitsandbytes::is_state(&spec.name));
+        specs.extend(states);
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         let mut file = SafetensorsWriter::create(path, &specs, metadata)?;
         let mut states = Vec::new();
