@@ -112,6 +112,22 @@ fn a_misaligned_tensor_is_aligned_when_read() {
 }
 
 #[test]
+fn a_released_tensor_reads_the_same_again() {
+    let values: Vec<f32> = (0..5000).map(|i| i as f32).collect();
+    let dir = model_with(&[
+        ("a", Dtype::F32, vec![5000], f32s(&values)),
+        ("b", Dtype::F32, vec![1], f32s(&[7.0])),
+    ]);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let tensor = checkpoint.tensor("a").unwrap();
+    assert_eq!(tensor.data, f32s(&values));
+    checkpoint.file("a").unwrap().release("a").unwrap();
+    checkpoint.file("b").unwrap().release("b").unwrap();
+    assert_eq!(tensor.data, f32s(&values));
+    assert_eq!(checkpoint.tensor("b").unwrap().data, f32s(&[7.0]));
+}
+
+#[test]
 fn shards_are_one_checkpoint() {
     let dir = model_dir();
     write_file(

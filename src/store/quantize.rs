@@ -66,7 +66,7 @@ pub struct QuantizeReport {
 
 /// Writes the 4-bit model directory `job.destination`, which appears when it is complete.
 ///
-/// Anonymous memory stays near the codes of the largest tensor, whatever the model's size.
+/// Memory stays near the size of the largest tensor, whatever the model's: pages that were read are given back.
 ///
 /// # Errors
 /// [`Error::Malformed`] if the source is already quantized, has no linear layer, or the destination may not be written;
@@ -162,6 +162,7 @@ impl Run<'_> {
                 self.append(&mut file, &tensor.source, &data)?;
                 self.report.copied_tensors += 1;
             }
+            self.checkpoint.file(name)?.release(name)?;
             self.source_bytes_done += tensor.source.nbytes() as u64;
             progress(name, self.source_bytes_done);
         }
