@@ -337,18 +337,27 @@ fn state_json(
     )
 }
 
-/// Python's `repr` of a finite float: shortest digits, an exponent of two digits below 1e-4 and from 1e16 on.
+/// Python's `repr` of a finite float: the fewest digits that read back, ties among those to even, and an exponent of two
+/// digits below 1e-4 and from 1e16 on.
 fn python_float(number: f64) -> String {
+    let shortest = format!("{number:e}");
+    let (digits, _) = shortest.split_once('e').unwrap_or((&shortest, ""));
+    let precision = digits
+        .split_once('.')
+        .map_or(0, |(_, decimals)| decimals.len());
+    // Rust's shortest form breaks ties upwards; with a given precision it rounds them to even, as Python does.
+    let rounded = format!("{number:.precision$e}");
+    let (digits, exponent) = rounded.split_once('e').unwrap_or((&rounded, "0"));
     if number == 0.0 || (1e-4..1e16).contains(&number.abs()) {
-        return format!("{number:?}");
+        let exponent: i32 = exponent.parse().unwrap_or(0);
+        let decimals = usize::try_from(precision as i32 - exponent)
+            .unwrap_or(0)
+            .max(1);
+        return format!("{number:.decimals$}");
     }
-    let text = format!("{number:e}");
-    match text.split_once('e') {
-        Some((digits, exponent)) => match exponent.strip_prefix('-') {
-            Some(exponent) => format!("{digits}e-{exponent:0>2}"),
-            None => format!("{digits}e+{exponent:0>2}"),
-        },
-        None => text,
+    match exponent.strip_prefix('-') {
+        Some(exponent) => format!("{digits}e-{exponent:0>2}"),
+        None => format!("{digits}e+{exponent:0>2}"),
     }
 }
 
@@ -360,6 +369,8 @@ mod tests {
     fn floats_are_written_as_python_writes_them() {
         for (number, python) in [
             (0.13029225170612335, "0.13029225170612335"),
+            (0.232181549072265625, "0.23218154907226562"),
+            (123.5, "123.5"),
             (0.0, "0.0"),
             (2.0, "2.0"),
             (0.0001, "0.0001"),

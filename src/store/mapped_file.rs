@@ -5,10 +5,11 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use candle_core::DType;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 
 use crate::quant::DenseTensor;
@@ -18,6 +19,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
+    map: Arc<Mmap>,
+    /// The mapping behind the header.
     data: Bytes,
     header: Metadata,
 }
@@ -47,9 +50,12 @@ impl MappedFile {
                 format!("is not a complete safetensors file: {error}; download or copy it again"),
             )
         })?;
-        let data = Bytes::from_owner(map).slice(size_of::<u64>() + header_bytes..);
+        let map = Arc::new(map);
+        let data =
+            Bytes::from_owner(SharedMap(Arc::clone(&map))).slice(size_of::<u64>() + header_bytes..);
         Ok(Self {
             path: path.to_path_buf(),
+            map,
             data,
             header,
         })
@@ -87,6 +93,18 @@ impl MappedFile {
         Ok(self.data.slice(start..end))
     }
 
+    /// Gives the memory of a tensor's pages back; they are read from the file again when they are touched.
+    pub fn release(&self, name: &str) -> Result<()> {
+        let (start, end) = self.info(name)?.data_offsets;
+        let offset = self.map.len() - self.data.len() + start;
+        // SAFETY: the mapping is of a file and never written to, so its pages hold the same bytes when read again.
+        unsafe {
+            self.map
+                .unchecked_advise_range(UncheckedAdvice::DontNeed, offset, end - start)
+        }
+        .map_err(Error::io(&self.path))
+    }
+
     /// A tensor of real numbers, aligned for its type: a slice of the mapping, or a copy where the file misaligned it.
     ///
     /// # Errors
@@ -110,6 +128,14 @@ impl MappedFile {
             shape: info.shape.clone(),
             data: aligned(self.bytes(name)?, dtype.size_in_bytes()),
         })
+    }
+}
+
+struct SharedMap(Arc<Mmap>);
+
+impl AsRef<[u8]> for SharedMap {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
 

@@ -66,7 +66,7 @@ pub struct QuantizeReport {
 
 /// Writes the 4-bit model directory `job.destination`, which appears when it is complete.
 ///
-/// Anonymous memory stays near the codes of the largest tensor, whatever the model's size.
+/// Memory stays near the size of the largest tensor, whatever the model's: pages that were read are given back.
 ///
 /// # Errors
 /// [`Error::Malformed`] if the source is already quantized, has no linear layer, or the destination may not be written;
@@ -139,10 +139,10 @@ impl Run<'_> {
         shard: &[PlannedTensor],
         mut progress: impl FnMut(&str, u64),
     ) -> Result<()> {
-        let specs: Vec<TensorSpec> = shard
-            .iter()
-            .flat_map(|tensor| tensor.written.clone())
-            .collect();
+        let specs = shard.iter().flat_map(|tensor| tensor.written.clone());
+        let (states, mut specs): (Vec<TensorSpec>, Vec<TensorSpec>) =
+            specs.partition(|spec| bitsandbytes::is_state(&spec.name));
+        specs.extend(states);
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
         let mut file = SafetensorsWriter::create(path, &specs, metadata)?;
         let mut states = Vec::new();
@@ -162,6 +162,7 @@ impl Run<'_> {
                 self.append(&mut file, &tensor.source, &data)?;
                 self.report.copied_tensors += 1;
             }
+            self.checkpoint.file(name)?.release(name)?;
             self.source_bytes_done += tensor.source.nbytes() as u64;
             progress(name, self.source_bytes_done);
         }

@@ -49,7 +49,7 @@ pub struct SafetensorsWriter {
 }
 
 impl SafetensorsWriter {
-    /// Starts the file at `path`, which is to hold the tensors `planned`. A tensor may turn out smaller than planned.
+    /// Starts the file at `path`, which is to hold the tensors `planned`, in that order. A tensor may turn out smaller.
     pub fn create(
         path: impl AsRef<Path>,
         planned: &[TensorSpec],
@@ -102,7 +102,7 @@ impl SafetensorsWriter {
     /// Writes the header and gives the file its name.
     ///
     /// # Errors
-    /// [`Error::Malformed`] if more was written than planned.
+    /// [`Error::Malformed`] if more was written than planned, or in another order and the header does not fit.
     pub fn finish(mut self) -> Result<()> {
         let mut header = self.header()?;
         if header.len() > self.header_bytes {

@@ -1,0 +1,148 @@
+//! `qlora quantize`: a Hugging Face checkpoint to a 4-bit one that transformers loads.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use qlora::model::DecoderConfig;
+use qlora::quant::{DoubleQuant, QuantType, QuantizeOptions};
+use qlora::store::{Checkpoint, Existing, QuantizeJob, quantize};
+
+/// Quantize a Hugging Face checkpoint to 4 bits
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Model directory with safetensors in bf16, f16 or f32
+    #[arg(value_name = "SRC")]
+    source: PathBuf,
+
+    /// Model directory to write; it appears when it is complete
+    #[arg(value_name = "DST")]
+    destination: PathBuf,
+
+    /// The 4-bit code
+    #[arg(long, value_name = "nf4|fp4", default_value = "nf4", value_parser = parse_quant_type)]
+    quant_type: QuantType,
+
+    /// Keep the scale of each block in f32: 4.5 instead of 4.127 bits per weight
+    #[arg(long)]
+    no_double_quant: bool,
+
+    /// Weights that share one scale: a power of two from 32 to 4096
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    block_size: usize,
+
+    /// Largest file of weights, such as 500MB, 4GB or 4GiB
+    #[arg(long, value_name = "SIZE", default_value = "4GB", value_parser = parse_bytes)]
+    max_shard_size: u64,
+
+    /// Replace DST if it is a model directory
+    #[arg(long)]
+    overwrite: bool,
+
+    /// Print what was done as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    check_model(&args.source)?;
+    let job = QuantizeJob {
+        source: args.source,
+        destination: args.destination,
+        existing: match args.overwrite {
+            true => Existing::Replace,
+            false => Existing::Refuse,
+        },
+        options: QuantizeOptions {
+            quant_type: args.quant_type,
+            block_size: args.block_size,
+            double_quant: match args.no_double_quant {
+                true => DoubleQuant::No,
+                false => DoubleQuant::Yes,
+            },
+        },
+        max_shard_bytes: args.max_shard_size,
+    };
+    let bar = progress_bar()?;
+    let report = quantize(&job, |progress| {
+        bar.set_length(progress.total_bytes);
+        bar.set_position(progress.done_bytes);
+        bar.set_message(progress.tensor.to_string());
+    })?;
+    bar.finish_and_clear();
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+        return Ok(());
+    }
+    println!(
+        "{}: {} weights quantized, {} tensors copied, {:.3} GB to {:.3} GB",
+        job.destination.display(),
+        report.quantized_tensors,
+        report.copied_tensors,
+        report.source_bytes as f64 / 1e9,
+        report.written_bytes as f64 / 1e9,
+    );
+    Ok(())
+}
+
+/// Refuses a model that could not be trained afterwards.
+fn check_model(source: &Path) -> anyhow::Result<()> {
+    let checkpoint = Checkpoint::open(source)?;
+    DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
+    Ok(())
+}
+
+/// A bar on stderr, hidden where that is not a terminal.
+fn progress_bar() -> anyhow::Result<ProgressBar> {
+    let template = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left  {msg}";
+    let style = ProgressStyle::with_template(template).context("progress bar")?;
+    Ok(ProgressBar::new(0).with_style(style))
+}
+
+fn parse_quant_type(text: &str) -> Result<QuantType, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "nf4" => Ok(QuantType::Nf4),
+        "fp4" => Ok(QuantType::Fp4),
+        _ => Err("use nf4 or fp4".to_string()),
+    }
+}
+
+/// A number of bytes with a unit: decimal as in transformers' `max_shard_size` (`4GB`) or binary (`4GiB`).
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let wrong = || "write it as 500MB, 4GB or 4GiB".to_string();
+    let unit = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
+    let number: f64 = text[..text.len() - unit.len()]
+        .parse()
+        .map_err(|_| wrong())?;
+    let factor = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "kib" => 1024.0,
+        "mib" => 1024f64.powi(2),
+        "gib" => 1024f64.powi(3),
+        "tib" => 1024f64.powi(4),
+        _ => return Err(wrong()),
+    };
+    match number * factor {
+        bytes if bytes >= 1.0 => Ok(bytes as u64),
+        _ => Err(wrong()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_bytes;
+
+    #[test]
+    fn sizes_have_decimal_and_binary_units() {
+        assert_eq!(parse_bytes("4GB"), Ok(4_000_000_000));
+        assert_eq!(parse_bytes("1.5GiB"), Ok(3 << 29));
+        assert_eq!(parse_bytes("200kb"), Ok(200_000));
+        for wrong in ["", "GB", "4 parsecs", "0", "-1GB", "1e3"] {
+            assert!(parse_bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+}

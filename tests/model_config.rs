@@ -1,0 +1,357 @@
+//! `config.json` to `DecoderConfig`: both generations of the file say the same, and what is not understood is named.
+
+use std::path::Path;
+
+use qlora::model::{DecoderConfig, RopeConfig, RopeScaling};
+use serde_json::{Value, json};
+
+fn read(config: &Value) -> qlora::Result<DecoderConfig> {
+    DecoderConfig::from_json(config, Path::new("model/config.json"))
+}
+
+fn error(config: &Value) -> String {
+    read(config).unwrap_err().to_string()
+}
+
+fn assert_says(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "`{part}` is not in `{message}`");
+    }
+}
+
+/// `config` with the fields of `changes` set.
+fn with(mut config: Value, changes: Value) -> Value {
+    let fields = config.as_object_mut().unwrap();
+    fields.extend(changes.as_object().unwrap().clone());
+    config
+}
+
+fn without(mut config: Value, field: &str) -> Value {
+    config.as_object_mut().unwrap().remove(field).unwrap();
+    config
+}
+
+/// Without anything about rotary embedding.
+fn small(model_type: &str) -> Value {
+    json!({
+        "architectures": ["SomeForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "hidden_act": "silu",
+        "hidden_size": 128,
+        "initializer_range": 0.02,
+        "intermediate_size": 320,
+        "max_position_embeddings": 256,
+        "model_type": model_type,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": false,
+        "use_cache": true,
+        "vocab_size": 466,
+    })
+}
+
+#[test]
+fn both_generations_of_rope_fields_give_the_same_config() {
+    let none = json!({"rope_type": "default"});
+    let linear = json!({"rope_type": "linear", "factor": 4.0});
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    });
+    for model_type in ["llama", "mistral", "qwen2", "qwen3"] {
+        for scaling in [&none, &linear, &llama3] {
+            let new = json!({"dtype": "bfloat16", "rope_parameters": with(scaling.clone(), json!({"rope_theta": 5e5}))});
+            let old =
+                json!({"torch_dtype": "bfloat16", "rope_theta": 500000, "rope_scaling": scaling});
+            let new = read(&with(small(model_type), new)).unwrap();
+            assert_eq!(
+                new,
+                read(&with(small(model_type), old)).unwrap(),
+                "{model_type} {scaling}"
+            );
+            assert_eq!(new.rope.theta, 5e5);
+        }
+    }
+}
+
+#[test]
+fn rope_scaling_is_read_from_either_key() {
+    let scaling = |config: Value| read(&with(small("llama"), config)).unwrap().rope;
+    let linear = RopeConfig {
+        theta: 1e4,
+        scaling: RopeScaling::Linear { factor: 2.0 },
+    };
+    assert_eq!(
+        scaling(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})),
+        linear
+    );
+    assert_eq!(
+        scaling(json!({"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 2}})),
+        linear
+    );
+    let plain = RopeConfig {
+        theta: 1e4,
+        scaling: RopeScaling::None,
+    };
+    assert_eq!(scaling(json!({"rope_scaling": null})), plain);
+    assert_eq!(scaling(json!({})), plain);
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0});
+    let RopeScaling::Llama3 {
+        original_max_position_embeddings,
+        ..
+    } = scaling(json!({"rope_scaling": llama3})).scaling
+    else {
+        panic!("read as another scaling");
+    };
+    assert_eq!(original_max_position_embeddings, 256);
+}
+
+#[test]
+fn llama_has_the_biases_its_config_says() {
+    let plain = read(&small("llama")).unwrap();
+    assert_eq!(
+        (
+            plain.num_layers,
+            plain.num_heads,
+            plain.num_kv_heads,
+            plain.head_dim
+        ),
+        (4, 8, 2, 16)
+    );
+    assert_eq!(
+        (plain.hidden_size, plain.intermediate_size, plain.vocab_size),
+        (128, 320, 466)
+    );
+    assert_eq!(
+        (plain.rms_norm_eps, plain.max_position_embeddings),
+        (1e-5, 256)
+    );
+    assert!(
+        !plain.qkv_bias
+            && !plain.o_bias
+            && !plain.mlp_bias
+            && !plain.qk_norm
+            && !plain.tie_word_embeddings
+    );
+    assert_eq!(plain.sliding_window, [None; 4]);
+    let biased = read(&with(
+        small("llama"),
+        json!({"attention_bias": true, "mlp_bias": true}),
+    ))
+    .unwrap();
+    assert!(biased.qkv_bias && biased.o_bias && biased.mlp_bias);
+    let first_generation = without(small("llama"), "num_key_value_heads");
+    assert_eq!(read(&first_generation).unwrap().num_kv_heads, 8);
+}
+
+#[test]
+fn head_dim_is_explicit_or_implied() {
+    let head_dim = |model_type, change| read(&with(small(model_type), change)).unwrap().head_dim;
+    for model_type in ["llama", "mistral", "qwen2"] {
+        assert_eq!(head_dim(model_type, json!({})), 16);
+        assert_eq!(head_dim(model_type, json!({"head_dim": null})), 16);
+        assert_eq!(head_dim(model_type, json!({"head_dim": 64})), 64);
+    }
+    assert_eq!(head_dim("qwen3", json!({})), 128);
+    assert_eq!(head_dim("qwen3", json!({"head_dim": 32})), 32);
+}
+
+#[test]
+fn mistral_has_one_window_on_all_layers() {
+    let window = |change| {
+        read(&with(small("mistral"), change))
+            .unwrap()
+            .sliding_window
+    };
+    assert_eq!(window(json!({})), [Some(4096); 4]);
+    assert_eq!(window(json!({"sliding_window": null})), [None; 4]);
+    assert_eq!(window(json!({"sliding_window": 12})), [Some(12); 4]);
+}
+
+#[test]
+fn qwen_windows_are_on_the_layers_the_config_names() {
+    for model_type in ["qwen2", "qwen3"] {
+        let window = |change| {
+            read(&with(small(model_type), change))
+                .unwrap()
+                .sliding_window
+        };
+        let off =
+            json!({"sliding_window": 12, "max_window_layers": 2, "use_sliding_window": false});
+        assert_eq!(window(off), [None; 4]);
+        let on = json!({"sliding_window": 12, "max_window_layers": 2, "use_sliding_window": true});
+        assert_eq!(window(on.clone()), [None, None, Some(12), Some(12)]);
+        let types = [
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "full_attention",
+        ];
+        let named = with(on, json!({"layer_types": types}));
+        assert_eq!(window(named), [Some(12), None, Some(12), None]);
+    }
+}
+
+#[test]
+fn qwen_generations_differ_in_bias_and_norm() {
+    let qwen2 = read(&small("qwen2")).unwrap();
+    assert!(qwen2.qkv_bias && !qwen2.o_bias && !qwen2.qk_norm);
+    let qwen3 = read(&small("qwen3")).unwrap();
+    assert!(!qwen3.qkv_bias && !qwen3.o_bias && qwen3.qk_norm);
+}
+
+#[test]
+fn a_number_that_cannot_be_is_an_error_that_names_its_field() {
+    for (field, value) in [
+        ("hidden_size", json!(0)),
+        ("num_hidden_layers", json!(0)),
+        ("num_hidden_layers", json!(1_000_000_000_000u64)),
+        ("num_attention_heads", json!(0)),
+        ("num_attention_heads", json!(7)),
+        ("num_key_value_heads", json!(3)),
+        ("num_key_value_heads", json!(0)),
+        ("vocab_size", json!(-1)),
+        ("vocab_size", json!("466")),
+        ("intermediate_size", json!(1.5)),
+        ("head_dim", json!(15)),
+        ("rms_norm_eps", json!(0.0)),
+        ("max_position_embeddings", json!(0)),
+        ("rope_theta", json!(-1.0)),
+        ("tie_word_embeddings", json!("yes")),
+    ] {
+        let message = error(&with(small("llama"), json!({field: value})));
+        assert_says(&message, &["model/config.json", &format!("`{field}`")]);
+        assert!(!message.contains("not supported"), "{message}");
+    }
+    for field in [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+    ] {
+        assert_says(
+            &error(&without(small("llama"), field)),
+            &[&format!("`{field}` is missing")],
+        );
+    }
+    assert_says(
+        &error(&with(
+            small("qwen2"),
+            json!({"layer_types": ["full_attention"]}),
+        )),
+        &["`layer_types`", "4 layers"],
+    );
+    assert_says(&error(&json!([])), &["not a JSON object"]);
+}
+
+#[test]
+fn a_field_that_changes_the_mathematics_is_an_error_that_names_it() {
+    for (model_type, field, value) in [
+        ("llama", "hidden_act", json!("gelu")),
+        ("llama", "pretraining_tp", json!(2)),
+        ("llama", "partial_rotary_factor", json!(0.5)),
+        ("llama", "attention_dropout", json!(0.1)),
+        ("llama", "sliding_window", json!(4096)),
+        ("llama", "attn_logit_softcapping", json!(50.0)),
+        ("llama", "final_logit_softcapping", json!(30.0)),
+        ("llama", "logit_scale", json!(0.0625)),
+        (
+            "llama",
+            "architectures",
+            json!(["LlamaForSequenceClassification"]),
+        ),
+        (
+            "llama",
+            "quantization_config",
+            json!({"quant_method": "gptq", "bits": 4}),
+        ),
+        (
+            "llama",
+            "quantization_config",
+            json!({"quant_method": "bitsandbytes", "load_in_8bit": true}),
+        ),
+        ("llama", "something_new", json!(false)),
+        ("mistral", "mlp_bias", json!(true)),
+        ("mistral", "layer_types", json!(["full_attention"])),
+        ("qwen2", "attention_bias", json!(true)),
+        ("qwen2", "use_mrope", json!(true)),
+        (
+            "qwen2",
+            "layer_types",
+            json!([
+                "full_attention",
+                "full_attention",
+                "full_attention",
+                "linear_attention"
+            ]),
+        ),
+        ("qwen3", "num_experts", json!(8)),
+    ] {
+        let message = error(&with(small(model_type), json!({field: value})));
+        assert_says(
+            &message,
+            &[
+                "model/config.json",
+                &format!("`{field}` = {value} is not supported"),
+            ],
+        );
+    }
+    for model_type in ["gemma2", "phi3", "mixtral", ""] {
+        let value = format!("`model_type` = \"{model_type}\" is not supported");
+        assert_says(&error(&small(model_type)), &[&value]);
+    }
+}
+
+#[test]
+fn a_rope_type_that_is_not_understood_is_named() {
+    for name in ["yarn", "dynamic", "longrope", "mrope"] {
+        for (parent, field) in [
+            ("rope_scaling", "type"),
+            ("rope_scaling", "rope_type"),
+            ("rope_parameters", "rope_type"),
+        ] {
+            let config = json!({parent: {field: name, "factor": 2.0}});
+            let expected = format!("`{parent}.{field}` = \"{name}\" is not supported");
+            assert_says(&error(&with(small("llama"), config)), &[&expected]);
+        }
+    }
+    let message = |rope: Value| error(&with(small("llama"), json!({"rope_parameters": rope})));
+    assert_says(
+        &message(json!({"rope_type": "linear"})),
+        &["`rope_parameters.factor` is missing"],
+    );
+    assert_says(
+        &message(json!({"rope_type": "llama3", "factor": 8.0})),
+        &["`rope_parameters.low_freq_factor` is missing"],
+    );
+    let partial = json!({"rope_type": "default", "partial_rotary_factor": 0.5});
+    assert_says(
+        &message(partial),
+        &["`rope_parameters.partial_rotary_factor` = 0.5 is not supported"],
+    );
+    let nested = json!({"full_attention": {"rope_type": "default"}});
+    assert_says(
+        &message(nested),
+        &["`rope_parameters.full_attention`", "is not supported"],
+    );
+}
+
+#[test]
+fn fields_known_to_be_harmless_are_accepted() {
+    let harmless = json!({
+        "_name_or_path": "somewhere", "attention_bias": false, "mlp_bias": false, "pretraining_tp": 1, "unknown": null,
+        "partial_rotary_factor": 1, "temperature": 0.7, "id2label": {"0": "a"}, "transformers_version": "4.31.0",
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "nf4"},
+    });
+    for model_type in ["llama", "mistral", "qwen2", "qwen3"] {
+        assert_eq!(
+            read(&with(small(model_type), harmless.clone())).unwrap(),
+            read(&small(model_type)).unwrap()
+        );
+    }
+}

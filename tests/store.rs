@@ -1,0 +1,717 @@
+//! Weight files: what is read is what is stored, and each broken input has its own error that names the file and tensor.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::DType;
+use qlora::Error;
+use qlora::quant::{Absmax, FrozenWeight, NF4_CODE, Params4bit, QuantType, dynamic_map};
+use qlora::store::{AtomicDir, AtomicFile, Checkpoint, Existing, SafetensorsWriter, TensorSpec};
+use safetensors::Dtype;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A safetensors file from a header and bytes that need not fit together.
+fn raw_file(path: &Path, header: &Value, data: &[u8]) {
+    let header = header.to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(data);
+    fs::write(path, bytes).unwrap();
+}
+
+type Tensor<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
+
+fn write_file(path: &Path, tensors: &[Tensor]) {
+    let spec = |(name, dtype, shape, _): &Tensor| TensorSpec::new(*name, *dtype, shape.clone());
+    let specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
+    let mut file = SafetensorsWriter::create(path, &specs, BTreeMap::new()).unwrap();
+    for (spec, (.., data)) in specs.iter().zip(tensors) {
+        file.append(spec, data).unwrap();
+    }
+    file.finish().unwrap();
+}
+
+fn f32s(values: &[f32]) -> Vec<u8> {
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
+}
+
+/// A model directory without weights.
+fn model_dir() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("config.json"), "{}").unwrap();
+    dir
+}
+
+fn model_with(tensors: &[Tensor]) -> TempDir {
+    let dir = model_dir();
+    write_file(&dir.path().join("model.safetensors"), tensors);
+    dir
+}
+
+fn open_error(dir: &TempDir) -> String {
+    Checkpoint::open(dir.path()).unwrap_err().to_string()
+}
+
+fn assert_says(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "`{part}` is not in `{message}`");
+    }
+}
+
+#[test]
+fn tensors_are_read_as_stored_and_not_copied() {
+    let dir = model_with(&[
+        ("a", Dtype::F32, vec![2, 2], f32s(&[1.0, -2.0, 3.5, 0.0])),
+        ("b", Dtype::BF16, vec![3], vec![1, 2, 3, 4, 5, 6]),
+        ("c", Dtype::F16, vec![], vec![7, 8]),
+    ]);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a", "b", "c"]);
+    let a = checkpoint.tensor("a").unwrap();
+    assert_eq!(
+        (a.dtype, &a.shape[..], &a.data[..]),
+        (DType::F32, &[2, 2][..], &f32s(&[1.0, -2.0, 3.5, 0.0])[..])
+    );
+    assert_eq!(
+        a.data.as_ptr(),
+        checkpoint.tensor("a").unwrap().data.as_ptr()
+    );
+    let b = checkpoint.tensor("b").unwrap();
+    assert_eq!(
+        (b.dtype, &b.shape[..], &b.data[..]),
+        (DType::BF16, &[3][..], &[1, 2, 3, 4, 5, 6][..])
+    );
+    let c = checkpoint.tensor("c").unwrap();
+    assert_eq!(
+        (c.dtype, c.shape.len(), &c.data[..]),
+        (DType::F16, 0, &[7, 8][..])
+    );
+    assert!(matches!(
+        checkpoint.weight("a").unwrap(),
+        FrozenWeight::Dense(_)
+    ));
+    assert!(!checkpoint.is_quantized());
+}
+
+#[test]
+fn a_misaligned_tensor_is_aligned_when_read() {
+    let values = f32s(&[1.0, 2.0, 3.0]);
+    let dir = model_with(&[
+        ("odd", Dtype::U8, vec![1], vec![9]),
+        ("x", Dtype::F32, vec![3], values.clone()),
+    ]);
+    let x = Checkpoint::open(dir.path()).unwrap().tensor("x").unwrap();
+    assert_eq!(x.data.as_ptr().addr() % 4, 0);
+    assert_eq!(x.data, values);
+}
+
+#[test]
+fn a_released_tensor_reads_the_same_again() {
+    let values: Vec<f32> = (0..5000).map(|i| i as f32).collect();
+    let dir = model_with(&[
+        ("a", Dtype::F32, vec![5000], f32s(&values)),
+        ("b", Dtype::F32, vec![1], f32s(&[7.0])),
+    ]);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let tensor = checkpoint.tensor("a").unwrap();
+    assert_eq!(tensor.data, f32s(&values));
+    checkpoint.file("a").unwrap().release("a").unwrap();
+    checkpoint.file("b").unwrap().release("b").unwrap();
+    assert_eq!(tensor.data, f32s(&values));
+    assert_eq!(checkpoint.tensor("b").unwrap().data, f32s(&[7.0]));
+}
+
+#[test]
+fn shards_are_one_checkpoint() {
+    let dir = model_dir();
+    write_file(
+        &dir.path().join("one.safetensors"),
+        &[("a", Dtype::F32, vec![1], f32s(&[1.0]))],
+    );
+    write_file(
+        &dir.path().join("two.safetensors"),
+        &[("b", Dtype::F32, vec![1], f32s(&[2.0]))],
+    );
+    write_index(
+        &dir,
+        json!({"a": "one.safetensors", "b": "two.safetensors"}),
+    );
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.tensor("a").unwrap().data, f32s(&[1.0]));
+    assert_eq!(checkpoint.tensor("b").unwrap().data, f32s(&[2.0]));
+}
+
+fn write_index(dir: &TempDir, weight_map: Value) {
+    let index = json!({"metadata": {}, "weight_map": weight_map});
+    fs::write(
+        dir.path().join("model.safetensors.index.json"),
+        index.to_string(),
+    )
+    .unwrap();
+}
+
+#[test]
+fn a_missing_tensor_is_named() {
+    let dir = model_with(&[("a", Dtype::F32, vec![1], f32s(&[1.0]))]);
+    let error = Checkpoint::open(dir.path())
+        .unwrap()
+        .weight("b")
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::MissingTensor { tensor, .. } if tensor == "b"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_tensor_of_another_type_is_refused() {
+    let dir = model_with(&[("ids", Dtype::I64, vec![1], vec![0; 8])]);
+    let error = Checkpoint::open(dir.path())
+        .unwrap()
+        .tensor("ids")
+        .unwrap_err();
+    assert_says(
+        &error.to_string(),
+        &["`ids`", "bf16, f16 or f32", "I64", "model.safetensors"],
+    );
+}
+
+#[test]
+fn a_missing_config_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_says(&open_error(&dir), &["config.json", "No such file"]);
+}
+
+#[test]
+fn a_config_that_is_not_json_is_named() {
+    let dir = model_dir();
+    fs::write(dir.path().join("config.json"), "{\"a\": ").unwrap();
+    assert_says(&open_error(&dir), &["config.json", "not valid JSON"]);
+}
+
+#[test]
+fn a_directory_without_weights_is_refused() {
+    assert_says(
+        &open_error(&model_dir()),
+        &["neither model.safetensors nor model.safetensors.index.json"],
+    );
+}
+
+#[test]
+fn pickled_weights_are_refused_with_what_to_do() {
+    let dir = model_dir();
+    fs::write(dir.path().join("pytorch_model.bin"), "x").unwrap();
+    assert_says(
+        &open_error(&dir),
+        &["pytorch_model.bin", "convert", "save_pretrained"],
+    );
+}
+
+#[test]
+fn an_empty_file_is_refused() {
+    let dir = model_dir();
+    fs::write(dir.path().join("model.safetensors"), "").unwrap();
+    assert_says(&open_error(&dir), &["model.safetensors", "is empty"]);
+}
+
+#[test]
+fn a_truncated_file_is_refused_wherever_it_ends() {
+    let dir = model_with(&[("a", Dtype::F32, vec![4], f32s(&[1.0; 4]))]);
+    let path = dir.path().join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    for length in 1..whole.len() {
+        fs::write(&path, &whole[..length]).unwrap();
+        assert_says(
+            &open_error(&dir),
+            &["model.safetensors", "not a complete safetensors file"],
+        );
+    }
+    fs::write(&path, &whole).unwrap();
+    assert!(Checkpoint::open(dir.path()).is_ok());
+}
+
+#[test]
+fn a_huge_header_length_is_refused() {
+    let dir = model_dir();
+    fs::write(dir.path().join("model.safetensors"), u64::MAX.to_le_bytes()).unwrap();
+    assert_says(
+        &open_error(&dir),
+        &["not a complete safetensors file", "header"],
+    );
+}
+
+#[test]
+fn a_header_that_is_not_json_is_refused() {
+    let dir = model_dir();
+    let mut bytes = 4u64.to_le_bytes().to_vec();
+    bytes.extend(b"{{{{");
+    fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
+    assert_says(&open_error(&dir), &["model.safetensors", "JSON"]);
+}
+
+fn header_error(header: Value, data: &[u8]) -> String {
+    let dir = model_dir();
+    raw_file(&dir.path().join("model.safetensors"), &header, data);
+    open_error(&dir)
+}
+
+#[test]
+fn overlapping_tensors_are_refused() {
+    let header = json!({
+        "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
+        "b": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]},
+    });
+    assert_says(
+        &header_error(header, &[0; 6]),
+        &["model.safetensors", "invalid offset", "`b`"],
+    );
+}
+
+#[test]
+fn a_tensor_beyond_the_end_is_refused() {
+    let header = json!({"a": {"dtype": "U8", "shape": [400], "data_offsets": [0, 400]}});
+    assert_says(
+        &header_error(header, &[0; 4]),
+        &["not a complete safetensors file"],
+    );
+}
+
+#[test]
+fn offsets_that_run_backwards_are_refused() {
+    let header = json!({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 0]}});
+    assert_says(
+        &header_error(header, &[0; 4]),
+        &["not a complete safetensors file", "`a`"],
+    );
+}
+
+#[test]
+fn a_shape_that_overflows_is_refused() {
+    let header =
+        json!({"a": {"dtype": "F32", "shape": [u64::MAX, u64::MAX], "data_offsets": [0, 4]}});
+    assert_says(
+        &header_error(header, &[0; 4]),
+        &["not a complete safetensors file", "overflow"],
+    );
+}
+
+#[test]
+fn a_shape_that_disagrees_with_the_offsets_is_refused() {
+    let header = json!({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}});
+    assert_says(
+        &header_error(header, &[0; 4]),
+        &["not a complete safetensors file", "shape"],
+    );
+}
+
+#[test]
+fn a_shard_outside_the_directory_is_refused() {
+    for shard in [
+        "../x.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "",
+        "./x.safetensors",
+    ] {
+        let dir = model_dir();
+        write_index(&dir, json!({"a": shard}));
+        assert_says(
+            &open_error(&dir),
+            &[
+                "model.safetensors.index.json",
+                "not a file name in this directory",
+            ],
+        );
+    }
+}
+
+#[test]
+fn a_missing_shard_is_named() {
+    let dir = model_dir();
+    write_index(&dir, json!({"a": "model-00001-of-00002.safetensors"}));
+    assert_says(
+        &open_error(&dir),
+        &[
+            "index.json",
+            "`model-00001-of-00002.safetensors` is missing",
+        ],
+    );
+}
+
+#[test]
+fn an_index_without_a_weight_map_is_refused() {
+    let dir = model_dir();
+    fs::write(dir.path().join("model.safetensors.index.json"), "[]").unwrap();
+    assert_says(&open_error(&dir), &["index.json", "weight_map"]);
+}
+
+#[test]
+fn a_shard_that_is_not_a_name_is_refused() {
+    let dir = model_dir();
+    write_index(&dir, json!({"a": 7}));
+    assert_says(&open_error(&dir), &["index.json", "`a`", "7"]);
+}
+
+#[test]
+fn a_tensor_in_two_shards_is_refused() {
+    let dir = model_dir();
+    let a = ("a", Dtype::F32, vec![1], f32s(&[1.0]));
+    write_file(
+        &dir.path().join("one.safetensors"),
+        std::slice::from_ref(&a),
+    );
+    write_file(
+        &dir.path().join("two.safetensors"),
+        &[a, ("b", Dtype::F32, vec![1], f32s(&[2.0]))],
+    );
+    write_index(
+        &dir,
+        json!({"a": "one.safetensors", "b": "two.safetensors"}),
+    );
+    assert_says(
+        &open_error(&dir),
+        &["two.safetensors", "`a`", "one.safetensors"],
+    );
+}
+
+#[test]
+fn a_tensor_the_index_promises_but_no_shard_has_is_named() {
+    let dir = model_dir();
+    write_file(
+        &dir.path().join("one.safetensors"),
+        &[("a", Dtype::F32, vec![1], f32s(&[1.0]))],
+    );
+    write_index(
+        &dir,
+        json!({"a": "one.safetensors", "b": "one.safetensors"}),
+    );
+    assert_says(&open_error(&dir), &["index.json", "`b`", "one.safetensors"]);
+}
+
+#[test]
+fn a_tensor_the_index_does_not_name_is_refused() {
+    let dir = model_dir();
+    let tensors = [
+        ("a", Dtype::F32, vec![1], f32s(&[1.0])),
+        ("b", Dtype::F32, vec![1], f32s(&[1.0])),
+    ];
+    write_file(&dir.path().join("one.safetensors"), &tensors);
+    write_index(&dir, json!({"a": "one.safetensors"}));
+    assert_says(&open_error(&dir), &["one.safetensors", "`b`"]);
+}
+
+/// The tensors of a 4-bit weight of 5 x 30 elements, with double quantization.
+fn packed_weight() -> BTreeMap<&'static str, Tensor<'static>> {
+    let state = json!({
+        "nested_offset": 0.1, "shape": [5, 30], "nested_blocksize": 256, "dtype": "bfloat16",
+        "blocksize": 64, "nested_dtype": "float32", "quant_type": "nf4",
+    });
+    let state = state.to_string().into_bytes();
+    BTreeMap::from([
+        ("w", ("w", Dtype::U8, vec![75, 1], (0..75).collect())),
+        (
+            "absmax",
+            ("w.absmax", Dtype::U8, vec![3], vec![1, 128, 255]),
+        ),
+        (
+            "map",
+            ("w.quant_map", Dtype::F32, vec![16], f32s(&NF4_CODE)),
+        ),
+        (
+            "nested",
+            ("w.nested_absmax", Dtype::F32, vec![1], f32s(&[0.5])),
+        ),
+        (
+            "nested_map",
+            (
+                "w.nested_quant_map",
+                Dtype::F32,
+                vec![256],
+                f32s(dynamic_map()),
+            ),
+        ),
+        (
+            "state",
+            (
+                "w.quant_state.bitsandbytes__nf4",
+                Dtype::U8,
+                vec![state.len()],
+                state,
+            ),
+        ),
+    ])
+}
+
+fn read_packed(tensors: BTreeMap<&str, Tensor>) -> qlora::Result<Params4bit> {
+    let tensors: Vec<Tensor> = tensors.into_values().collect();
+    let dir = model_with(&tensors);
+    let checkpoint = Checkpoint::open(dir.path())?;
+    assert_eq!(
+        checkpoint.is_quantized(),
+        checkpoint.names().any(|name| name.contains("quant_state"))
+    );
+    match checkpoint.weight("w")? {
+        FrozenWeight::Quantized(params) => Ok(params),
+        FrozenWeight::Dense(_) => panic!("read as a dense weight"),
+    }
+}
+
+#[test]
+fn a_state_is_read_in_any_key_order() {
+    let params = read_packed(packed_weight()).unwrap();
+    assert_eq!(
+        (params.quant_type, params.block_size, params.dtype),
+        (QuantType::Nf4, 64, DType::BF16)
+    );
+    assert_eq!(
+        (&params.shape[..], params.packed),
+        (&[5, 30][..], (0..75).collect::<Vec<u8>>().into())
+    );
+    let Absmax::Double {
+        codes,
+        nested_absmax,
+        nested_block_size,
+        offset,
+    } = params.absmax
+    else {
+        panic!("read without double quantization");
+    };
+    assert_eq!(
+        (&codes[..], &nested_absmax[..]),
+        (&[1, 128, 255][..], &[0.5][..])
+    );
+    assert_eq!((nested_block_size, offset), (256, 0.1));
+}
+
+#[test]
+fn a_state_without_double_quantization_is_read() {
+    let mut tensors = packed_weight();
+    let state =
+        br#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [5, 30]}"#.to_vec();
+    tensors.insert(
+        "state",
+        (
+            "w.quant_state.bitsandbytes__nf4",
+            Dtype::U8,
+            vec![state.len()],
+            state,
+        ),
+    );
+    tensors.insert(
+        "absmax",
+        ("w.absmax", Dtype::F32, vec![3], f32s(&[1.0, 2.0, 3.0])),
+    );
+    tensors.remove("nested");
+    tensors.remove("nested_map");
+    let Absmax::Single(absmax) = read_packed(tensors).unwrap().absmax else {
+        panic!("read with double quantization");
+    };
+    assert_eq!(absmax, f32s(&[1.0, 2.0, 3.0]));
+}
+
+#[test]
+fn codes_stored_as_another_type_are_the_same_bytes() {
+    let codes: Vec<u8> = (0..64).collect();
+    let state = br#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64],
+        "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1}"#;
+    for (dtype, rows) in [
+        (Dtype::U8, 64),
+        (Dtype::BF16, 32),
+        (Dtype::F16, 32),
+        (Dtype::F32, 16),
+    ] {
+        let mut tensors = packed_weight();
+        tensors.insert("w", ("w", dtype, vec![rows, 1], codes.clone()));
+        tensors.insert("absmax", ("w.absmax", Dtype::U8, vec![2], vec![1, 2]));
+        tensors.insert(
+            "state",
+            (
+                "w.quant_state.bitsandbytes__nf4",
+                Dtype::U8,
+                vec![state.len()],
+                state.to_vec(),
+            ),
+        );
+        assert_eq!(read_packed(tensors).unwrap().packed, codes, "{dtype:?}");
+    }
+}
+
+/// The error after one tensor of the weight is replaced or, without bytes, removed.
+fn packed_error(key: &'static str, tensor: Option<Tensor<'static>>) -> String {
+    let mut tensors = packed_weight();
+    match tensor {
+        Some(tensor) => tensors.insert(key, tensor),
+        None => tensors.remove(key),
+    };
+    read_packed(tensors).unwrap_err().to_string()
+}
+
+#[test]
+fn a_weight_without_one_of_its_parts_is_refused() {
+    assert_says(&packed_error("w", None), &["`w` is missing"]);
+    assert_says(&packed_error("absmax", None), &["`w.absmax` is missing"]);
+    assert_says(&packed_error("map", None), &["`w.quant_map` is missing"]);
+    assert_says(
+        &packed_error("nested_map", None),
+        &["`w.nested_quant_map` is missing"],
+    );
+    assert_says(&packed_error("nested", None), &["`w.absmax`", "F32", "U8"]);
+}
+
+#[test]
+fn parts_of_the_wrong_length_are_refused() {
+    assert_says(
+        &packed_error("w", Some(("w", Dtype::U8, vec![74, 1], vec![0; 74]))),
+        &["`w`", "75", "74"],
+    );
+    let absmax = ("w.absmax", Dtype::U8, vec![4], vec![0; 4]);
+    assert_says(
+        &packed_error("absmax", Some(absmax)),
+        &["`w.absmax`", "3", "4"],
+    );
+    let nested = ("w.nested_absmax", Dtype::F32, vec![2], vec![0; 8]);
+    assert_says(
+        &packed_error("nested", Some(nested)),
+        &["`w.nested_absmax`", "1", "2"],
+    );
+}
+
+#[test]
+fn another_code_map_is_refused() {
+    let mut map = NF4_CODE;
+    map[3] += 0.01;
+    let tensor = ("w.quant_map", Dtype::F32, vec![16], f32s(&map));
+    assert_says(&packed_error("map", Some(tensor)), &["`w.quant_map`"]);
+    let mut map = *dynamic_map();
+    map.swap(4, 5);
+    let tensor = ("w.nested_quant_map", Dtype::F32, vec![256], f32s(&map));
+    assert_says(
+        &packed_error("nested_map", Some(tensor)),
+        &["`w.nested_quant_map`"],
+    );
+}
+
+#[test]
+fn a_state_that_makes_no_sense_is_refused() {
+    let error = |state: &'static str| {
+        let bytes = state.as_bytes().to_vec();
+        packed_error(
+            "state",
+            Some((
+                "w.quant_state.bitsandbytes__nf4",
+                Dtype::U8,
+                vec![bytes.len()],
+                bytes,
+            )),
+        )
+    };
+    assert_says(
+        &error("{"),
+        &["model.safetensors", "w.quant_state.bitsandbytes__nf4"],
+    );
+    assert_says(
+        &error(r#"{"quant_type": "nf4"}"#),
+        &["w.quant_state", "blocksize"],
+    );
+    let state = r#"{"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [5, 30]}"#;
+    assert_says(&error(state), &["w.quant_state.bitsandbytes__nf4", "Fp4"]);
+    let state = r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [5, 30]}"#;
+    assert_says(&error(state), &["`w`", "nested_blocksize"]);
+    let nested = r#""nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1}"#;
+    for (start, parts) in [
+        (
+            r#"{"quant_type": "nf4", "blocksize": 0, "dtype": "bfloat16", "shape": [5, 30], "#,
+            ["blocksize", "0"],
+        ),
+        (
+            r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [5, 30], "#,
+            ["dtype", "int8"],
+        ),
+        (
+            r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [9223372036854775807, 30], "#,
+            ["shape", "`w`"],
+        ),
+    ] {
+        assert_says(
+            &error(Box::leak(format!("{start}{nested}").into_boxed_str())),
+            &parts,
+        );
+    }
+}
+
+#[test]
+fn a_file_that_is_not_committed_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    let mut file = AtomicFile::create(&path).unwrap();
+    file.write_all(b"half").unwrap();
+    assert!(!path.exists());
+    drop(file);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    AtomicFile::write(&path, "one").unwrap();
+    AtomicFile::write(&path, "two").unwrap();
+    assert_eq!(fs::read_to_string(&path).unwrap(), "two");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_directory_appears_whole_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("above").join("out");
+    let unfinished = AtomicDir::create(&path, Existing::Refuse).unwrap();
+    fs::write(unfinished.path().join("a"), "1").unwrap();
+    drop(unfinished);
+    assert_eq!(fs::read_dir(dir.path().join("above")).unwrap().count(), 0);
+    let finished = AtomicDir::create(&path, Existing::Refuse).unwrap();
+    fs::write(finished.path().join("a"), "1").unwrap();
+    finished.commit().unwrap();
+    assert_eq!(fs::read_to_string(path.join("a")).unwrap(), "1");
+}
+
+#[test]
+fn an_existing_directory_is_replaced_only_when_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("out");
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("old"), "1").unwrap();
+    let error = AtomicDir::create(&path, Existing::Refuse).unwrap_err();
+    assert_says(&error.to_string(), &["out", "already exists"]);
+    let new = AtomicDir::create(&path, Existing::Replace).unwrap();
+    fs::write(new.path().join("new"), "2").unwrap();
+    assert!(path.join("old").exists());
+    new.commit().unwrap();
+    assert!(path.join("new").exists() && !path.join("old").exists());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn the_writer_refuses_what_was_not_planned() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.safetensors");
+    let spec = TensorSpec::new("a", Dtype::F32, vec![2]);
+    let mut file =
+        SafetensorsWriter::create(&path, std::slice::from_ref(&spec), BTreeMap::new()).unwrap();
+    assert_says(
+        &file.append(&spec, &[0; 4]).unwrap_err().to_string(),
+        &["`a`", "8 bytes", "4 bytes"],
+    );
+    file.append(&spec, &[0; 8]).unwrap();
+    assert_says(
+        &file.append(&spec, &[0; 8]).unwrap_err().to_string(),
+        &["`a`", "second"],
+    );
+    let more = TensorSpec::new("an_unplanned_name", Dtype::F32, vec![2]);
+    file.append(&more, &[0; 8]).unwrap();
+    assert_says(
+        &file.finish().unwrap_err().to_string(),
+        &["x.safetensors", "header"],
+    );
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
