@@ -1,0 +1,227 @@
+//! The directory of a training run: what is in it, continuing from it, and what is left after a failure.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use qlora::store::Adapter;
+use qlora::train::config::Resume;
+use qlora::train::{Event, Outcome, TrainConfig, Trainer};
+use serde_json::Value;
+
+fn config(output_dir: &Path) -> TrainConfig {
+    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/engine/llama_gqa");
+    TrainConfig {
+        dataset: case.join("train/data.jsonl"),
+        model_name_or_path: case,
+        output_dir: output_dir.to_path_buf(),
+        eval_dataset_size: Some(4),
+        eval_steps: Some(5),
+        lora_r: 4,
+        learning_rate: 5e-3,
+        per_device_train_batch_size: 2,
+        gradient_accumulation_steps: 2,
+        max_steps: 20,
+        save_steps: 5,
+        ..TrainConfig::default()
+    }
+}
+
+fn run(config: TrainConfig) -> qlora::Result<Outcome> {
+    Trainer::new(config)?.run(&AtomicBool::new(false), |_| ())
+}
+
+fn bytes(dir: &Path, file: &str) -> Vec<u8> {
+    fs::read(dir.join(file)).unwrap_or_else(|e| panic!("{}: {e}", dir.join(file).display()))
+}
+
+/// The records without what depends on the clock and on other tests.
+fn metrics(dir: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    text.lines()
+        .map(|line| {
+            let mut record: Value = serde_json::from_str(line).unwrap();
+            for key in ["tokens_per_second", "peak_memory_bytes"] {
+                record.as_object_mut().unwrap().remove(key);
+            }
+            record
+        })
+        .collect()
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<String> = entries
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_run_leaves_adapter_checkpoints_config_and_metrics() {
+    let dir = tempfile::tempdir().unwrap();
+    let limited = TrainConfig {
+        save_total_limit: 2,
+        ..config(dir.path())
+    };
+    assert_eq!(run(limited.clone()).unwrap(), Outcome::Finished);
+    assert_eq!(
+        names(dir.path()),
+        [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "checkpoint-15",
+            "checkpoint-20",
+            "config.toml",
+            "metrics.jsonl"
+        ]
+    );
+    assert_eq!(
+        names(&dir.path().join("checkpoint-20")),
+        [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "optimizer.safetensors",
+            "trainer_state.json"
+        ]
+    );
+    let records = metrics(dir.path());
+    let is_step = |record: &&Value| record.get("loss").is_some();
+    assert_eq!(records.iter().filter(is_step).count(), 20);
+    let evaluations: Vec<&Value> = records
+        .iter()
+        .filter(|r| r.get("eval_loss").is_some())
+        .collect();
+    assert_eq!(
+        evaluations
+            .iter()
+            .map(|r| r["step"].as_u64().unwrap())
+            .collect::<Vec<_>>(),
+        [5, 10, 15, 20]
+    );
+    let loss = |record: &Value| record["eval_loss"].as_f64().unwrap();
+    assert!(
+        loss(evaluations[3]) < loss(evaluations[0]),
+        "the run learns: {evaluations:?}"
+    );
+    let resolved = TrainConfig::load(Some(&dir.path().join("config.toml")), &[]).unwrap();
+    assert_eq!(resolved, limited);
+    Adapter::read(dir.path()).unwrap();
+}
+
+#[test]
+fn resume_equals_uninterrupted_run() {
+    let whole = tempfile::tempdir().unwrap();
+    run(config(whole.path())).unwrap();
+
+    let parts = tempfile::tempdir().unwrap();
+    let stop = AtomicBool::new(false);
+    let stopped = Trainer::new(config(parts.path()))
+        .unwrap()
+        .run(&stop, |event| {
+            if let Event::Step(record) = event {
+                stop.store(record.step == 8, Ordering::Relaxed);
+            }
+        });
+    let checkpoint = parts.path().join("checkpoint-8");
+    assert_eq!(stopped.unwrap(), Outcome::Stopped(checkpoint.clone()));
+    assert!(!parts.path().join("adapter_model.safetensors").exists());
+    let resumed = TrainConfig {
+        resume_from_checkpoint: Resume::Latest,
+        ..config(parts.path())
+    };
+    assert_eq!(run(resumed).unwrap(), Outcome::Finished);
+
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        assert!(
+            bytes(whole.path(), file) == bytes(parts.path(), file),
+            "{file} differs"
+        );
+    }
+    for file in [
+        "checkpoint-20/optimizer.safetensors",
+        "checkpoint-20/trainer_state.json",
+    ] {
+        assert!(
+            bytes(whole.path(), file) == bytes(parts.path(), file),
+            "{file} differs"
+        );
+    }
+    assert_eq!(metrics(whole.path()), metrics(parts.path()));
+
+    // From an older checkpoint by name: what came after it is written again, not twice.
+    let again = TrainConfig {
+        resume_from_checkpoint: Resume::From(checkpoint),
+        ..config(parts.path())
+    };
+    assert_eq!(run(again).unwrap(), Outcome::Finished);
+    assert_eq!(metrics(whole.path()), metrics(parts.path()));
+}
+
+#[test]
+fn a_new_run_refuses_the_directory_of_an_earlier_one() {
+    let dir = tempfile::tempdir().unwrap();
+    run(TrainConfig {
+        max_steps: 1,
+        ..config(dir.path())
+    })
+    .unwrap();
+    let before = bytes(dir.path(), "metrics.jsonl");
+    let error = run(config(dir.path())).unwrap_err().to_string();
+    assert!(
+        error.contains("output_dir") && error.contains("checkpoint-1"),
+        "{error}"
+    );
+    assert_eq!(
+        bytes(dir.path(), "metrics.jsonl"),
+        before,
+        "nothing of the earlier run is touched"
+    );
+}
+
+#[test]
+fn resuming_without_a_checkpoint_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let resumed = TrainConfig {
+        resume_from_checkpoint: Resume::Latest,
+        ..config(dir.path())
+    };
+    let error = run(resumed).unwrap_err().to_string();
+    assert!(error.contains("resume_from_checkpoint"), "{error}");
+}
+
+#[test]
+fn a_damaged_optimizer_file_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    run(TrainConfig {
+        max_steps: 1,
+        ..config(dir.path())
+    })
+    .unwrap();
+    let path: PathBuf = dir.path().join("checkpoint-1/optimizer.safetensors");
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    let resumed = TrainConfig {
+        resume_from_checkpoint: Resume::Latest,
+        ..config(dir.path())
+    };
+    let error = run(resumed).unwrap_err().to_string();
+    assert!(error.contains("optimizer.safetensors"), "{error}");
+}
+
+#[test]
+fn a_diverging_run_stops_with_the_step_and_no_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let wild = TrainConfig {
+        learning_rate: 1e30,
+        max_grad_norm: 0.0,
+        ..config(dir.path())
+    };
+    let error = run(wild).unwrap_err().to_string();
+    assert!(
+        error.starts_with("step ") && error.contains("not finite"),
+        "{error}"
+    );
+    assert!(!dir.path().join("adapter_model.safetensors").exists());
+}
