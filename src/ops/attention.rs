@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, Device, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{expect_dims, read};
@@ -466,16 +466,8 @@ pub fn reference(
             .to_dtype(q.dtype())?;
         let scores =
             (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * scale)?.broadcast_add(&mask)?;
-        let weights = softmax(&scores)?;
+        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         outs.push(weights.matmul(&v)?.transpose(0, 1)?.contiguous()?);
     }
     Ok(Tensor::cat(&outs, 0)?)
-}
-
-fn softmax(scores: &Tensor) -> Result<Tensor> {
-    debug_assert!(matches!(scores.dtype(), DType::F32 | DType::F64));
-    let exp = scores
-        .broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?
-        .exp()?;
-    Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)
 }

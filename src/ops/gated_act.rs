@@ -78,6 +78,5 @@ pub fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
 
 /// The same from differentiable primitives.
 pub fn reference(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let sigmoid = (gate.neg()?.exp()? + 1.0)?.recip()?;
-    Ok(((gate * sigmoid)? * up)?)
+    Ok((gate.silu()? * up)?)
 }
