@@ -27,17 +27,21 @@ pub struct Args {
     logprobs: Option<PathBuf>,
 
     /// What a row looks like; seen from the first row if not given
-    #[arg(long, alias = "dataset_format", value_name = "FORMAT")]
+    #[arg(
+        long = "dataset_format",
+        alias = "dataset-format",
+        value_name = "FORMAT"
+    )]
     dataset_format: Option<DatasetFormat>,
 
     /// Cut rows after this many tokens
-    #[arg(long, alias = "max_seq_len", value_name = "N")]
+    #[arg(long = "max_seq_len", alias = "max-seq-len", value_name = "N")]
     max_seq_len: Option<usize>,
 
     /// Cut the source of alpaca and input-output rows
     #[arg(
-        long,
-        alias = "source_max_len",
+        long = "source_max_len",
+        alias = "source-max-len",
         value_name = "N",
         default_value_t = LoadOptions::default().source_max_len
     )]
@@ -45,19 +49,23 @@ pub struct Args {
 
     /// Cut the target of alpaca and input-output rows
     #[arg(
-        long,
-        alias = "target_max_len",
+        long = "target_max_len",
+        alias = "target-max-len",
         value_name = "N",
         default_value_t = LoadOptions::default().target_max_len
     )]
     target_max_len: usize,
 
     /// Count the loss of the source too
-    #[arg(long, alias = "train_on_source", num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
+    #[arg(long = "train_on_source", alias = "train-on-source", num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
     train_on_source: bool,
 
     /// Evaluate only the first rows
-    #[arg(long, alias = "max_eval_samples", value_name = "N")]
+    #[arg(
+        long = "max_eval_samples",
+        alias = "max-eval-samples",
+        value_name = "N"
+    )]
     max_eval_samples: Option<usize>,
 
     /// Print one JSON object

@@ -31,8 +31,8 @@ pub struct Args {
 
     /// Stop after this many tokens
     #[arg(
-        long,
-        alias = "max_new_tokens",
+        long = "max_new_tokens",
+        alias = "max-new-tokens",
         value_name = "N",
         default_value_t = 256
     )]
@@ -43,11 +43,16 @@ pub struct Args {
     temperature: f32,
 
     /// Draw from the K likeliest tokens only
-    #[arg(long, alias = "top_k", value_name = "K")]
+    #[arg(long = "top_k", alias = "top-k", value_name = "K")]
     top_k: Option<usize>,
 
     /// Draw from the fewest likeliest tokens that have probability P together
-    #[arg(long, alias = "top_p", value_name = "P", default_value_t = 1.0)]
+    #[arg(
+        long = "top_p",
+        alias = "top-p",
+        value_name = "P",
+        default_value_t = 1.0
+    )]
     top_p: f32,
 
     /// Of the draws

@@ -18,7 +18,7 @@ pub struct ModelArgs {
     adapter: Option<PathBuf>,
 
     /// Quantize weights that are not in 4 bits yet, as training does, to nf4 or fp4; unset: as stored
-    #[arg(long, alias = "quant_type", value_name = "TYPE", value_parser = parse_quant_type)]
+    #[arg(long = "quant_type", alias = "quant-type", value_name = "TYPE", value_parser = parse_quant_type)]
     quant_type: Option<QuantType>,
 }
 
@@ -28,7 +28,7 @@ impl ModelArgs {
         let checkpoint = Checkpoint::open(&self.model)?;
         if self.adapter.is_some() && self.quant_type.is_none() && !checkpoint.is_quantized() {
             eprintln!(
-                "{}: not in 4 bits and used as stored; --quant-type nf4 takes it as training does",
+                "{}: not in 4 bits and used as stored; --quant_type nf4 takes it as training does",
                 self.model.display()
             );
         }
