@@ -22,6 +22,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Quantize(commands::quantize::Args),
     /// Fine-tune: train a LoRA adapter on a 4-bit model
     Train(commands::train::Args),
     /// Measure how well a model predicts the rows of a data file
@@ -52,6 +53,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         commands::use_threads(threads)?;
     }
     match cli.command {
+        Command::Quantize(args) => commands::quantize::run(args),
         Command::Train(args) => commands::train::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Generate(args) => commands::generate::run(args),

@@ -90,7 +90,7 @@ fn rms_norm_equals_its_reference() {
             random.tensor(&[d]),
             random.tensor(&[n, d]),
         );
-        let (want, grads) = oracle(&mut random, &[x.clone()], &dy, |t| {
+        let (want, grads) = oracle(&mut random, std::slice::from_ref(&x), &dy, |t| {
             rms_norm::reference(&t[0], &w, 1e-5).unwrap()
         });
         let (x, w, dy) = (f32(&x), f32(&w), f32(&dy));
@@ -184,7 +184,7 @@ fn rope_equals_its_reference() {
         cos.to_dtype(DType::F64).unwrap(),
         sin.to_dtype(DType::F64).unwrap(),
     );
-    let (want, grads) = oracle(&mut random, &[x.clone()], &dy, |t| {
+    let (want, grads) = oracle(&mut random, std::slice::from_ref(&x), &dy, |t| {
         rope::reference(&t[0], &cos, &sin).unwrap()
     });
     let flat = |t: &Tensor| f32(t).reshape((n, heads * e)).unwrap();
@@ -298,7 +298,7 @@ fn linear_cross_entropy_equals_its_reference() {
         let kept: Vec<u32> = rows.iter().map(|&i| labels[i as usize] as u32).collect();
         let kept = Tensor::new(kept.as_slice(), &Device::Cpu).unwrap();
         let d_loss = Tensor::new(0.25f64, &Device::Cpu).unwrap();
-        let (want, grads) = oracle(&mut random, &[x.clone()], &d_loss, |t| {
+        let (want, grads) = oracle(&mut random, std::slice::from_ref(&x), &d_loss, |t| {
             lce::reference(&t[0].index_select(&picked, 0).unwrap(), &head, &kept).unwrap()
         });
         let (losses, dx) = lce::backward(&f32(&x), &dense(&head), &labels, 0.25).unwrap();

@@ -7,6 +7,7 @@ pub mod generate;
 pub mod inspect;
 pub mod interrupt;
 mod model_args;
+pub mod quantize;
 pub mod train;
 
 pub use config_flags::ConfigFlags;
