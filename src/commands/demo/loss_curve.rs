@@ -8,6 +8,7 @@ use qlora::store::AtomicFile;
 use super::report::Training;
 
 const SIZE: (u32, u32) = (720, 400);
+const FONT: (&str, i32) = ("sans-serif", 16);
 const TRAIN_COLOR: RGBColor = RGBColor(31, 119, 180);
 const HELDOUT_COLOR: RGBColor = RGBColor(214, 39, 40);
 
@@ -35,6 +36,8 @@ fn draw(svg: &mut String, training: &Training) -> Result<(), Box<dyn std::error:
         .configure_mesh()
         .x_desc("optimizer step")
         .y_desc("loss, nats per token")
+        .label_style(FONT)
+        .axis_desc_style(FONT)
         .light_line_style(TRANSPARENT)
         .draw()?;
     let curves = [
@@ -54,6 +57,7 @@ fn draw(svg: &mut String, training: &Training) -> Result<(), Box<dyn std::error:
         .configure_series_labels()
         .background_style(WHITE)
         .border_style(BLACK.mix(0.3))
+        .label_font(FONT)
         .draw()?;
     area.present()?;
     Ok(())
