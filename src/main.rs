@@ -22,6 +22,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Try it: quantize, train and question a small model that comes with the program
+    Demo(commands::demo::Args),
     Quantize(commands::quantize::Args),
     /// Fine-tune: train a LoRA adapter on a 4-bit model
     Train(commands::train::Args),
@@ -54,6 +56,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
     match cli.command {
         Command::Quantize(args) => commands::quantize::run(args),
+        Command::Demo(args) => commands::demo::run(args),
         Command::Train(args) => commands::train::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Generate(args) => commands::generate::run(args),

@@ -107,7 +107,7 @@ def train_model(tokenizer: Tokenizer, steps: int) -> tuple[LlamaForCausalLM, flo
     model = LlamaForCausalLM(config)
     ids = torch.tensor(corpus(Random(SEED + 1), steps * BATCH * SEQUENCE_TOKENS, tokenizer))
     batches = ids[: steps * BATCH * SEQUENCE_TOKENS].view(steps, BATCH, SEQUENCE_TOKENS)
-    # Muon for the matrices, AdamW for embeddings and norms: three times fewer steps than AdamW alone.
+    # Muon (Jordan et al. 2024) for the matrices, AdamW for what is not one: embeddings and norms.
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -148,6 +148,10 @@ def write_base(tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
         model_max_length=512,
     )
     wrapped.save_pretrained(BASE, save_jinja_files=False)
+    # The name that transformers 4 knows as well as 5.
+    path = BASE / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_instructions() -> None:

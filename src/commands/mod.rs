@@ -2,6 +2,7 @@
 
 pub mod bench;
 mod config_flags;
+pub mod demo;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
