@@ -39,6 +39,7 @@ enum Command {
 
 fn main() -> ExitCode {
     commands::die_quietly_on_closed_pipe();
+    commands::keep_freed_memory();
     // clap prints its own errors and ends with status 2.
     let cli = Cli::parse();
     match run(cli) {

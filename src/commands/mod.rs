@@ -50,6 +50,18 @@ pub fn die_quietly_on_closed_pipe() {
     }
 }
 
+/// Lets the allocator keep what is freed: a step takes and frees the same large buffers again and again, and pages that
+/// go back to the system have to be faulted in and zeroed each time (6 % of a step on the CPU).
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: called first in `main`; mallopt only sets parameters, and a value it refuses changes nothing.
+    unsafe {
+        // The largest threshold glibc takes.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+    }
+}
+
 /// A number of threads, at least 1.
 pub fn parse_threads(text: &str) -> Result<usize, String> {
     match text.parse() {

@@ -1,6 +1,7 @@
 //! How the CPU side of an operation reads and writes candle tensors.
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::ops::Deref;
 
 use candle_core::{
@@ -109,6 +110,23 @@ pub(super) fn build(shape: impl Into<Shape>, fill: impl FnOnce(&mut [f32])) -> R
     let shape = shape.into();
     let mut data = vec![0f32; shape.elem_count()];
     fill(&mut data);
+    Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
+}
+
+/// A new tensor that `fill` writes, without zeros being written first.
+///
+/// # Safety
+/// `fill` has to write every element.
+pub(super) unsafe fn build_uninit(
+    shape: impl Into<Shape>,
+    fill: impl FnOnce(&mut [MaybeUninit<f32>]),
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let n = shape.elem_count();
+    let mut data = Vec::with_capacity(n);
+    fill(&mut data.spare_capacity_mut()[..n]);
+    // SAFETY: the capacity is there, and the caller promises that every element was written.
+    unsafe { data.set_len(n) };
     Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
 }
 

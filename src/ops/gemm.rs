@@ -1,6 +1,7 @@
 //! Matrix products on the CPU: checked views, and tiles of a result handed to threads.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use gemm::Parallelism;
@@ -166,6 +167,18 @@ impl<'a> Shared<'a> {
         }
     }
 
+    /// Data that has no values yet.
+    ///
+    /// # Safety
+    /// What is taken from it has to be overwritten before it is read.
+    pub(super) unsafe fn uninit(data: &'a mut [MaybeUninit<f32>]) -> Self {
+        Self {
+            data: data.as_mut_ptr().cast(),
+            len: data.len(),
+            lifetime: PhantomData,
+        }
+    }
+
     /// The matrix that begins at element `start`.
     ///
     /// # Safety
@@ -194,19 +207,18 @@ impl<'a> Shared<'a> {
 
 /// Gives `f` the tiles of `width` columns of the row-major `dst: [rows, cols]`, in parallel, each with scratch of its thread.
 pub(super) fn for_each_column_tile(
-    dst: &mut [f32],
+    dst: Shared<'_>,
     (rows, cols): (usize, usize),
     width: usize,
     f: impl Fn(MatMut<'_>, Range<usize>, &mut Vec<f32>) + Sync,
 ) {
-    assert_eq!(dst.len(), rows * cols, "tiles of a matrix");
-    let shared = Shared::new(dst);
+    assert_eq!(dst.len, rows * cols, "tiles of a matrix");
     (0..cols.div_ceil(width))
         .into_par_iter()
         .for_each_init(Vec::new, |scratch, tile| {
             let range = tile * width..cols.min((tile + 1) * width);
             // SAFETY: tiles are disjoint ranges of columns.
-            let tile = unsafe { shared.mat(range.start, rows, range.len(), cols) };
+            let tile = unsafe { dst.mat(range.start, rows, range.len(), cols) };
             f(tile, range, scratch);
         });
 }

@@ -5,11 +5,13 @@
 //!
 //! Source: arXiv:2411.09009.
 
+use std::ops::Range;
+
 use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
-use super::gemm::{Into, Mat, for_each_column_tile, matmul};
+use super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul};
 use super::simd::{exp, max, sum, vectorized};
 use crate::quant::FrozenWeight;
 use crate::{Error, IGNORE_INDEX, Result};
@@ -19,8 +21,10 @@ const OP: &str = "linear_cross_entropy";
 /// Bytes of one chunk's logits, at most.
 const CHUNK_BYTES: usize = 64 << 20;
 const MAX_CHUNK_ROWS: usize = 1024;
-/// Columns of the logits, or of `dx`, made at a time.
-const TILE: usize = 256;
+/// Words of the vocabulary whose logits lie together: rows of a whole vocabulary would each start on another page.
+const VOCAB_TILE: usize = 512;
+/// Columns of `dx` made at a time.
+const HIDDEN_TILE: usize = 192;
 
 /// The loss of one row that has a label.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -50,8 +54,8 @@ pub fn forward(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<To
     let rows = labelled_rows(x, head, labels)?;
     let x = read(OP, x)?;
     let mut losses = Vec::with_capacity(rows.len());
-    for_each_chunk(&x, head, &rows, |chunk, logits, _| {
-        losses.extend(row_losses(chunk, logits))
+    for_each_chunk(&x, head, &rows, |chunk, logits| {
+        losses.extend(row_losses(chunk, logits));
     });
     Ok(losses)
 }
@@ -71,22 +75,12 @@ pub fn backward(
     let d = head.in_features();
     let mut losses = Vec::with_capacity(rows.len());
     let dx = cpu::build(x.shape(), |dx| {
-        for_each_chunk(&x_data, head, &rows, |chunk, logits, dx_chunk| {
+        let mut dx_chunk = Vec::new();
+        for_each_chunk(&x_data, head, &rows, |chunk, logits| {
             let chunk_losses = row_losses(chunk, logits);
             logits_backward(&chunk_losses, logits, d_loss);
-            let vocab = head.out_features();
             dx_chunk.resize(chunk.len() * d, 0.0);
-            for_each_column_tile(
-                dx_chunk,
-                (chunk.len(), d),
-                TILE,
-                |mut tile, cols, scratch| {
-                    head_tiles(head, cols, scratch, |range, weight, into| {
-                        let dz = Mat::new(logits, chunk.len(), vocab).cols(range);
-                        matmul(&mut tile, into, dz, weight, 1.0);
-                    });
-                },
-            );
+            hidden_backward(logits, head, &mut dx_chunk);
             for ((row, _), values) in chunk.iter().zip(dx_chunk.chunks_exact(d)) {
                 dx[row * d..(row + 1) * d].copy_from_slice(values);
             }
@@ -96,30 +90,68 @@ pub fn backward(
     Ok((losses, dx))
 }
 
-/// Rows of the head taken at a time in backward, so that the scratch stays small for any vocabulary.
-const HEAD_ROWS: usize = 2048;
+/// `dx = dz W` for a chunk.
+fn hidden_backward(dz: &Logits, head: &FrozenWeight, dx: &mut [f32]) {
+    let shape = (dz.rows, head.in_features());
+    for_each_column_tile(
+        Shared::new(dx),
+        shape,
+        HIDDEN_TILE,
+        |mut tile, cols, scratch| {
+            for (words, dz) in dz.tiles() {
+                scratch.resize(words.len() * cols.len(), 0.0);
+                head.read_tile(words.clone(), cols.clone(), scratch);
+                let into = if words.start == 0 {
+                    Into::Overwrite
+                } else {
+                    Into::Add
+                };
+                let dz = Mat::new(dz, tile.rows, words.len());
+                matmul(
+                    &mut tile,
+                    into,
+                    dz,
+                    Mat::new(scratch, words.len(), cols.len()),
+                    1.0,
+                );
+            }
+        },
+    );
+}
 
-fn head_tiles(
-    head: &FrozenWeight,
-    cols: std::ops::Range<usize>,
-    scratch: &mut Vec<f32>,
-    mut f: impl FnMut(std::ops::Range<usize>, Mat<'_>, Into),
-) {
-    let vocab = head.out_features();
-    for start in (0..vocab).step_by(HEAD_ROWS) {
-        let range = start..vocab.min(start + HEAD_ROWS);
-        scratch.resize(range.len() * cols.len(), 0.0);
-        head.read_tile(range.clone(), cols.clone(), scratch);
-        let into = if start == 0 {
-            Into::Overwrite
-        } else {
-            Into::Add
-        };
-        f(
-            range.clone(),
-            Mat::new(scratch, range.len(), cols.len()),
-            into,
-        );
+/// The logits of a chunk of rows, [`VOCAB_TILE`] words at a time: tile after tile, each row-major.
+struct Logits {
+    data: Vec<f32>,
+    rows: usize,
+    vocab: usize,
+}
+
+impl Logits {
+    fn words(&self, tile: usize) -> Range<usize> {
+        tile * VOCAB_TILE..self.vocab.min((tile + 1) * VOCAB_TILE)
+    }
+
+    fn tiles(&self) -> impl Iterator<Item = (Range<usize>, &[f32])> {
+        let tiles = self.data.chunks(self.rows * VOCAB_TILE).enumerate();
+        tiles.map(|(tile, data)| (self.words(tile), data))
+    }
+
+    /// The parts of a row, in the order of the vocabulary.
+    fn row(&self, row: usize) -> impl Iterator<Item = &[f32]> + Clone {
+        let tiles = self.data.chunks(self.rows * VOCAB_TILE);
+        tiles.map(move |tile| {
+            let width = tile.len() / self.rows;
+            &tile[row * width..(row + 1) * width]
+        })
+    }
+
+    fn at(&self, row: usize, word: usize) -> f32 {
+        self.data[self.index(row, word)]
+    }
+
+    fn index(&self, row: usize, word: usize) -> usize {
+        let words = self.words(word / VOCAB_TILE);
+        words.start * self.rows + row * words.len() + word - words.start
     }
 }
 
@@ -142,86 +174,107 @@ fn labelled_rows(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<
     .collect()
 }
 
-/// Gives `f` each chunk of rows with its logits `[rows, V]` and a buffer it may use.
+/// Gives `f` each chunk of rows with its logits.
 fn for_each_chunk(
     x: &[f32],
     head: &FrozenWeight,
     rows: &[(usize, u32)],
-    mut f: impl FnMut(&[(usize, u32)], &mut [f32], &mut Vec<f32>),
+    mut f: impl FnMut(&[(usize, u32)], &mut Logits),
 ) {
     let (vocab, d) = (head.out_features(), head.in_features());
     let chunk_rows = (CHUNK_BYTES / (4 * vocab)).clamp(16, MAX_CHUNK_ROWS);
-    let (mut logits, mut gathered, mut buffer) = (Vec::new(), Vec::new(), Vec::new());
+    let mut gathered = Vec::new();
+    let mut logits = Logits {
+        data: Vec::new(),
+        rows: 0,
+        vocab,
+    };
     for chunk in rows.chunks(chunk_rows) {
         gathered.clear();
         for (row, _) in chunk {
             gathered.extend_from_slice(&x[row * d..(row + 1) * d]);
         }
-        logits.resize(chunk.len() * vocab, 0.0);
-        let x = Mat::new(&gathered, chunk.len(), d);
-        for_each_column_tile(
-            &mut logits,
-            (chunk.len(), vocab),
-            TILE,
-            |mut tile, outs, scratch| {
-                scratch.resize(outs.len() * d, 0.0);
-                head.read_tile(outs.clone(), 0..d, scratch);
-                matmul(
-                    &mut tile,
-                    Into::Overwrite,
-                    x,
-                    Mat::new(scratch, outs.len(), d).t(),
-                    1.0,
-                );
-            },
-        );
-        f(chunk, &mut logits, &mut buffer);
+        logits.rows = chunk.len();
+        logits.data.resize(chunk.len() * vocab, 0.0);
+        logits_forward(Mat::new(&gathered, chunk.len(), d), head, &mut logits);
+        f(chunk, &mut logits);
     }
 }
 
+/// `z = x W^T` for a chunk.
+fn logits_forward(x: Mat<'_>, head: &FrozenWeight, logits: &mut Logits) {
+    let (rows, d) = (logits.rows, x.cols);
+    let tiles = logits.data.par_chunks_mut(rows * VOCAB_TILE).enumerate();
+    tiles.for_each_init(Vec::new, |scratch, (tile, z)| {
+        let start = tile * VOCAB_TILE;
+        let words = z.len() / rows;
+        scratch.resize(words * d, 0.0);
+        head.read_tile(start..start + words, 0..d, scratch);
+        let weight = Mat::new(scratch, words, d);
+        matmul(
+            &mut MatMut::new(z, rows, words),
+            Into::Overwrite,
+            x,
+            weight.t(),
+            1.0,
+        );
+    });
+}
+
 /// The loss of each row of a chunk.
-fn row_losses(chunk: &[(usize, u32)], logits: &[f32]) -> Vec<TokenLoss> {
-    let vocab = logits.len() / chunk.len();
-    let rows = chunk.par_iter().zip(logits.par_chunks_exact(vocab));
-    rows.map(|(&(row, label), logits)| {
+fn row_losses(chunk: &[(usize, u32)], logits: &Logits) -> Vec<TokenLoss> {
+    let rows = chunk.par_iter().enumerate();
+    rows.map(|(i, &(row, label))| {
         let (largest, total) = vectorized(
             #[inline(always)]
             || {
-                let largest = max(logits);
-                (largest, sum(logits.len(), |i| exp(logits[i] - largest)))
+                let largest = logits.row(i).map(max).fold(f32::NEG_INFINITY, f32::max);
+                let sums = logits.row(i).map(|z| sum(z.len(), |k| exp(z[k] - largest)));
+                (largest, sums.sum::<f32>())
             },
         );
-        let prediction = logits.iter().position(|&z| z == largest).unwrap_or(0);
+        let prediction = logits.row(i).flatten().position(|&z| z == largest);
         TokenLoss {
             row,
             label,
-            loss: largest + total.ln() - logits[label as usize],
+            loss: largest + total.ln() - logits.at(i, label as usize),
             confidence: 1.0 / total,
-            prediction: prediction as u32,
+            prediction: prediction.unwrap_or(0) as u32,
         }
     })
     .collect()
 }
 
 /// Replaces the logits by their gradient.
-fn logits_backward(losses: &[TokenLoss], logits: &mut [f32], d_loss: f32) {
-    let vocab = logits.len() / losses.len();
+fn logits_backward(losses: &[TokenLoss], logits: &mut Logits, d_loss: f32) {
+    let labels: Vec<usize> = losses.iter().map(|token| token.label as usize).collect();
+    let lse: Vec<f32> = losses
+        .iter()
+        .zip(&labels)
+        .enumerate()
+        .map(|(i, (token, &label))| token.loss + logits.at(i, label))
+        .collect();
+    let rows = logits.rows;
     logits
-        .par_chunks_exact_mut(vocab)
-        .zip(losses)
-        .for_each(|(logits, token)| {
-            let label = token.label as usize;
-            let lse = token.loss + logits[label];
-            vectorized(
-                #[inline(always)]
-                || {
-                    for z in logits.iter_mut() {
-                        *z = d_loss * exp(*z - lse);
-                    }
-                },
-            );
-            logits[label] -= d_loss;
+        .data
+        .par_chunks_mut(rows * VOCAB_TILE)
+        .for_each(|tile| {
+            let width = tile.len() / rows;
+            for (z, lse) in tile.chunks_exact_mut(width).zip(&lse) {
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for z in z.iter_mut() {
+                            *z = d_loss * exp(*z - lse);
+                        }
+                    },
+                );
+            }
         });
+    for (i, &label) in labels.iter().enumerate() {
+        let at = logits.index(i, label);
+        logits.data[at] -= d_loss;
+    }
 }
 
 /// The summed loss from differentiable primitives, with the head as a tensor `[V, D]` and every label below V.
