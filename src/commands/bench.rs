@@ -31,20 +31,26 @@ struct SpeedArgs {
     /// Size of the model: llama-110m, tinyllama-1.1b, llama-7b or llama3-8b; single sizes below win over it
     #[arg(long, default_value = "llama-110m", value_parser = parse_shape)]
     shape: Shape,
-    #[arg(long, alias = "hidden-size", value_name = "N")]
+    /// Width of the residual stream
+    #[arg(long = "hidden_size", alias = "hidden-size", value_name = "N")]
     hidden_size: Option<usize>,
-    #[arg(long, alias = "intermediate-size", value_name = "N")]
+    /// Width of the MLP
+    #[arg(long = "intermediate_size", alias = "intermediate-size", value_name = "N")]
     intermediate_size: Option<usize>,
-    #[arg(long, alias = "num-hidden-layers", value_name = "N")]
+    /// Blocks
+    #[arg(long = "num_hidden_layers", alias = "num-hidden-layers", value_name = "N")]
     num_hidden_layers: Option<usize>,
-    #[arg(long, alias = "num-attention-heads", value_name = "N")]
+    /// Query heads
+    #[arg(long = "num_attention_heads", alias = "num-attention-heads", value_name = "N")]
     num_attention_heads: Option<usize>,
-    /// Unset: that of the shape, or as many as num_attention_heads where that is given
-    #[arg(long, alias = "num-key-value-heads", value_name = "N")]
+    /// Key/value heads; unset: those of the shape, or as many as num_attention_heads where that is given
+    #[arg(long = "num_key_value_heads", alias = "num-key-value-heads", value_name = "N")]
     num_key_value_heads: Option<usize>,
-    #[arg(long, alias = "vocab-size", value_name = "N")]
+    /// Tokens in the vocabulary
+    #[arg(long = "vocab_size", alias = "vocab-size", value_name = "N")]
     vocab_size: Option<usize>,
-    #[arg(long, alias = "tie-word-embeddings", value_name = "BOOL")]
+    /// The head is the embedding matrix
+    #[arg(long = "tie_word_embeddings", alias = "tie-word-embeddings", value_name = "BOOL", hide_possible_values = true)]
     tie_word_embeddings: Option<bool>,
     /// Print one JSON object
     #[arg(long)]
