@@ -14,6 +14,19 @@ use super::ConfigFlags;
 /// Steps before the ones that count.
 const WARM_UP_STEPS: usize = 1;
 
+/// Keys of `qlora train` that say where a run reads and writes, which is not for a benchmark's user to say.
+const NOT_MEASURED: [&str; 9] = [
+    "model_name_or_path",
+    "adapter",
+    "output_dir",
+    "dataset",
+    "dataset_format",
+    "eval_dataset",
+    "eval_dataset_size",
+    "num_train_epochs",
+    "resume_from_checkpoint",
+];
+
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -27,6 +40,7 @@ enum Bench {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(mut_args = hide_not_measured)]
 struct SpeedArgs {
     /// Size of the model: llama-110m, tinyllama-1.1b, llama-7b or llama3-8b; single sizes below win over it
     #[arg(long, default_value = "llama-110m", value_parser = parse_shape)]
@@ -35,22 +49,43 @@ struct SpeedArgs {
     #[arg(long = "hidden_size", alias = "hidden-size", value_name = "N")]
     hidden_size: Option<usize>,
     /// Width of the MLP
-    #[arg(long = "intermediate_size", alias = "intermediate-size", value_name = "N")]
+    #[arg(
+        long = "intermediate_size",
+        alias = "intermediate-size",
+        value_name = "N"
+    )]
     intermediate_size: Option<usize>,
     /// Blocks
-    #[arg(long = "num_hidden_layers", alias = "num-hidden-layers", value_name = "N")]
+    #[arg(
+        long = "num_hidden_layers",
+        alias = "num-hidden-layers",
+        value_name = "N"
+    )]
     num_hidden_layers: Option<usize>,
     /// Query heads
-    #[arg(long = "num_attention_heads", alias = "num-attention-heads", value_name = "N")]
+    #[arg(
+        long = "num_attention_heads",
+        alias = "num-attention-heads",
+        value_name = "N"
+    )]
     num_attention_heads: Option<usize>,
     /// Key/value heads; unset: those of the shape, or as many as num_attention_heads where that is given
-    #[arg(long = "num_key_value_heads", alias = "num-key-value-heads", value_name = "N")]
+    #[arg(
+        long = "num_key_value_heads",
+        alias = "num-key-value-heads",
+        value_name = "N"
+    )]
     num_key_value_heads: Option<usize>,
     /// Tokens in the vocabulary
     #[arg(long = "vocab_size", alias = "vocab-size", value_name = "N")]
     vocab_size: Option<usize>,
     /// The head is the embedding matrix
-    #[arg(long = "tie_word_embeddings", alias = "tie-word-embeddings", value_name = "BOOL", hide_possible_values = true)]
+    #[arg(
+        long = "tie_word_embeddings",
+        alias = "tie-word-embeddings",
+        value_name = "BOOL",
+        hide_possible_values = true
+    )]
     tie_word_embeddings: Option<bool>,
     /// Print one JSON object
     #[arg(long)]
@@ -58,6 +93,13 @@ struct SpeedArgs {
 
     #[command(flatten)]
     flags: ConfigFlags,
+}
+
+fn hide_not_measured(arg: clap::Arg) -> clap::Arg {
+    match NOT_MEASURED.contains(&arg.get_id().as_str()) {
+        true => arg.hide(true),
+        false => arg,
+    }
 }
 
 fn parse_shape(name: &str) -> Result<Shape, String> {
@@ -98,6 +140,9 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
     let shape = args.shape();
     let mut overrides = args.flags.overrides.clone();
     let given = |key: &str| args.flags.overrides.iter().any(|(name, _)| name == key);
+    if let Some(key) = NOT_MEASURED.into_iter().find(|key| given(key)) {
+        bail!("--{key}: a benchmark makes its own model and rows, leave it out");
+    }
     for (key, value) in [
         ("gradient_accumulation_steps", "1"),
         ("max_steps", "4"),

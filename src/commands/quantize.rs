@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use qlora::model::DecoderConfig;
 use qlora::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use qlora::store::{Checkpoint, Existing, QuantizeJob, quantize};
@@ -75,12 +75,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Ok(());
     }
     println!(
-        "{}: {} weights quantized, {} tensors copied, {:.3} GB to {:.3} GB",
+        "{}: {} weights quantized, {} tensors copied, {} to {}",
         job.destination.display(),
         report.quantized_tensors,
         report.copied_tensors,
-        report.source_bytes as f64 / 1e9,
-        report.written_bytes as f64 / 1e9,
+        DecimalBytes(report.source_bytes),
+        DecimalBytes(report.written_bytes),
     );
     Ok(())
 }
