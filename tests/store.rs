@@ -389,6 +389,15 @@ fn a_file_that_is_not_committed_leaves_nothing() {
 }
 
 #[test]
+fn an_error_of_writing_does_not_speak_of_the_temporary_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = AtomicFile::create(dir.path().join("none").join("a.txt")).unwrap_err();
+    let error = error.to_string();
+    assert_says(&error, &["none/a.txt: No such file or directory"]);
+    assert!(!error.contains(".partial"), "{error}");
+}
+
+#[test]
 fn a_directory_appears_whole_or_not_at_all() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("above").join("out");

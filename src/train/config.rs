@@ -133,7 +133,7 @@ train_config! {
     ["Optimization"]
     /// Sequences in a micro-batch
     per_device_train_batch_size: usize = 1;
-    /// Sequences in an evaluation batch
+    /// Taken for the sake of qlora.py; evaluation takes one sequence at a time
     per_device_eval_batch_size: usize = 1;
     /// Micro-batches in an optimizer step
     gradient_accumulation_steps: usize = 16;
