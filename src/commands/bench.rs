@@ -5,7 +5,6 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use qlora::device::{anonymous_memory_bytes, peak_memory_bytes, reset_peak_memory};
 use qlora::model::ActivationPolicy;
-use qlora::quant::QuantizeOptions;
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
 use serde_json::json;
 
@@ -14,17 +13,47 @@ use super::ConfigFlags;
 /// Steps before the ones that count.
 const WARM_UP_STEPS: usize = 1;
 
-/// Keys of `qlora train` that say where a run reads and writes, which is not for a benchmark's user to say.
-const NOT_MEASURED: [&str; 9] = [
+/// Keys of `qlora train` with another default here, and what they mean here.
+const DEFAULTS: [(&str, &str, &str); 3] = [
+    (
+        "gradient_accumulation_steps",
+        "1",
+        "Micro-batches in an optimizer step",
+    ),
+    (
+        "max_steps",
+        "4",
+        "Optimizer steps that count, after one to warm up",
+    ),
+    ("max_seq_len", "256", "Length of every sequence, in tokens"),
+];
+
+/// Keys of `qlora train` that a benchmark cannot do as asked: it makes its own model and rows.
+const REFUSED: [&str; 6] = [
     "model_name_or_path",
     "adapter",
-    "output_dir",
     "dataset",
     "dataset_format",
     "eval_dataset",
-    "eval_dataset_size",
-    "num_train_epochs",
     "resume_from_checkpoint",
+];
+
+/// Keys of `qlora train` that change nothing here: nothing is evaluated or saved, and every row is of full length.
+const WITHOUT_EFFECT: [&str; 14] = [
+    "output_dir",
+    "source_max_len",
+    "target_max_len",
+    "train_on_source",
+    "shuffle",
+    "max_train_samples",
+    "max_eval_samples",
+    "eval_dataset_size",
+    "per_device_eval_batch_size",
+    "num_train_epochs",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
 ];
 
 #[derive(Debug, clap::Args)]
@@ -40,7 +69,7 @@ enum Bench {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(mut_args = hide_not_measured)]
+#[command(mut_args = training_flag)]
 struct SpeedArgs {
     /// Size of the model: llama-110m, tinyllama-1.1b, llama-7b or llama3-8b; single sizes below win over it
     #[arg(long, default_value = "llama-110m", value_parser = parse_shape)]
@@ -95,11 +124,14 @@ struct SpeedArgs {
     flags: ConfigFlags,
 }
 
-fn hide_not_measured(arg: clap::Arg) -> clap::Arg {
-    match NOT_MEASURED.contains(&arg.get_id().as_str()) {
-        true => arg.hide(true),
-        false => arg,
+/// A training flag as a benchmark has it.
+fn training_flag(flag: clap::Arg) -> clap::Arg {
+    let id = flag.get_id().to_string();
+    if let Some((_, value, help)) = DEFAULTS.iter().find(|(key, ..)| *key == id) {
+        return flag.help(format!("{help} [default: {value}]"));
     }
+    let hide = REFUSED.iter().chain(&WITHOUT_EFFECT).any(|key| *key == id);
+    if hide { flag.hide(true) } else { flag }
 }
 
 fn parse_shape(name: &str) -> Result<Shape, String> {
@@ -140,19 +172,15 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
     let shape = args.shape();
     let mut overrides = args.flags.overrides.clone();
     let given = |key: &str| args.flags.overrides.iter().any(|(name, _)| name == key);
-    if let Some(key) = NOT_MEASURED.into_iter().find(|key| given(key)) {
+    if let Some(key) = REFUSED.into_iter().find(|key| given(key)) {
         bail!("--{key}: a benchmark makes its own model and rows, leave it out");
     }
-    for (key, value) in [
-        ("gradient_accumulation_steps", "1"),
-        ("max_steps", "4"),
-        ("max_seq_len", "256"),
-        ("shuffle", "false"),
-    ] {
+    for (key, value, _) in DEFAULTS {
         if !given(key) {
             overrides.push((key.to_string(), value.to_string()));
         }
     }
+    overrides.push(("shuffle".to_string(), false.to_string()));
     let mut config = TrainConfig::load_partial(None, &overrides)?;
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
@@ -170,7 +198,7 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
         &shape,
         rows,
         config.longest_sequence(),
-        QuantizeOptions::default(),
+        config.quantize_options(),
     )?;
     config.model_name_or_path = synthetic.model();
     config.dataset = synthetic.dataset();

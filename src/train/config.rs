@@ -16,7 +16,7 @@ pub use values::{ComputeDtype, Optim, Resume, ValueKind};
 
 use crate::data::DatasetFormat;
 use crate::device::DeviceKind;
-use crate::quant::QuantType;
+use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use crate::store::TargetModules;
 use crate::train::schedule::SchedulerType;
 use crate::{Error, Result};
@@ -246,6 +246,19 @@ impl TrainConfig {
     pub fn longest_sequence(&self) -> usize {
         self.max_seq_len
             .unwrap_or(self.source_max_len + self.target_max_len)
+    }
+
+    /// How weights that are not in 4 bits yet are quantized.
+    pub fn quantize_options(&self) -> QuantizeOptions {
+        QuantizeOptions {
+            quant_type: self.quant_type,
+            double_quant: if self.double_quant {
+                DoubleQuant::Yes
+            } else {
+                DoubleQuant::No
+            },
+            ..QuantizeOptions::default()
+        }
     }
 
     /// Passes over the data, or `None` where `max_steps` decides.

@@ -16,7 +16,6 @@ use crate::device::peak_memory_bytes;
 use crate::infer::{LogProbs, evaluate};
 use crate::model::{ActivationPolicy, Decoder, Sequences};
 use crate::ops::linear_cross_entropy;
-use crate::quant::{DoubleQuant, QuantizeOptions};
 use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
 use crate::{Error, Result};
 
@@ -61,18 +60,9 @@ impl Trainer {
     /// # Errors
     /// Whatever is wrong with the config, the model, the data or the checkpoint.
     pub fn new(config: TrainConfig) -> Result<Self> {
-        let quantize = QuantizeOptions {
-            quant_type: config.quant_type,
-            double_quant: if config.double_quant {
-                DoubleQuant::Yes
-            } else {
-                DoubleQuant::No
-            },
-            ..QuantizeOptions::default()
-        };
         let mut decoder = Decoder::load(
             &Checkpoint::open(&config.model_name_or_path)?,
-            Some(quantize),
+            Some(config.quantize_options()),
         )?;
         let data = load_data(&config, decoder.config().vocab_size)?;
         let adapter_config = match &config.adapter {
