@@ -7,7 +7,8 @@
 //! A module names only what stands below it (checked by `tests/layers.rs`):
 //! ```text
 //! commands (binary)
-//! train      infer      export
+//! train
+//! infer
 //! model      data
 //! ops        store
 //! quant

@@ -53,8 +53,12 @@ impl Bench {
 
     /// Runs `qlora train` and gives its one line of error.
     fn fails(&self) -> String {
+        self.fails_with(&[])
+    }
+
+    fn fails_with(&self, flags: &[&str]) -> String {
         let mut command = Command::cargo_bin("qlora").unwrap();
-        let run = command.args(self.arguments()).assert().code(1);
+        let run = command.args(self.arguments()).args(flags).assert().code(1);
         assert!(run.get_output().stdout.is_empty());
         assert!(!self.output().join("adapter_model.safetensors").exists());
         error_line(&run.get_output().stderr)
@@ -194,4 +198,37 @@ fn an_output_directory_that_cannot_be_made_is_named() {
     let bench = Bench::new();
     fs::write(bench.output(), "a file").unwrap();
     names(&bench.fails(), &["output"]);
+}
+
+#[test]
+fn an_adapter_of_another_model_is_named() {
+    let bench = Bench::new();
+    let adapter = format!(
+        "{}/tests/fixtures/engine/qwen3/adapter",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    names(
+        &bench.fails_with(&["--adapter", &adapter]),
+        &[
+            "qwen3/adapter: does not fit the model",
+            "q_proj.lora_B.weight",
+        ],
+    );
+}
+
+#[test]
+fn a_weight_file_in_place_of_its_directory_is_told_what_to_give() {
+    let bench = Bench::new();
+    let inside = bench.dir.path().join("inside");
+    fs::rename(bench.model(), &inside).unwrap();
+    fs::rename(inside.join("model.safetensors"), bench.model()).unwrap();
+    names(&bench.fails(), &["is a file, give the directory"]);
+}
+
+#[test]
+fn text_for_a_model_without_a_tokenizer_says_what_is_missing() {
+    let bench = Bench::new();
+    let row = r#"{"input": "a", "output": "b"}"#;
+    fs::write(bench.data(), row).unwrap();
+    names(&bench.fails(), &["input-output", "tokenizer.json"]);
 }

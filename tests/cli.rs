@@ -4,6 +4,7 @@ use assert_cmd::Command;
 use predicates::prelude::*;
 use predicates::str::contains;
 use qlora::train::config::KEYS;
+use serde_json::Value;
 
 fn qlora() -> Command {
     let mut command = Command::cargo_bin("qlora").unwrap();
@@ -126,6 +127,28 @@ fn flags_are_spelled_with_underscores_hyphens_or_an_equals_sign() {
 }
 
 #[test]
+fn bench_speed_takes_sizes_by_their_names_in_config_json() {
+    let sizes = "--hidden_size 32 --intermediate_size 64 --num_hidden_layers 1 --num_attention_heads 2 \
+        --vocab_size 50 --max_seq_len 16 --lora_r 2 --max_steps 2 --json";
+    let mut command = qlora();
+    let run = command
+        .args(["bench", "speed"])
+        .args(sizes.split_whitespace());
+    let output = run.assert().success();
+    let report: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    assert_eq!(report["shape"]["hidden_size"], 32);
+    assert_eq!(report["step_seconds"].as_array().unwrap().len(), 2);
+    assert!(report["tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(report["peak_memory_bytes"].as_u64().unwrap() > 0);
+
+    let refused = qlora()
+        .args(["bench", "speed", "--dataset", "rows.jsonl"])
+        .assert()
+        .code(1);
+    refused.stdout("").stderr(contains("--dataset"));
+}
+
+#[test]
 fn help_of_train_lists_every_key_with_its_default() {
     let help = help(&["train"]);
     let words: Vec<_> = help.split_whitespace().collect();
@@ -161,8 +184,9 @@ fn readme_shows_the_help_texts_as_they_are() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(&path).unwrap();
     let mut updated = readme.clone();
-    for name in std::iter::once("qlora".to_string()).chain(commands()) {
-        let arguments: Vec<&str> = if name == "qlora" { vec![] } else { vec![&name] };
+    let names = ["qlora".to_string(), "bench speed".to_string()];
+    for name in names.into_iter().chain(commands()) {
+        let arguments: Vec<&str> = name.split(' ').filter(|word| *word != "qlora").collect();
         let block = format!("\n```text\n{}```\n", help(&arguments));
         updated = with_block(&updated, &format!("<!-- help: {name} -->"), &block);
     }

@@ -108,6 +108,25 @@ fn eval_prints_the_reference_loss_and_writes_every_log_probability() {
 }
 
 #[test]
+fn a_place_that_cannot_be_written_is_refused_before_the_evaluation() {
+    let case = ReferenceCase::read("qwen2");
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("rows.jsonl");
+    write_rows(&case, &data);
+    let mut command = qlora();
+    command.arg("eval").arg("--model").arg(&case.dir);
+    command.arg("--data").arg(&data);
+    command
+        .arg("--logprobs")
+        .arg(dir.path().join("none/out.safetensors"));
+    let run = command.assert().code(1).stdout("");
+    // Nothing else: not even the line about the rows, which are read first.
+    let stderr = String::from_utf8_lossy(&run.get_output().stderr).to_string();
+    assert!(stderr.starts_with("error: "), "{stderr}");
+    assert!(stderr.contains("none/out.safetensors"), "{stderr}");
+}
+
+#[test]
 fn eval_without_json_prints_one_measure_a_line() {
     let case = ReferenceCase::read("qwen2");
     let dir = tempfile::tempdir().unwrap();

@@ -11,7 +11,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("store", &["quant"]),
     ("model", &["ops", "quant", "store"]),
     ("data", &[]),
-    // `quant` for the code that the configuration asks for, `infer` for the evaluation of `qlora eval` between steps.
+    // `quant` for the code that the configuration asks for; `infer` because evaluation between steps is that of `qlora eval`.
     (
         "train",
         &["model", "ops", "data", "store", "device", "quant", "infer"],
@@ -25,34 +25,33 @@ const ONLY_IN_COMMANDS: &[&str] = &["anyhow", "println!", "eprintln!", "print!",
 
 #[test]
 fn a_module_names_only_the_layers_below_it() {
-    let mut offences = Vec::new();
-    for file in library_files() {
-        let source = fs::read_to_string(&file).unwrap();
-        let layer = layer_of(&file);
-        for (line, named) in named_layers(&source) {
-            let allowed = LAYERS.iter().find(|(name, _)| *name == layer).unwrap().1;
-            if named != layer && !allowed.contains(&named.as_str()) {
-                offences.push(format!("{}:{line}: {layer} names {named}", file.display()));
-            }
-        }
-    }
-    assert!(offences.is_empty(), "{}", offences.join("\n"));
+    let offences = offences_of_all(layer_offences);
+    assert!(offences.is_empty(), "{offences}");
 }
 
 #[test]
 fn only_the_commands_print_and_use_anyhow() {
-    let mut offences = Vec::new();
-    for file in library_files() {
-        let source = fs::read_to_string(&file).unwrap();
-        for (number, line) in without_comments(&source).lines().enumerate() {
-            for word in ONLY_IN_COMMANDS {
-                if has_word(line, word) {
-                    offences.push(format!("{}:{}: {word}", file.display(), number + 1));
-                }
-            }
-        }
-    }
-    assert!(offences.is_empty(), "{}", offences.join("\n"));
+    let offences = offences_of_all(|_, source| print_offences(source));
+    assert!(offences.is_empty(), "{offences}");
+}
+
+#[test]
+fn a_planted_layer_violation_is_found() {
+    let planted =
+        "use crate::Error;\nuse crate::quant::NF4_CODE;\nuse crate::{Result, model::Decoder};\n";
+    let found = |layer| layer_offences(layer, planted);
+    assert_eq!(found("model"), [] as [&str; 0]);
+    assert_eq!(found("store"), ["3: store names model"]);
+    assert_eq!(
+        found("data"),
+        ["2: data names quant", "3: data names model"]
+    );
+}
+
+#[test]
+fn a_planted_print_is_found() {
+    let planted = "// println! is only spoken of\nfn f() -> anyhow::Result<()> {\n    eprintln!(\"x\");\n    my_print!();\n}\n";
+    assert_eq!(print_offences(planted), ["2: anyhow", "3: eprintln!"]);
 }
 
 #[test]
@@ -118,6 +117,40 @@ fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
             files.push(path);
         }
     }
+}
+
+/// What `offences` finds in each file of the library, a line each with the file's name in front.
+fn offences_of_all(offences: impl Fn(&str, &str) -> Vec<String>) -> String {
+    let mut lines = Vec::new();
+    for file in library_files() {
+        let source = fs::read_to_string(&file).unwrap();
+        let found = offences(&layer_of(&file), &source);
+        lines.extend(
+            found
+                .iter()
+                .map(|found| format!("{}:{found}", file.display())),
+        );
+    }
+    lines.join("\n")
+}
+
+/// The layers that a source of `layer` names without leave, each with its line.
+fn layer_offences(layer: &str, source: &str) -> Vec<String> {
+    let allowed = LAYERS.iter().find(|(name, _)| *name == layer).unwrap().1;
+    let named = named_layers(source).into_iter();
+    named
+        .filter(|(_, named)| named != layer && !allowed.contains(&named.as_str()))
+        .map(|(line, named)| format!("{line}: {layer} names {named}"))
+        .collect()
+}
+
+fn print_offences(source: &str) -> Vec<String> {
+    let mut offences = Vec::new();
+    for (number, line) in without_comments(source).lines().enumerate() {
+        let words = ONLY_IN_COMMANDS.iter().filter(|word| has_word(line, word));
+        offences.extend(words.map(|word| format!("{}: {word}", number + 1)));
+    }
+    offences
 }
 
 fn layer_of(file: &Path) -> String {

@@ -181,6 +181,22 @@ fn a_new_run_refuses_the_directory_of_an_earlier_one() {
 }
 
 #[test]
+fn resuming_with_another_rank_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    run(config(dir.path())).unwrap();
+    let other = TrainConfig {
+        resume_from_checkpoint: Resume::Latest,
+        lora_r: config(dir.path()).lora_r + 1,
+        ..config(dir.path())
+    };
+    let error = run(other).unwrap_err().to_string();
+    assert!(
+        error.contains("`lora_r`") && error.contains("checkpoint-20"),
+        "{error}"
+    );
+}
+
+#[test]
 fn resuming_without_a_checkpoint_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let resumed = TrainConfig {

@@ -1,5 +1,7 @@
 //! Weight files: what is read is what is stored, and each broken input has its own error that names the file and tensor.
 
+mod weight_files;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -7,11 +9,13 @@ use std::path::Path;
 
 use candle_core::DType;
 use qlora::Error;
-use qlora::quant::{Absmax, FrozenWeight, NF4_CODE, Params4bit, QuantType, dynamic_map};
+use qlora::quant::FrozenWeight;
 use qlora::store::{AtomicDir, AtomicFile, Checkpoint, Existing, SafetensorsWriter, TensorSpec};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use weight_files::{assert_says, f32s, model_dir, model_with, write_file};
 
 /// A safetensors file from a header and bytes that need not fit together.
 fn raw_file(path: &Path, header: &Value, data: &[u8]) {
@@ -22,46 +26,8 @@ fn raw_file(path: &Path, header: &Value, data: &[u8]) {
     fs::write(path, bytes).unwrap();
 }
 
-type Tensor<'a> = (&'a str, Dtype, Vec<usize>, Vec<u8>);
-
-fn write_file(path: &Path, tensors: &[Tensor]) {
-    let spec = |(name, dtype, shape, _): &Tensor| TensorSpec::new(*name, *dtype, shape.clone());
-    let specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
-    let mut file = SafetensorsWriter::create(path, &specs, BTreeMap::new()).unwrap();
-    for (spec, (.., data)) in specs.iter().zip(tensors) {
-        file.append(spec, data).unwrap();
-    }
-    file.finish().unwrap();
-}
-
-fn f32s(values: &[f32]) -> Vec<u8> {
-    values
-        .iter()
-        .flat_map(|value| value.to_le_bytes())
-        .collect()
-}
-
-/// A model directory without weights.
-fn model_dir() -> TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("config.json"), "{}").unwrap();
-    dir
-}
-
-fn model_with(tensors: &[Tensor]) -> TempDir {
-    let dir = model_dir();
-    write_file(&dir.path().join("model.safetensors"), tensors);
-    dir
-}
-
 fn open_error(dir: &TempDir) -> String {
     Checkpoint::open(dir.path()).unwrap_err().to_string()
-}
-
-fn assert_says(message: &str, parts: &[&str]) {
-    for part in parts {
-        assert!(message.contains(part), "`{part}` is not in `{message}`");
-    }
 }
 
 #[test]
@@ -407,245 +373,6 @@ fn a_tensor_the_index_does_not_name_is_refused() {
     assert_says(&open_error(&dir), &["one.safetensors", "`b`"]);
 }
 
-/// The tensors of a 4-bit weight of 5 x 30 elements, with double quantization.
-fn packed_weight() -> BTreeMap<&'static str, Tensor<'static>> {
-    let state = json!({
-        "nested_offset": 0.1, "shape": [5, 30], "nested_blocksize": 256, "dtype": "bfloat16",
-        "blocksize": 64, "nested_dtype": "float32", "quant_type": "nf4",
-    });
-    let state = state.to_string().into_bytes();
-    BTreeMap::from([
-        ("w", ("w", Dtype::U8, vec![75, 1], (0..75).collect())),
-        (
-            "absmax",
-            ("w.absmax", Dtype::U8, vec![3], vec![1, 128, 255]),
-        ),
-        (
-            "map",
-            ("w.quant_map", Dtype::F32, vec![16], f32s(&NF4_CODE)),
-        ),
-        (
-            "nested",
-            ("w.nested_absmax", Dtype::F32, vec![1], f32s(&[0.5])),
-        ),
-        (
-            "nested_map",
-            (
-                "w.nested_quant_map",
-                Dtype::F32,
-                vec![256],
-                f32s(dynamic_map()),
-            ),
-        ),
-        (
-            "state",
-            (
-                "w.quant_state.bitsandbytes__nf4",
-                Dtype::U8,
-                vec![state.len()],
-                state,
-            ),
-        ),
-    ])
-}
-
-fn read_packed(tensors: BTreeMap<&str, Tensor>) -> qlora::Result<Params4bit> {
-    let tensors: Vec<Tensor> = tensors.into_values().collect();
-    let dir = model_with(&tensors);
-    let checkpoint = Checkpoint::open(dir.path())?;
-    assert_eq!(
-        checkpoint.is_quantized(),
-        checkpoint.names().any(|name| name.contains("quant_state"))
-    );
-    match checkpoint.weight("w")? {
-        FrozenWeight::Quantized(params) => Ok(params),
-        FrozenWeight::Dense(_) => panic!("read as a dense weight"),
-    }
-}
-
-#[test]
-fn a_state_is_read_in_any_key_order() {
-    let params = read_packed(packed_weight()).unwrap();
-    assert_eq!(
-        (params.quant_type, params.block_size, params.dtype),
-        (QuantType::Nf4, 64, DType::BF16)
-    );
-    assert_eq!(
-        (&params.shape[..], params.packed),
-        (&[5, 30][..], (0..75).collect::<Vec<u8>>().into())
-    );
-    let Absmax::Double {
-        codes,
-        nested_absmax,
-        nested_block_size,
-        offset,
-    } = params.absmax
-    else {
-        panic!("read without double quantization");
-    };
-    assert_eq!(
-        (&codes[..], &nested_absmax[..]),
-        (&[1, 128, 255][..], &[0.5][..])
-    );
-    assert_eq!((nested_block_size, offset), (256, 0.1));
-}
-
-#[test]
-fn a_state_without_double_quantization_is_read() {
-    let mut tensors = packed_weight();
-    let state =
-        br#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [5, 30]}"#.to_vec();
-    tensors.insert(
-        "state",
-        (
-            "w.quant_state.bitsandbytes__nf4",
-            Dtype::U8,
-            vec![state.len()],
-            state,
-        ),
-    );
-    tensors.insert(
-        "absmax",
-        ("w.absmax", Dtype::F32, vec![3], f32s(&[1.0, 2.0, 3.0])),
-    );
-    tensors.remove("nested");
-    tensors.remove("nested_map");
-    let Absmax::Single(absmax) = read_packed(tensors).unwrap().absmax else {
-        panic!("read with double quantization");
-    };
-    assert_eq!(absmax, f32s(&[1.0, 2.0, 3.0]));
-}
-
-#[test]
-fn codes_stored_as_another_type_are_the_same_bytes() {
-    let codes: Vec<u8> = (0..64).collect();
-    let state = br#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [2, 64],
-        "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1}"#;
-    for (dtype, rows) in [
-        (Dtype::U8, 64),
-        (Dtype::BF16, 32),
-        (Dtype::F16, 32),
-        (Dtype::F32, 16),
-    ] {
-        let mut tensors = packed_weight();
-        tensors.insert("w", ("w", dtype, vec![rows, 1], codes.clone()));
-        tensors.insert("absmax", ("w.absmax", Dtype::U8, vec![2], vec![1, 2]));
-        tensors.insert(
-            "state",
-            (
-                "w.quant_state.bitsandbytes__nf4",
-                Dtype::U8,
-                vec![state.len()],
-                state.to_vec(),
-            ),
-        );
-        assert_eq!(read_packed(tensors).unwrap().packed, codes, "{dtype:?}");
-    }
-}
-
-/// The error after one tensor of the weight is replaced or, without bytes, removed.
-fn packed_error(key: &'static str, tensor: Option<Tensor<'static>>) -> String {
-    let mut tensors = packed_weight();
-    match tensor {
-        Some(tensor) => tensors.insert(key, tensor),
-        None => tensors.remove(key),
-    };
-    read_packed(tensors).unwrap_err().to_string()
-}
-
-#[test]
-fn a_weight_without_one_of_its_parts_is_refused() {
-    assert_says(&packed_error("w", None), &["`w` is missing"]);
-    assert_says(&packed_error("absmax", None), &["`w.absmax` is missing"]);
-    assert_says(&packed_error("map", None), &["`w.quant_map` is missing"]);
-    assert_says(
-        &packed_error("nested_map", None),
-        &["`w.nested_quant_map` is missing"],
-    );
-    assert_says(&packed_error("nested", None), &["`w.absmax`", "F32", "U8"]);
-}
-
-#[test]
-fn parts_of_the_wrong_length_are_refused() {
-    assert_says(
-        &packed_error("w", Some(("w", Dtype::U8, vec![74, 1], vec![0; 74]))),
-        &["`w`", "75", "74"],
-    );
-    let absmax = ("w.absmax", Dtype::U8, vec![4], vec![0; 4]);
-    assert_says(
-        &packed_error("absmax", Some(absmax)),
-        &["`w.absmax`", "3", "4"],
-    );
-    let nested = ("w.nested_absmax", Dtype::F32, vec![2], vec![0; 8]);
-    assert_says(
-        &packed_error("nested", Some(nested)),
-        &["`w.nested_absmax`", "1", "2"],
-    );
-}
-
-#[test]
-fn another_code_map_is_refused() {
-    let mut map = NF4_CODE;
-    map[3] += 0.01;
-    let tensor = ("w.quant_map", Dtype::F32, vec![16], f32s(&map));
-    assert_says(&packed_error("map", Some(tensor)), &["`w.quant_map`"]);
-    let mut map = *dynamic_map();
-    map.swap(4, 5);
-    let tensor = ("w.nested_quant_map", Dtype::F32, vec![256], f32s(&map));
-    assert_says(
-        &packed_error("nested_map", Some(tensor)),
-        &["`w.nested_quant_map`"],
-    );
-}
-
-#[test]
-fn a_state_that_makes_no_sense_is_refused() {
-    let error = |state: &'static str| {
-        let bytes = state.as_bytes().to_vec();
-        packed_error(
-            "state",
-            Some((
-                "w.quant_state.bitsandbytes__nf4",
-                Dtype::U8,
-                vec![bytes.len()],
-                bytes,
-            )),
-        )
-    };
-    assert_says(
-        &error("{"),
-        &["model.safetensors", "w.quant_state.bitsandbytes__nf4"],
-    );
-    assert_says(
-        &error(r#"{"quant_type": "nf4"}"#),
-        &["w.quant_state", "blocksize"],
-    );
-    let state = r#"{"quant_type": "fp4", "blocksize": 64, "dtype": "bfloat16", "shape": [5, 30]}"#;
-    assert_says(&error(state), &["w.quant_state.bitsandbytes__nf4", "Fp4"]);
-    let state = r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [5, 30]}"#;
-    assert_says(&error(state), &["`w`", "nested_blocksize"]);
-    let nested = r#""nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.1}"#;
-    for (start, parts) in [
-        (
-            r#"{"quant_type": "nf4", "blocksize": 0, "dtype": "bfloat16", "shape": [5, 30], "#,
-            ["blocksize", "0"],
-        ),
-        (
-            r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "int8", "shape": [5, 30], "#,
-            ["dtype", "int8"],
-        ),
-        (
-            r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [9223372036854775807, 30], "#,
-            ["shape", "`w`"],
-        ),
-    ] {
-        assert_says(
-            &error(Box::leak(format!("{start}{nested}").into_boxed_str())),
-            &parts,
-        );
-    }
-}
-
 #[test]
 fn a_file_that_is_not_committed_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -659,6 +386,15 @@ fn a_file_that_is_not_committed_leaves_nothing() {
     AtomicFile::write(&path, "two").unwrap();
     assert_eq!(fs::read_to_string(&path).unwrap(), "two");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn an_error_of_writing_does_not_speak_of_the_temporary_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = AtomicFile::create(dir.path().join("none").join("a.txt")).unwrap_err();
+    let error = error.to_string();
+    assert_says(&error, &["none/a.txt: No such file or directory"]);
+    assert!(!error.contains(".partial"), "{error}");
 }
 
 #[test]

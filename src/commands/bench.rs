@@ -5,7 +5,6 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use qlora::device::{anonymous_memory_bytes, peak_memory_bytes, reset_peak_memory};
 use qlora::model::ActivationPolicy;
-use qlora::quant::QuantizeOptions;
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
 use serde_json::json;
 
@@ -13,6 +12,49 @@ use super::ConfigFlags;
 
 /// Steps before the ones that count.
 const WARM_UP_STEPS: usize = 1;
+
+/// Keys of `qlora train` with another default here, and what they mean here.
+const DEFAULTS: [(&str, &str, &str); 3] = [
+    (
+        "gradient_accumulation_steps",
+        "1",
+        "Micro-batches in an optimizer step",
+    ),
+    (
+        "max_steps",
+        "4",
+        "Optimizer steps that count, after one to warm up",
+    ),
+    ("max_seq_len", "256", "Length of every sequence, in tokens"),
+];
+
+/// Keys of `qlora train` that a benchmark cannot do as asked: it makes its own model and rows.
+const REFUSED: [&str; 6] = [
+    "model_name_or_path",
+    "adapter",
+    "dataset",
+    "dataset_format",
+    "eval_dataset",
+    "resume_from_checkpoint",
+];
+
+/// Keys of `qlora train` that change nothing here: nothing is evaluated or saved, and every row is of full length.
+const WITHOUT_EFFECT: [&str; 14] = [
+    "output_dir",
+    "source_max_len",
+    "target_max_len",
+    "train_on_source",
+    "shuffle",
+    "max_train_samples",
+    "max_eval_samples",
+    "eval_dataset_size",
+    "per_device_eval_batch_size",
+    "num_train_epochs",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+];
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -27,24 +69,52 @@ enum Bench {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(mut_args = training_flag)]
 struct SpeedArgs {
     /// Size of the model: llama-110m, tinyllama-1.1b, llama-7b or llama3-8b; single sizes below win over it
     #[arg(long, default_value = "llama-110m", value_parser = parse_shape)]
     shape: Shape,
-    #[arg(long, alias = "hidden-size", value_name = "N")]
+    /// Width of the residual stream
+    #[arg(long = "hidden_size", alias = "hidden-size", value_name = "N")]
     hidden_size: Option<usize>,
-    #[arg(long, alias = "intermediate-size", value_name = "N")]
+    /// Width of the MLP
+    #[arg(
+        long = "intermediate_size",
+        alias = "intermediate-size",
+        value_name = "N"
+    )]
     intermediate_size: Option<usize>,
-    #[arg(long, alias = "num-hidden-layers", value_name = "N")]
+    /// Blocks
+    #[arg(
+        long = "num_hidden_layers",
+        alias = "num-hidden-layers",
+        value_name = "N"
+    )]
     num_hidden_layers: Option<usize>,
-    #[arg(long, alias = "num-attention-heads", value_name = "N")]
+    /// Query heads
+    #[arg(
+        long = "num_attention_heads",
+        alias = "num-attention-heads",
+        value_name = "N"
+    )]
     num_attention_heads: Option<usize>,
-    /// Unset: that of the shape, or as many as num_attention_heads where that is given
-    #[arg(long, alias = "num-key-value-heads", value_name = "N")]
+    /// Key/value heads; unset: those of the shape, or as many as num_attention_heads where that is given
+    #[arg(
+        long = "num_key_value_heads",
+        alias = "num-key-value-heads",
+        value_name = "N"
+    )]
     num_key_value_heads: Option<usize>,
-    #[arg(long, alias = "vocab-size", value_name = "N")]
+    /// Tokens in the vocabulary
+    #[arg(long = "vocab_size", alias = "vocab-size", value_name = "N")]
     vocab_size: Option<usize>,
-    #[arg(long, alias = "tie-word-embeddings", value_name = "BOOL")]
+    /// The head is the embedding matrix
+    #[arg(
+        long = "tie_word_embeddings",
+        alias = "tie-word-embeddings",
+        value_name = "BOOL",
+        hide_possible_values = true
+    )]
     tie_word_embeddings: Option<bool>,
     /// Print one JSON object
     #[arg(long)]
@@ -52,6 +122,16 @@ struct SpeedArgs {
 
     #[command(flatten)]
     flags: ConfigFlags,
+}
+
+/// A training flag as a benchmark has it.
+fn training_flag(flag: clap::Arg) -> clap::Arg {
+    let id = flag.get_id().to_string();
+    if let Some((_, value, help)) = DEFAULTS.iter().find(|(key, ..)| *key == id) {
+        return flag.help(format!("{help} [default: {value}]"));
+    }
+    let hide = REFUSED.iter().chain(&WITHOUT_EFFECT).any(|key| *key == id);
+    if hide { flag.hide(true) } else { flag }
 }
 
 fn parse_shape(name: &str) -> Result<Shape, String> {
@@ -92,16 +172,15 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
     let shape = args.shape();
     let mut overrides = args.flags.overrides.clone();
     let given = |key: &str| args.flags.overrides.iter().any(|(name, _)| name == key);
-    for (key, value) in [
-        ("gradient_accumulation_steps", "1"),
-        ("max_steps", "4"),
-        ("max_seq_len", "256"),
-        ("shuffle", "false"),
-    ] {
+    if let Some(key) = REFUSED.into_iter().find(|key| given(key)) {
+        bail!("--{key}: a benchmark makes its own model and rows, leave it out");
+    }
+    for (key, value, _) in DEFAULTS {
         if !given(key) {
             overrides.push((key.to_string(), value.to_string()));
         }
     }
+    overrides.push(("shuffle".to_string(), false.to_string()));
     let mut config = TrainConfig::load_partial(None, &overrides)?;
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
@@ -119,7 +198,7 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
         &shape,
         rows,
         config.longest_sequence(),
-        QuantizeOptions::default(),
+        config.quantize_options(),
     )?;
     config.model_name_or_path = synthetic.model();
     config.dataset = synthetic.dataset();

@@ -1,9 +1,11 @@
 //! `qlora eval`: how well a model, with or without an adapter, predicts the rows of a data file.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 
 use anyhow::Context;
+use clap::builder::RangedU64ValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::data::{DatasetFormat, LoadOptions, TrainOnSource, Unlabelled};
 use qlora::infer::{Evaluation, LogProbs, evaluate};
@@ -64,7 +66,8 @@ pub struct Args {
     #[arg(
         long = "max_eval_samples",
         alias = "max-eval-samples",
-        value_name = "N"
+        value_name = "N",
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..)
     )]
     max_eval_samples: Option<usize>,
 
@@ -74,6 +77,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    // First, so that a path that cannot be written costs no evaluation.
+    let log_probs_file = args.logprobs.as_ref().map(AtomicFile::create).transpose()?;
     let model = args.model.load()?;
     let options = LoadOptions {
         format: args.dataset_format,
@@ -110,9 +115,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     })
     .with_context(|| args.data.display().to_string())?;
     progress.finish_and_clear();
-    if let Some(path) = &args.logprobs {
-        write_log_probs(path, &log_probs)?;
-        eprintln!("log-probabilities: {}", path.display());
+    if let Some(file) = log_probs_file {
+        let path = file.path().display().to_string();
+        write_log_probs(file, &log_probs)?;
+        eprintln!("log-probabilities: {path}");
     }
     if args.json {
         println!("{}", serde_json::to_string(&evaluation)?);
@@ -122,7 +128,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn write_log_probs(path: &Path, rows: &BTreeMap<String, Vec<f32>>) -> anyhow::Result<()> {
+fn write_log_probs(mut file: AtomicFile, rows: &BTreeMap<String, Vec<f32>>) -> anyhow::Result<()> {
     let views = rows
         .iter()
         .map(|(name, values)| {
@@ -133,8 +139,10 @@ fn write_log_probs(path: &Path, rows: &BTreeMap<String, Vec<f32>>) -> anyhow::Re
             ))
         })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()?;
-    AtomicFile::write(path, safetensors::serialize(views, None)?)?;
-    Ok(())
+    let path = file.path().display().to_string();
+    file.write_all(&safetensors::serialize(views, None)?)
+        .context(path)?;
+    Ok(file.commit()?)
 }
 
 fn print_table(evaluation: &Evaluation) {

@@ -39,7 +39,12 @@ pub struct Args {
     max_new_tokens: usize,
 
     /// 0 takes the likeliest token, 1 draws from the model's own distribution
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     temperature: f32,
 
     /// Draw from the K likeliest tokens only

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use qlora::data::Tokenizer;
 use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
@@ -38,17 +39,16 @@ impl ModelArgs {
         });
         let mut decoder = Decoder::load(&checkpoint, quantize)?;
         if let Some(dir) = &self.adapter {
-            decoder.load_adapter(&Adapter::read(dir)?)?;
+            decoder
+                .load_adapter(&Adapter::read(dir)?)
+                .with_context(|| format!("{}: does not fit the model", dir.display()))?;
         }
         Ok(decoder)
     }
 
     /// The model's tokenizer; `None` if there is none, which is enough for rows of token ids.
     pub fn tokenizer(&self) -> anyhow::Result<Option<Tokenizer>> {
-        match self.model.join("tokenizer.json").exists() {
-            true => Ok(Some(Tokenizer::from_dir(&self.model)?)),
-            false => Ok(None),
-        }
+        Ok(Tokenizer::find(&self.model)?)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use qlora::model::DecoderConfig;
 use qlora::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use qlora::store::{Checkpoint, Existing, QuantizeJob, quantize};
@@ -20,19 +20,19 @@ pub struct Args {
     destination: PathBuf,
 
     /// The 4-bit code
-    #[arg(long, value_name = "nf4|fp4", default_value = "nf4", value_parser = parse_quant_type)]
+    #[arg(long, alias = "quant_type", value_name = "nf4|fp4", default_value = "nf4", value_parser = parse_quant_type)]
     quant_type: QuantType,
 
     /// Keep the scale of each block in f32: 4.5 instead of 4.127 bits per weight
-    #[arg(long)]
+    #[arg(long, alias = "no_double_quant")]
     no_double_quant: bool,
 
     /// Weights that share one scale: a power of two from 32 to 4096
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, alias = "block_size", value_name = "N", default_value_t = 64)]
     block_size: usize,
 
     /// Largest file of weights, such as 500MB, 4GB or 4GiB
-    #[arg(long, value_name = "SIZE", default_value = "4GB", value_parser = parse_bytes)]
+    #[arg(long, alias = "max_shard_size", value_name = "SIZE", default_value = "4GB", value_parser = parse_bytes)]
     max_shard_size: u64,
 
     /// Replace DST if it is a model directory
@@ -75,12 +75,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Ok(());
     }
     println!(
-        "{}: {} weights quantized, {} tensors copied, {:.3} GB to {:.3} GB",
+        "{}: {} weights quantized, {} tensors copied, {} to {}",
         job.destination.display(),
         report.quantized_tensors,
         report.copied_tensors,
-        report.source_bytes as f64 / 1e9,
-        report.written_bytes as f64 / 1e9,
+        DecimalBytes(report.source_bytes),
+        DecimalBytes(report.written_bytes),
     );
     Ok(())
 }

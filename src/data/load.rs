@@ -104,7 +104,9 @@ pub fn load(
     if format != DatasetFormat::Tokenized && tokenizer.is_none() {
         return Err(Error::config(
             "dataset_format",
-            format!("{format} needs the model's tokenizer; give a model directory"),
+            format!(
+                "{format} needs the model's tokenizer; give a model directory that has a tokenizer.json"
+            ),
         ));
     }
 

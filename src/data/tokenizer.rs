@@ -57,6 +57,19 @@ impl Encoding {
 }
 
 impl Tokenizer {
+    /// The tokenizer of `model_dir` as [`Tokenizer::from_dir`] reads it; `None` if there is none, which is enough for
+    /// rows of token ids.
+    ///
+    /// # Errors
+    /// Those of a tokenizer that cannot be read.
+    pub fn find(model_dir: impl AsRef<Path>) -> Result<Option<Self>> {
+        let dir = model_dir.as_ref();
+        let has_one = ["tokenizer.json", "tokenizer.model"]
+            .iter()
+            .any(|name| dir.join(name).exists());
+        has_one.then(|| Self::from_dir(dir)).transpose()
+    }
+
     /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json` and the
     /// chat template (`chat_template.jinja`, `chat_template.json` or the key of the config) of `model_dir`.
     ///

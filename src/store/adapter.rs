@@ -13,7 +13,7 @@ use safetensors::Dtype;
 
 use super::adapter_config::AdapterConfig;
 use super::atomic::AtomicFile;
-use super::checkpoint::read_json;
+use super::checkpoint::{read_json, refuse_file};
 use super::mapped_file::MappedFile;
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
 use super::target_modules::TargetModules;
@@ -41,6 +41,7 @@ impl Adapter {
     /// half of a LoRA pair of rank `r`.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
+        refuse_file(dir)?;
         let config_path = dir.join(CONFIG_FILE);
         let config = AdapterConfig::from_json(&read_json(&config_path)?, &config_path)?;
         let path = dir.join(WEIGHTS_FILE);

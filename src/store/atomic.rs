@@ -30,6 +30,7 @@ impl AtomicFile {
             .suffix(SUFFIX)
             .permissions(Permissions::from_mode(0o666))
             .tempfile_in(parent(&path))
+            .map_err(without_temporary_name)
             .map_err(Error::io(&path))?;
         Ok(Self {
             path,
@@ -55,27 +56,27 @@ impl AtomicFile {
         let Self { path, writer } = self;
         let file = writer
             .into_inner()
-            .map_err(|error| Error::io(&path)(error.into_error()))?;
+            .map_err(|error| Error::io(&path)(without_temporary_name(error.into_error())))?;
         file.as_file().sync_all().map_err(Error::io(&path))?;
         file.persist(&path)
-            .map_err(|error| Error::io(&path)(error.error))?;
+            .map_err(|error| Error::io(&path)(without_temporary_name(error.error)))?;
         sync(&parent(&path))
     }
 }
 
 impl Write for AtomicFile {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.writer.write(buffer)
+        self.writer.write(buffer).map_err(without_temporary_name)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.writer.flush()
+        self.writer.flush().map_err(without_temporary_name)
     }
 }
 
 impl Seek for AtomicFile {
     fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
-        self.writer.seek(position)
+        self.writer.seek(position).map_err(without_temporary_name)
     }
 }
 
@@ -109,6 +110,7 @@ impl AtomicDir {
             .suffix(SUFFIX)
             .permissions(Permissions::from_mode(0o777))
             .tempdir_in(&parent)
+            .map_err(without_temporary_name)
             .map_err(Error::io(&path))?;
         Ok(Self {
             path,
@@ -161,6 +163,7 @@ fn move_aside(path: &Path, parent: &Path) -> Result<TempDir> {
         .prefix(&temporary_prefix(path))
         .suffix(SUFFIX)
         .tempdir_in(parent)
+        .map_err(without_temporary_name)
         .map_err(Error::io(path))?;
     fs::rename(path, aside.path().join(OLD)).map_err(Error::io(path))?;
     Ok(aside)
@@ -185,6 +188,14 @@ fn temporary_prefix(path: &Path) -> OsString {
     prefix.push(path.file_name().unwrap_or_default());
     prefix.push(".");
     prefix
+}
+
+/// `tempfile` adds `at path "..."` with the temporary name, which says nothing to who gave the final one.
+fn without_temporary_name(error: io::Error) -> io::Error {
+    match error.to_string().split_once(" at path ") {
+        Some((reason, _)) => io::Error::new(error.kind(), reason.to_string()),
+        None => error,
+    }
 }
 
 /// Syncs a file or a directory.

@@ -33,6 +33,7 @@ impl Checkpoint {
     /// a shard that is missing, truncated or outside `dir`, a tensor in two shards, or an index that disagrees with them.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
+        refuse_file(dir)?;
         let config = read_json(&dir.join("config.json"))?;
         let single = dir.join(SINGLE_FILE);
         let index = dir.join(INDEX_FILE);
@@ -211,6 +212,17 @@ fn no_weights_reason(dir: &Path) -> String {
              transformers' save_pretrained"
         ),
         None => format!("has neither {SINGLE_FILE} nor {INDEX_FILE}"),
+    }
+}
+
+/// Says what to give instead of a file, before the name of a file within it would.
+pub(super) fn refuse_file(dir: &Path) -> Result<()> {
+    match dir.is_file() {
+        true => Err(Error::malformed(
+            dir,
+            "is a file, give the directory it lies in",
+        )),
+        false => Ok(()),
     }
 }
 

@@ -16,7 +16,7 @@ pub use values::{ComputeDtype, Optim, Resume, ValueKind};
 
 use crate::data::DatasetFormat;
 use crate::device::DeviceKind;
-use crate::quant::QuantType;
+use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use crate::store::TargetModules;
 use crate::train::schedule::SchedulerType;
 use crate::{Error, Result};
@@ -133,7 +133,7 @@ train_config! {
     ["Optimization"]
     /// Sequences in a micro-batch
     per_device_train_batch_size: usize = 1;
-    /// Sequences in an evaluation batch
+    /// Taken for the sake of qlora.py; evaluation takes one sequence at a time
     per_device_eval_batch_size: usize = 1;
     /// Micro-batches in an optimizer step
     gradient_accumulation_steps: usize = 16;
@@ -246,6 +246,19 @@ impl TrainConfig {
     pub fn longest_sequence(&self) -> usize {
         self.max_seq_len
             .unwrap_or(self.source_max_len + self.target_max_len)
+    }
+
+    /// How weights that are not in 4 bits yet are quantized.
+    pub fn quantize_options(&self) -> QuantizeOptions {
+        QuantizeOptions {
+            quant_type: self.quant_type,
+            double_quant: if self.double_quant {
+                DoubleQuant::Yes
+            } else {
+                DoubleQuant::No
+            },
+            ..QuantizeOptions::default()
+        }
     }
 
     /// Passes over the data, or `None` where `max_steps` decides.

@@ -23,15 +23,7 @@ pub(super) fn load_data(config: &TrainConfig, vocab_size: usize) -> Result<RunDa
         vocab_size: Some(vocab_size),
         ..LoadOptions::default()
     };
-    // A data set of token ids needs no tokenizer; any other says so itself.
-    let tokenizer = match config
-        .model_name_or_path
-        .join("tokenizer_config.json")
-        .exists()
-    {
-        true => Some(Tokenizer::from_dir(&config.model_name_or_path)?),
-        false => None,
-    };
+    let tokenizer = Tokenizer::find(&config.model_name_or_path)?;
     let mut train = load(&config.dataset, &options, tokenizer.as_ref())?;
     let eval = match (&config.eval_dataset, config.eval_dataset_size) {
         (Some(path), _) => {

@@ -16,7 +16,6 @@ use crate::device::peak_memory_bytes;
 use crate::infer::{LogProbs, evaluate};
 use crate::model::{ActivationPolicy, Decoder, Sequences};
 use crate::ops::linear_cross_entropy;
-use crate::quant::{DoubleQuant, QuantizeOptions};
 use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
 use crate::{Error, Result};
 
@@ -61,24 +60,15 @@ impl Trainer {
     /// # Errors
     /// Whatever is wrong with the config, the model, the data or the checkpoint.
     pub fn new(config: TrainConfig) -> Result<Self> {
-        let quantize = QuantizeOptions {
-            quant_type: config.quant_type,
-            double_quant: if config.double_quant {
-                DoubleQuant::Yes
-            } else {
-                DoubleQuant::No
-            },
-            ..QuantizeOptions::default()
-        };
         let mut decoder = Decoder::load(
             &Checkpoint::open(&config.model_name_or_path)?,
-            Some(quantize),
+            Some(config.quantize_options()),
         )?;
         let data = load_data(&config, decoder.config().vocab_size)?;
         let adapter_config = match &config.adapter {
             Some(dir) => {
                 let adapter = Adapter::read(dir)?;
-                decoder.load_adapter(&adapter)?;
+                decoder.load_adapter(&adapter).map_err(does_not_fit(dir))?;
                 adapter.config
             }
             None => {
@@ -318,8 +308,14 @@ impl Trainer {
             },
         };
         let checkpoint = checkpoint::read(&dir)?;
-        self.decoder.load_adapter(&checkpoint.adapter)?;
-        self.adapter_config = checkpoint.adapter.config;
+        let adapter = checkpoint.adapter;
+        if self.config.adapter.is_none() {
+            expect_same_adapter(&adapter.config, &self.adapter_config, &dir)?;
+        }
+        self.decoder
+            .load_adapter(&adapter)
+            .map_err(does_not_fit(&dir))?;
+        self.adapter_config = adapter.config;
         self.optimizer = Optimizer::new(&self.config, &self.decoder)?;
         self.optimizer
             .restore(checkpoint.state.global_step, &checkpoint.moments)?;
@@ -338,6 +334,38 @@ fn new_adapter_config(config: &TrainConfig) -> AdapterConfig {
         target_modules: config.lora_target_modules.clone(),
         use_rslora: config.use_rslora,
     }
+}
+
+/// An adapter that was made for another model, named by its directory.
+fn does_not_fit(adapter: &Path) -> impl FnOnce(Error) -> Error {
+    move |error| Error::malformed(adapter, format!("does not fit the model: {error}"))
+}
+
+/// A run cannot change the size or the scale of its adapter on the way.
+fn expect_same_adapter(
+    found: &AdapterConfig,
+    configured: &AdapterConfig,
+    dir: &Path,
+) -> Result<()> {
+    for (key, found, configured) in [
+        ("lora_r", found.r.to_string(), configured.r.to_string()),
+        (
+            "lora_alpha",
+            found.lora_alpha.to_string(),
+            configured.lora_alpha.to_string(),
+        ),
+        (
+            "use_rslora",
+            found.use_rslora.to_string(),
+            configured.use_rslora.to_string(),
+        ),
+    ] {
+        if found != configured {
+            let reason = format!("is {configured}, but {found} in {}", dir.display());
+            return Err(Error::config(key, reason));
+        }
+    }
+    Ok(())
 }
 
 fn sequences(batch: &Batch) -> Sequences<'_> {
