@@ -5,7 +5,7 @@
 use std::hint::black_box;
 
 use candle_core::{DType, Device, Tensor};
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use qlora::ops::attention::{self, Heads, Segment};
 use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::philox::Uniform;
@@ -137,6 +137,10 @@ fn head_and_loss(c: &mut Criterion) {
     let labels: Vec<i64> = (0..N as i64).collect();
     let mut group = c.benchmark_group("linear_cross_entropy");
     group.sample_size(10);
+    group.throughput(flops(2 * N * D * VOCAB));
+    group.bench_function("forward", |bench| {
+        bench.iter(|| linear_cross_entropy::forward(black_box(&x), &head, &labels).unwrap());
+    });
     group.throughput(flops(4 * N * D * VOCAB));
     group.bench_function("backward", |bench| {
         bench.iter(|| linear_cross_entropy::backward(black_box(&x), &head, &labels, 1.0).unwrap());
@@ -167,7 +171,13 @@ fn elementwise(c: &mut Criterion) {
     });
     group.throughput(bytes(5, F));
     group.bench_function("gated_act backward", |bench| {
-        bench.iter(|| gated_act::backward(black_box(&dy), &gate, &up).unwrap());
+        // In place: each round starts from the activations, not from the gradients of the round before.
+        let fresh = || (gate.copy().unwrap(), up.copy().unwrap());
+        bench.iter_batched(
+            fresh,
+            |(gate, up)| gated_act::backward(black_box(&dy), &gate, &up).unwrap(),
+            BatchSize::LargeInput,
+        );
     });
     group.finish();
 }

@@ -53,7 +53,7 @@ pub fn forward(
     let apply = |((w, m), v): ((&mut [f32], &mut [f32]), &mut [f32]), g: &[f32]| {
         vectorized(
             #[inline(always)]
-            || {
+            move || {
                 for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
                     let g = g * grad_scale;
                     *m = beta1 * *m + rest1 * g;

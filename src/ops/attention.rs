@@ -342,7 +342,7 @@ fn softmax_row(scores: &mut [f32], visible: Range<usize>) -> f32 {
     for s in seen.iter_mut() {
         *s = exp(*s - largest);
     }
-    let total = sum(seen.len(), |i| seen[i]);
+    let total = sum([&*seen], |[p]| p);
     let inverse = 1.0 / total;
     for s in seen.iter_mut() {
         *s *= inverse;
@@ -396,7 +396,7 @@ fn backward_tile(
         vectorized(
             #[inline(always)]
             || {
-                let delta = sum(e, |i| d_out[i] * out[i]);
+                let delta = sum([d_out, out], |[d, o]| d * o);
                 softmax_row_backward(p, ds, visible, lse, delta);
             },
         );

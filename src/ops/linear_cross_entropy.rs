@@ -24,7 +24,7 @@ const MAX_CHUNK_ROWS: usize = 1024;
 /// Words of the vocabulary whose logits lie together: rows of a whole vocabulary would each start on another page.
 const VOCAB_TILE: usize = 512;
 /// Columns of `dx` made at a time.
-const HIDDEN_TILE: usize = 192;
+const HIDDEN_TILE: usize = 384;
 
 /// The loss of one row that has a label.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,9 +54,7 @@ pub fn forward(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<To
     let rows = labelled_rows(x, head, labels)?;
     let x = read(OP, x)?;
     let mut losses = Vec::with_capacity(rows.len());
-    for_each_chunk(&x, head, &rows, |chunk, logits| {
-        losses.extend(row_losses(chunk, logits));
-    });
+    for_each_chunk(&x, head, &rows, |chunk, _| losses.extend_from_slice(chunk));
     Ok(losses)
 }
 
@@ -77,14 +75,13 @@ pub fn backward(
     let dx = cpu::build(x.shape(), |dx| {
         let mut dx_chunk = Vec::new();
         for_each_chunk(&x_data, head, &rows, |chunk, logits| {
-            let chunk_losses = row_losses(chunk, logits);
-            logits_backward(&chunk_losses, logits, d_loss);
+            logits_backward(chunk, logits, d_loss);
             dx_chunk.resize(chunk.len() * d, 0.0);
             hidden_backward(logits, head, &mut dx_chunk);
-            for ((row, _), values) in chunk.iter().zip(dx_chunk.chunks_exact(d)) {
-                dx[row * d..(row + 1) * d].copy_from_slice(values);
+            for (token, values) in chunk.iter().zip(dx_chunk.chunks_exact(d)) {
+                dx[token.row * d..(token.row + 1) * d].copy_from_slice(values);
             }
-            losses.extend(chunk_losses);
+            losses.extend_from_slice(chunk);
         });
     })?;
     Ok((losses, dx))
@@ -136,17 +133,13 @@ impl Logits {
         tiles.map(|(tile, data)| (self.words(tile), data))
     }
 
-    /// The parts of a row, in the order of the vocabulary.
-    fn row(&self, row: usize) -> impl Iterator<Item = &[f32]> + Clone {
-        let tiles = self.data.chunks(self.rows * VOCAB_TILE);
-        tiles.map(move |tile| {
-            let width = tile.len() / self.rows;
-            &tile[row * width..(row + 1) * width]
-        })
-    }
-
     fn at(&self, row: usize, word: usize) -> f32 {
         self.data[self.index(row, word)]
+    }
+
+    fn row_of_tile(&self, row: usize, tile: usize) -> &[f32] {
+        let start = self.index(row, tile * VOCAB_TILE);
+        &self.data[start..start + self.words(tile).len()]
     }
 
     fn index(&self, row: usize, word: usize) -> usize {
@@ -174,12 +167,12 @@ fn labelled_rows(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<
     .collect()
 }
 
-/// Gives `f` each chunk of rows with its logits.
+/// Gives `f` each chunk of rows, with its losses and its logits.
 fn for_each_chunk(
     x: &[f32],
     head: &FrozenWeight,
     rows: &[(usize, u32)],
-    mut f: impl FnMut(&[(usize, u32)], &mut Logits),
+    mut f: impl FnMut(&[TokenLoss], &mut Logits),
 ) {
     let (vocab, d) = (head.out_features(), head.in_features());
     let chunk_rows = (CHUNK_BYTES / (4 * vocab)).clamp(16, MAX_CHUNK_ROWS);
@@ -196,16 +189,24 @@ fn for_each_chunk(
         }
         logits.rows = chunk.len();
         logits.data.resize(chunk.len() * vocab, 0.0);
-        logits_forward(Mat::new(&gathered, chunk.len(), d), head, &mut logits);
-        f(chunk, &mut logits);
+        let peaks = logits_forward(Mat::new(&gathered, chunk.len(), d), head, &mut logits);
+        f(&row_losses(chunk, &logits, &peaks), &mut logits);
     }
 }
 
-/// `z = x W^T` for a chunk.
-fn logits_forward(x: Mat<'_>, head: &FrozenWeight, logits: &mut Logits) {
+/// What the softmax of a row needs to know of one tile of its logits.
+#[derive(Clone, Copy)]
+struct Peak {
+    largest: f32,
+    /// Sum of `e^(z - largest)`.
+    sum: f32,
+}
+
+/// `z = x W^T` for a chunk, and the peaks of each tile, `[tiles][rows]`, taken while the tile is in the cache.
+fn logits_forward(x: Mat<'_>, head: &FrozenWeight, logits: &mut Logits) -> Vec<Vec<Peak>> {
     let (rows, d) = (logits.rows, x.cols);
     let tiles = logits.data.par_chunks_mut(rows * VOCAB_TILE).enumerate();
-    tiles.for_each_init(Vec::new, |scratch, (tile, z)| {
+    let peaks = tiles.map_init(Vec::new, |scratch, (tile, z)| {
         let start = tile * VOCAB_TILE;
         let words = z.len() / rows;
         scratch.resize(words * d, 0.0);
@@ -218,31 +219,47 @@ fn logits_forward(x: Mat<'_>, head: &FrozenWeight, logits: &mut Logits) {
             weight.t(),
             1.0,
         );
+        let peak = |z: &[f32]| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let largest = max(z);
+                    let sum = sum([z], |[z]| exp(z - largest));
+                    Peak { largest, sum }
+                },
+            )
+        };
+        z.chunks_exact(words).map(peak).collect()
     });
+    peaks.collect()
 }
 
 /// The loss of each row of a chunk.
-fn row_losses(chunk: &[(usize, u32)], logits: &Logits) -> Vec<TokenLoss> {
-    let rows = chunk.par_iter().enumerate();
-    rows.map(|(i, &(row, label))| {
-        let (largest, total) = vectorized(
-            #[inline(always)]
-            || {
-                let largest = logits.row(i).map(max).fold(f32::NEG_INFINITY, f32::max);
-                let sums = logits.row(i).map(|z| sum(z.len(), |k| exp(z[k] - largest)));
-                (largest, sums.sum::<f32>())
-            },
-        );
-        let prediction = logits.row(i).flatten().position(|&z| z == largest);
+fn row_losses(chunk: &[(usize, u32)], logits: &Logits, peaks: &[Vec<Peak>]) -> Vec<TokenLoss> {
+    let loss = |(i, &(row, label)): (usize, &(usize, u32))| {
+        let of_row = || peaks.iter().map(|tile| tile[i]);
+        let largest = of_row()
+            .map(|peak| peak.largest)
+            .fold(f32::NEG_INFINITY, f32::max);
+        let total: f32 = of_row()
+            .map(|peak| peak.sum * exp(peak.largest - largest))
+            .sum();
+        let tile = of_row()
+            .position(|peak| peak.largest == largest)
+            .unwrap_or(0);
+        let place = logits
+            .row_of_tile(i, tile)
+            .iter()
+            .position(|&z| z == largest);
         TokenLoss {
             row,
             label,
             loss: largest + total.ln() - logits.at(i, label as usize),
             confidence: 1.0 / total,
-            prediction: prediction.unwrap_or(0) as u32,
+            prediction: (tile * VOCAB_TILE + place.unwrap_or(0)) as u32,
         }
-    })
-    .collect()
+    };
+    chunk.iter().enumerate().map(loss).collect()
 }
 
 /// Replaces the logits by their gradient.
@@ -260,11 +277,11 @@ fn logits_backward(losses: &[TokenLoss], logits: &mut Logits, d_loss: f32) {
         .par_chunks_mut(rows * VOCAB_TILE)
         .for_each(|tile| {
             let width = tile.len() / rows;
-            for (z, lse) in tile.chunks_exact_mut(width).zip(&lse) {
+            for (z, &lse) in tile.chunks_exact_mut(width).zip(&lse) {
                 vectorized(
                     #[inline(always)]
-                    || {
-                        for z in z.iter_mut() {
+                    move || {
+                        for z in z {
                             *z = d_loss * exp(*z - lse);
                         }
                     },

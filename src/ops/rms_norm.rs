@@ -67,9 +67,10 @@ pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, dx: &Tensor)
                     for ((dx, dy), x) in rows {
                         let scale = inverse_rms(x, eps);
                         let w = &w[..d];
-                        let projection = sum(d, |i| w[i] * dy[i] * x[i]) / d as f32 * scale * scale;
-                        for i in 0..d {
-                            dx[i] += scale * (w[i] * dy[i] - x[i] * projection);
+                        let projection =
+                            sum([w, dy, x], |[w, dy, x]| w * dy * x) / d as f32 * scale * scale;
+                        for (((dx, w), dy), x) in dx.iter_mut().zip(w).zip(dy).zip(x) {
+                            *dx += scale * (w * dy - x * projection);
                         }
                     }
                 },
@@ -80,7 +81,7 @@ pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, dx: &Tensor)
 
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f64) -> f32 {
-    let mean = sum(x.len(), |i| x[i] * x[i]) / x.len() as f32;
+    let mean = sum([x], |[x]| x * x) / x.len() as f32;
     1.0 / (mean + eps as f32).sqrt()
 }
 

@@ -2,7 +2,8 @@
 
 use pulp::Arch;
 
-/// Runs `f` compiled for the widest vector instructions of this machine; write it `#[inline(always)] || ...`.
+/// Runs `f` compiled for the widest vector instructions of this machine; write it `#[inline(always)] || ...`, with
+/// `move` where it reads numbers from outside: behind references they are read again for each element.
 #[inline(always)]
 pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     struct Call<F>(F);
@@ -51,20 +52,24 @@ pub(super) fn exp(x: f32) -> f32 {
 /// Partial sums kept side by side: a fixed order of additions, whatever the vector width.
 const LANES: usize = 16;
 
-/// The sum of `f(i)` over `0..n`.
+/// The sum of `f` over the elements of `slices`, taken side by side; all are as long as the first.
 #[inline(always)]
-pub(super) fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum<const S: usize>(slices: [&[f32]; S], f: impl Fn([f32; S]) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
+    let n = slices[0].len();
     let whole = n - n % LANES;
-    let mut i = 0;
-    while i < whole {
+    for start in (0..whole).step_by(LANES) {
+        // Arrays of a fixed length: without bounds checks inside, the loop becomes vector instructions.
+        let chunk: [[f32; LANES]; S] = slices.map(|slice| {
+            let chunk = slice[start..start + LANES].try_into();
+            chunk.expect("the range is as long as the array")
+        });
         for (l, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(i + l);
+            *lane += f(std::array::from_fn(|s| chunk[s][l]));
         }
-        i += LANES;
     }
     for (l, lane) in lanes.iter_mut().enumerate().take(n - whole) {
-        *lane += f(whole + l);
+        *lane += f(slices.map(|slice| slice[whole + l]));
     }
     lanes.iter().sum()
 }
@@ -106,7 +111,7 @@ mod tests {
     #[test]
     fn sum_and_max_take_the_rest_of_a_short_chunk() {
         let x: Vec<f32> = (0..37).map(|i| i as f32).collect();
-        assert_eq!(sum(37, |i| x[i]), 666.0);
+        assert_eq!(sum([&x], |[x]| x), 666.0);
         assert_eq!(max(&x), 36.0);
         assert_eq!(max(&x[..3]), 2.0);
     }
