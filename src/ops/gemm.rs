@@ -1,5 +1,6 @@
 //! Matrix products on the CPU: checked views, and tiles of a result handed to threads.
 
+use std::cell::Cell;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -205,22 +206,47 @@ impl<'a> Shared<'a> {
     }
 }
 
+/// Memory for intermediate values, as long as the longest use of it so far.
+#[derive(Default)]
+pub(super) struct Scratch(Vec<f32>);
+
+impl Scratch {
+    /// The first `len` values, which are whatever was left there.
+    pub(super) fn take(&mut self, len: usize) -> &mut [f32] {
+        if self.0.len() < len {
+            self.0.resize(len, 0.0);
+        }
+        &mut self.0[..len]
+    }
+}
+
+thread_local! {
+    /// Kept from one product to the next: new memory has to be zeroed each time (2 % of a step).
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
+
+/// Lends `f` the scratch of this thread.
+pub(super) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
+    let mut scratch = SCRATCH.take();
+    let result = f(&mut scratch);
+    SCRATCH.set(scratch);
+    result
+}
+
 /// Gives `f` the tiles of `width` columns of the row-major `dst: [rows, cols]`, in parallel, each with scratch of its thread.
 pub(super) fn for_each_column_tile(
     dst: Shared<'_>,
     (rows, cols): (usize, usize),
     width: usize,
-    f: impl Fn(MatMut<'_>, Range<usize>, &mut Vec<f32>) + Sync,
+    f: impl Fn(MatMut<'_>, Range<usize>, &mut Scratch) + Sync,
 ) {
     assert_eq!(dst.len, rows * cols, "tiles of a matrix");
-    (0..cols.div_ceil(width))
-        .into_par_iter()
-        .for_each_init(Vec::new, |scratch, tile| {
-            let range = tile * width..cols.min((tile + 1) * width);
-            // SAFETY: tiles are disjoint ranges of columns.
-            let tile = unsafe { dst.mat(range.start, rows, range.len(), cols) };
-            f(tile, range, scratch);
-        });
+    (0..cols.div_ceil(width)).into_par_iter().for_each(|tile| {
+        let range = tile * width..cols.min((tile + 1) * width);
+        // SAFETY: tiles are disjoint ranges of columns.
+        let tile = unsafe { dst.mat(range.start, rows, range.len(), cols) };
+        with_scratch(|scratch| f(tile, range, scratch));
+    });
 }
 
 /// `dst = factor * lhs rhs`, or the same added, row-major, in parallel over tiles of rows.

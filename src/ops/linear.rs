@@ -65,9 +65,9 @@ pub fn forward(
     let fill = |y: Shared<'_>| {
         let width = tile_width(d_out);
         for_each_column_tile(y, (n, d_out), width, |mut tile, outs, scratch| {
-            scratch.resize(outs.len() * d_in, 0.0);
-            weight.read_tile(outs.clone(), 0..d_in, scratch);
-            let w = Mat::new(scratch, outs.len(), d_in);
+            let w = scratch.take(outs.len() * d_in);
+            weight.read_tile(outs.clone(), 0..d_in, w);
+            let w = Mat::new(w, outs.len(), d_in);
             matmul(&mut tile, Into::Overwrite, x, w.t(), 1.0);
             if let Some((u, b, r, scaling)) = &lora_data {
                 let b = Mat::new(b, d_out, *r).rows(outs.clone());
@@ -191,15 +191,9 @@ pub fn backward_input(
     let add = |dx: Shared<'_>, into: Into| {
         let width = tile_width(d_in);
         for_each_column_tile(dx, (n, d_in), width, |mut tile, ins, scratch| {
-            scratch.resize(d_out * ins.len(), 0.0);
-            weight.read_tile(0..d_out, ins.clone(), scratch);
-            matmul(
-                &mut tile,
-                into,
-                dy,
-                Mat::new(scratch, d_out, ins.len()),
-                1.0,
-            );
+            let w = scratch.take(d_out * ins.len());
+            weight.read_tile(0..d_out, ins.clone(), w);
+            matmul(&mut tile, into, dy, Mat::new(w, d_out, ins.len()), 1.0);
             if let Some((du, a, r)) = &lora_data {
                 let a = Mat::new(a, *r, d_in).cols(ins);
                 matmul(&mut tile, Into::Add, Mat::new(du, n, *r), a, 1.0);

@@ -11,7 +11,7 @@ use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
-use super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul};
+use super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul, with_scratch};
 use super::simd::{exp, max, sum, vectorized};
 use crate::quant::FrozenWeight;
 use crate::{Error, IGNORE_INDEX, Result};
@@ -96,8 +96,8 @@ fn hidden_backward(dz: &Logits, head: &FrozenWeight, dx: &mut [f32]) {
         HIDDEN_TILE,
         |mut tile, cols, scratch| {
             for (words, dz) in dz.tiles() {
-                scratch.resize(words.len() * cols.len(), 0.0);
-                head.read_tile(words.clone(), cols.clone(), scratch);
+                let weight = scratch.take(words.len() * cols.len());
+                head.read_tile(words.clone(), cols.clone(), weight);
                 let into = if words.start == 0 {
                     Into::Overwrite
                 } else {
@@ -108,7 +108,7 @@ fn hidden_backward(dz: &Logits, head: &FrozenWeight, dx: &mut [f32]) {
                     &mut tile,
                     into,
                     dz,
-                    Mat::new(scratch, words.len(), cols.len()),
+                    Mat::new(weight, words.len(), cols.len()),
                     1.0,
                 );
             }
@@ -206,19 +206,21 @@ struct Peak {
 fn logits_forward(x: Mat<'_>, head: &FrozenWeight, logits: &mut Logits) -> Vec<Vec<Peak>> {
     let (rows, d) = (logits.rows, x.cols);
     let tiles = logits.data.par_chunks_mut(rows * VOCAB_TILE).enumerate();
-    let peaks = tiles.map_init(Vec::new, |scratch, (tile, z)| {
+    let peaks = tiles.map(|(tile, z)| {
         let start = tile * VOCAB_TILE;
         let words = z.len() / rows;
-        scratch.resize(words * d, 0.0);
-        head.read_tile(start..start + words, 0..d, scratch);
-        let weight = Mat::new(scratch, words, d);
-        matmul(
-            &mut MatMut::new(z, rows, words),
-            Into::Overwrite,
-            x,
-            weight.t(),
-            1.0,
-        );
+        with_scratch(|scratch| {
+            let weight = scratch.take(words * d);
+            head.read_tile(start..start + words, 0..d, weight);
+            let weight = Mat::new(weight, words, d);
+            matmul(
+                &mut MatMut::new(z, rows, words),
+                Into::Overwrite,
+                x,
+                weight.t(),
+                1.0,
+            );
+        });
         let peak = |z: &[f32]| {
             vectorized(
                 #[inline(always)]
