@@ -232,3 +232,19 @@ fn text_for_a_model_without_a_tokenizer_says_what_is_missing() {
     fs::write(bench.data(), row).unwrap();
     names(&bench.fails(), &["input-output", "tokenizer.json"]);
 }
+
+/// What a run makes are files: it goes on when the reader of its messages is gone.
+#[test]
+#[cfg(unix)]
+fn a_run_outlives_the_reader_of_its_output() {
+    let bench = Bench::new();
+    let mut shell = Command::new("sh");
+    shell
+        .arg("-c")
+        .arg("\"$0\" \"$@\" 2>&1 | true; test -f \"$ADAPTER\"");
+    shell
+        .arg(assert_cmd::cargo::cargo_bin("qlora"))
+        .args(bench.arguments())
+        .env("ADAPTER", bench.output().join("adapter_model.safetensors"));
+    shell.assert().success();
+}

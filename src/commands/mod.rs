@@ -14,6 +14,8 @@ pub mod train;
 pub use config_flags::ConfigFlags;
 pub use model_args::ModelArgs;
 
+use std::io::Write;
+
 use anyhow::Context;
 
 /// The user stopped the run; what was done is saved. Ends with status 130.
@@ -38,7 +40,21 @@ pub fn one_line(error: &anyhow::Error) -> String {
 
 /// A line on stderr, above the progress bar where one is shown.
 pub fn log(bar: &indicatif::ProgressBar, line: String) {
-    bar.suspend(|| eprintln!("{line}"));
+    bar.suspend(|| note(&line));
+}
+
+/// A line on stderr, or nothing where nobody reads it any more.
+pub fn note(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Lets a run go on when the reader of its output is gone (`qlora train 2>&1 | head`): what it makes are files.
+pub fn outlive_closed_pipe() {
+    #[cfg(unix)]
+    // SAFETY: SIG_IGN is a valid disposition.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+    }
 }
 
 /// Lets a closed pipe end the program, as `head` expects, instead of a panic in `println!`.

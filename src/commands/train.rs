@@ -1,5 +1,6 @@
 //! `qlora train`: a config file and flags to a run directory with an adapter.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -19,6 +20,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    super::outlive_closed_pipe();
     let config = TrainConfig::load(args.config.as_deref(), &args.flags.overrides)?;
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
@@ -29,7 +31,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let output_dir = &trainer.config().output_dir;
     match outcome {
         Outcome::Finished => {
-            println!("{}", output_dir.display());
+            let _ = writeln!(std::io::stdout(), "{}", output_dir.display());
             Ok(())
         }
         Outcome::Stopped(checkpoint) => {
@@ -90,9 +92,9 @@ pub fn train(trainer: &mut Trainer) -> anyhow::Result<Outcome> {
 
 fn describe(trainer: &Trainer) {
     let data = trainer.data();
-    eprintln!("{}", data.train.detected);
+    super::note(&data.train.detected);
     let stats = &data.train.stats;
-    eprintln!(
+    super::note(&format!(
         "{} training rows with {} tokens, {} of them with loss; {} dropped, {} truncated; {} evaluation rows",
         data.train.examples.len(),
         stats.tokens,
@@ -100,7 +102,7 @@ fn describe(trainer: &Trainer) {
         stats.dropped,
         stats.truncated,
         data.eval.as_ref().map_or(0, Vec::len),
-    );
+    ));
     let trained: usize = trainer
         .decoder()
         .trainables()
@@ -110,8 +112,8 @@ fn describe(trainer: &Trainer) {
         Some(ActivationPolicy::Keep) => "kept",
         _ => "computed again in backward",
     };
-    eprintln!(
+    super::note(&format!(
         "{trained} trained parameters, {} optimizer steps, activations {activations}",
         trainer.total_steps()
-    );
+    ));
 }

@@ -51,7 +51,7 @@ pub fn forward(
     expect_dims(OP, "x", x, &[n, weight.in_features()])?;
     let x = read(OP, x)?;
     let x = Mat::new(&x, n, d_in);
-    let u = lora.map(|lora| down_project(x, &lora)).transpose()?;
+    let u = lora.map(|lora| down_project(x, &lora, d_out)).transpose()?;
     let lora_data = match (&lora, &u) {
         (Some(lora), Some(u)) => Some((
             read(OP, u)?,
@@ -88,10 +88,11 @@ pub fn forward(
     Ok((y, u))
 }
 
-/// `u = x A^T`.
-fn down_project(x: Mat<'_>, lora: &Lora<'_>) -> Result<Tensor> {
+/// `u = x A^T`, for factors that fit a layer with `d_out` outputs.
+fn down_project(x: Mat<'_>, lora: &Lora<'_>, d_out: usize) -> Result<Tensor> {
     let r = lora.a.dims2()?.0;
     expect_dims(OP, "lora_a", lora.a, &[r, x.cols])?;
+    expect_dims(OP, "lora_b", lora.b, &[d_out, r])?;
     let a = read(OP, lora.a)?;
     cpu::build((x.rows, r), |u| {
         matmul_by_rows(u, Into::Overwrite, x, Mat::new(&a, r, x.cols).t(), 1.0);
@@ -112,6 +113,9 @@ pub fn backward_lora(
     let (n, d_out) = dy.dims2()?;
     let d_in = x.dims2()?.1;
     let r = u.dims2()?.1;
+    expect_dims(OP, "x", x, &[n, d_in])?;
+    expect_dims(OP, "u", u, &[n, r])?;
+    expect_dims(OP, "lora_b", lora.b, &[d_out, r])?;
     expect_dims(OP, "d_lora_a", grad.d_a, &[r, d_in])?;
     expect_dims(OP, "d_lora_b", grad.d_b, &[d_out, r])?;
     let (dy, x, u, b) = (read(OP, dy)?, read(OP, x)?, read(OP, u)?, read(OP, lora.b)?);
