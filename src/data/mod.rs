@@ -8,12 +8,14 @@ mod chat_template;
 mod format;
 mod load;
 mod row_order;
+mod split_mix;
 mod tokenizer;
 
 pub use chat_template::{ChatTemplate, GenerationPrompt, RenderedChat};
 pub use format::DatasetFormat;
 pub use load::{Dataset, LoadOptions, LoadStats, Unlabelled, load};
 pub use row_order::{RowOrder, Shuffle};
+pub use split_mix::SplitMix64;
 pub use tokenizer::{Encoding, SpecialTokens, Tokenizer};
 
 use crate::IGNORE_INDEX;
