@@ -115,7 +115,8 @@ fn is_part_of(labels: &[i64], targets: &[i64]) -> bool {
         .all(|(label, target)| *label == IGNORE_INDEX || label == target)
 }
 
-fn sequences(batch: &Batch) -> Sequences<'_> {
+/// A batch as the model takes it.
+pub(crate) fn sequences(batch: &Batch) -> Sequences<'_> {
     Sequences {
         input_ids: &batch.input_ids,
         positions: &batch.positions,

@@ -7,3 +7,5 @@ mod sampling;
 pub use evaluate::{ECE_BINS, Evaluation, LogProbs, evaluate};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
 pub use sampling::{Sampler, SamplingOptions};
+
+pub(crate) use evaluate::sequences;

@@ -139,7 +139,5 @@ fn trainable(name: &str, stored: &DenseTensor, shape: (usize, usize)) -> Result<
             found: format!("{:?}", stored.shape),
         });
     }
-    let mut data = vec![0f32; stored.numel()];
-    stored.read_range(0, &mut data);
-    Trainable::from_vec(data, shape, &Device::Cpu)
+    Trainable::from_vec(stored.to_f32_vec(), shape, &Device::Cpu)
 }

@@ -41,9 +41,7 @@ impl<'a> Loader<'a> {
     pub(super) fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         let stored = self.checkpoint.tensor(name)?;
         expect_shape(name, &stored.shape, &[len])?;
-        let mut data = vec![0f32; len];
-        stored.read_range(0, &mut data);
-        Ok(Tensor::from_vec(data, len, &Device::Cpu)?)
+        Ok(Tensor::from_vec(stored.to_f32_vec(), len, &Device::Cpu)?)
     }
 
     pub(super) fn block(&self, layer: usize) -> Result<Block> {

@@ -79,6 +79,13 @@ impl DenseTensor {
         Ok(())
     }
 
+    /// All elements, widened to f32.
+    pub fn to_f32_vec(&self) -> Vec<f32> {
+        let mut values = vec![0f32; self.numel()];
+        self.read_range(0, &mut values);
+        values
+    }
+
     /// Widens the flat elements `start..start + out.len()` to f32, exactly.
     ///
     /// # Panics

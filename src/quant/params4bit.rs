@@ -18,11 +18,6 @@ impl Params4bit {
         self.shape.iter().product()
     }
 
-    /// The number of blocks of a valid weight; the last may be short.
-    pub fn block_count(&self) -> usize {
-        self.numel().div_ceil(self.block_size)
-    }
-
     /// The bytes of codes and scales: about 4.127 bits an element with double quantization, 4.5 without.
     pub fn nbytes(&self) -> usize {
         self.packed.len()

@@ -7,15 +7,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use candle_core::DType;
-use half::{bf16, f16};
-use safetensors::Dtype;
-
 use super::adapter_config::AdapterConfig;
 use super::atomic::AtomicFile;
 use super::checkpoint::{read_json, refuse_file};
 use super::mapped_file::MappedFile;
-use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
+use super::safetensors_writer::SafetensorsWriter;
 use super::target_modules::TargetModules;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
@@ -49,11 +45,7 @@ impl Adapter {
             let reason = "is missing; adapter_model.bin is not read, save the adapter as safetensors with PEFT";
             return Err(Error::malformed(path, reason));
         }
-        let file = MappedFile::open(&path)?;
-        let mut tensors = BTreeMap::new();
-        for name in file.names() {
-            tensors.insert(name.clone(), file.tensor(&name)?);
-        }
+        let tensors = MappedFile::open(&path)?.tensors()?;
         let adapter = Self { config, tensors };
         adapter.check(&path)?;
         Ok(adapter)
@@ -69,16 +61,8 @@ impl Adapter {
         let path = dir.join(WEIGHTS_FILE);
         self.check(&path)?;
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let spec = |(name, tensor): (&String, &DenseTensor)| {
-            TensorSpec::new(name, Dtype::F32, tensor.shape.clone())
-        };
-        let specs: Vec<TensorSpec> = self.tensors.iter().map(spec).collect();
         let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-        let mut file = SafetensorsWriter::create(&path, &specs, metadata)?;
-        for (spec, tensor) in specs.iter().zip(self.tensors.values()) {
-            file.append(spec, &f32_bytes(tensor))?;
-        }
-        file.finish()?;
+        SafetensorsWriter::write_f32(&path, &self.tensors, metadata)?;
         let mut config = self.config.clone();
         if config.target_modules == TargetModules::AllLinear {
             config.target_modules = TargetModules::Names(self.layer_names());
@@ -132,24 +116,5 @@ impl Adapter {
             }
         }
         Ok(())
-    }
-}
-
-/// The little-endian f32 of a tensor; 16-bit types widen exactly.
-fn f32_bytes(tensor: &DenseTensor) -> std::borrow::Cow<'_, [u8]> {
-    let widen = |to_f32: fn(u16) -> f32| {
-        let halves = tensor
-            .data
-            .chunks_exact(2)
-            .map(|half| to_f32(u16::from_le_bytes([half[0], half[1]])));
-        halves
-            .flat_map(f32::to_le_bytes)
-            .collect::<Vec<u8>>()
-            .into()
-    };
-    match tensor.dtype {
-        DType::BF16 => widen(|bits| bf16::from_bits(bits).to_f32()),
-        DType::F16 => widen(|bits| f16::from_bits(bits).to_f32()),
-        _ => tensor.data.as_ref().into(),
     }
 }

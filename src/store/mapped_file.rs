@@ -3,6 +3,7 @@
 //! Layout: u64 header length, JSON header, tensor bytes; offsets count from the end of the header.
 //! Source: the safetensors format (`safetensors` crate, which parses and validates the header).
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -85,6 +86,18 @@ impl MappedFile {
             path: self.path.clone(),
             tensor: name.to_string(),
         })
+    }
+
+    /// All tensors by name.
+    ///
+    /// # Errors
+    /// Those of [`tensor`](Self::tensor).
+    pub fn tensors(&self) -> Result<BTreeMap<String, DenseTensor>> {
+        let named = |name: String| {
+            let tensor = self.tensor(&name)?;
+            Ok((name, tensor))
+        };
+        self.names().into_iter().map(named).collect()
     }
 
     /// The bytes of a tensor, whatever its type.

@@ -3,14 +3,17 @@
 //! The space for the header is kept free first, from the specs; the header is written last and padded with spaces, as the
 //! format allows. Layout: u64 header length, JSON header, tensor bytes.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 
+use candle_core::DType;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
 use super::atomic::AtomicFile;
+use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
 /// A multiple of this makes the first tensor aligned for every type.
@@ -71,6 +74,26 @@ impl SafetensorsWriter {
         let start = (size_of::<u64>() + writer.header_bytes) as u64;
         writer.io(|file| file.seek(SeekFrom::Start(start)).map(drop))?;
         Ok(writer)
+    }
+
+    /// Writes a whole file of `tensors`, in f32 and in the order of their names.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write_f32(
+        path: impl AsRef<Path>,
+        tensors: &BTreeMap<String, DenseTensor>,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<()> {
+        let spec = |(name, tensor): (&String, &DenseTensor)| {
+            TensorSpec::new(name, Dtype::F32, tensor.shape.clone())
+        };
+        let specs: Vec<TensorSpec> = tensors.iter().map(spec).collect();
+        let mut file = Self::create(path, &specs, metadata)?;
+        for (spec, tensor) in specs.iter().zip(tensors.values()) {
+            file.append(spec, &f32_bytes(tensor))?;
+        }
+        file.finish()
     }
 
     /// Appends a tensor.
@@ -151,5 +174,16 @@ impl SafetensorsWriter {
     fn io(&mut self, write: impl FnOnce(&mut AtomicFile) -> std::io::Result<()>) -> Result<()> {
         let result = write(&mut self.file);
         result.map_err(Error::io(self.file.path()))
+    }
+}
+
+/// The little-endian f32 of a tensor; 16-bit types widen exactly.
+fn f32_bytes(tensor: &DenseTensor) -> Cow<'_, [u8]> {
+    match tensor.dtype {
+        DType::F32 => tensor.data.as_ref().into(),
+        _ => {
+            let values = tensor.to_f32_vec();
+            values.into_iter().flat_map(f32::to_le_bytes).collect()
+        }
     }
 }

@@ -6,14 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::optimizer::Optimizer;
 use crate::quant::DenseTensor;
-use crate::store::{
-    Adapter, AtomicDir, AtomicFile, Existing, MappedFile, SafetensorsWriter, TensorSpec,
-};
+use crate::store::{Adapter, AtomicDir, AtomicFile, Existing, MappedFile, SafetensorsWriter};
 use crate::{Error, Result};
 
 const PREFIX: &str = "checkpoint-";
@@ -49,24 +46,13 @@ pub fn write(
     let path = run_dir.join(format!("{PREFIX}{}", state.global_step));
     let dir = AtomicDir::create(&path, Existing::Replace)?;
     adapter.write(dir.path())?;
-    write_tensors(&dir.path().join(OPTIMIZER_FILE), &optimizer.state()?)?;
+    let moments = dir.path().join(OPTIMIZER_FILE);
+    SafetensorsWriter::write_f32(moments, &optimizer.state()?, BTreeMap::new())?;
     let json =
         serde_json::to_string_pretty(state).map_err(|e| Error::malformed(&path, e.to_string()))?;
     AtomicFile::write(dir.path().join(STATE_FILE), json + "\n")?;
     dir.commit()?;
     Ok(path)
-}
-
-fn write_tensors(path: &Path, tensors: &BTreeMap<String, DenseTensor>) -> Result<()> {
-    let specs: Vec<_> = tensors
-        .iter()
-        .map(|(name, tensor)| TensorSpec::new(name, Dtype::F32, tensor.shape.clone()))
-        .collect();
-    let mut file = SafetensorsWriter::create(path, &specs, BTreeMap::new())?;
-    for (spec, tensor) in specs.iter().zip(tensors.values()) {
-        file.append(spec, &tensor.data)?;
-    }
-    file.finish()
 }
 
 /// Reads a checkpoint.
@@ -75,15 +61,10 @@ pub fn read(dir: &Path) -> Result<Checkpoint> {
     let json = std::fs::read(&state_path).map_err(Error::io(&state_path))?;
     let state =
         serde_json::from_slice(&json).map_err(|e| Error::malformed(&state_path, e.to_string()))?;
-    let file = MappedFile::open(&dir.join(OPTIMIZER_FILE))?;
-    let moments = file.names().into_iter().map(|name| {
-        let tensor = file.tensor(&name)?;
-        Ok((name, tensor))
-    });
     Ok(Checkpoint {
         state,
         adapter: Adapter::read(dir)?,
-        moments: moments.collect::<Result<_>>()?,
+        moments: MappedFile::open(&dir.join(OPTIMIZER_FILE))?.tensors()?,
     })
 }
 

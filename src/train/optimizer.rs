@@ -143,9 +143,8 @@ impl Optimizer {
                         tensor: name,
                     });
                 };
-                let mut values = vec![0f32; stored.numel()];
-                stored.read_range(0, &mut values);
-                let values = Tensor::from_vec(values, tensor.shape(), tensor.device())?;
+                let values =
+                    Tensor::from_vec(stored.to_f32_vec(), tensor.shape(), tensor.device())?;
                 tensor.slice_set(&values, 0, 0)?;
             }
         }

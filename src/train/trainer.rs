@@ -13,8 +13,8 @@ use super::run_data::{RunData, load_data};
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, RowOrder};
 use crate::device::peak_memory_bytes;
-use crate::infer::{LogProbs, evaluate};
-use crate::model::{ActivationPolicy, Decoder, Sequences};
+use crate::infer::{LogProbs, evaluate, sequences};
+use crate::model::{ActivationPolicy, Decoder};
 use crate::ops::linear_cross_entropy;
 use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
 use crate::{Error, Result};
@@ -366,12 +366,4 @@ fn expect_same_adapter(
         }
     }
     Ok(())
-}
-
-fn sequences(batch: &Batch) -> Sequences<'_> {
-    Sequences {
-        input_ids: &batch.input_ids,
-        positions: &batch.positions,
-        cu_seqlens: &batch.cu_seqlens,
-    }
 }
