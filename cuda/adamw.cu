@@ -132,6 +132,8 @@ KERNEL(256, adamw_8bit_moments)
                 v_codes[i] = v_map.code(v[k], v_largest);
             }
         }
+        // Every lane has read the old scales.
+        __syncwarp();
         if (lane == 0) {
             m_absmax[block] = m_largest;
             v_absmax[block] = v_largest;
