@@ -2,7 +2,9 @@
 //
 // Backward: `d_up = dy gate s`, `d_gate = dy up s (1 + gate (1 - s))`, each in the place of what it is the gradient of.
 //
-// A thread takes eight elements at a time; forward moves 6 bytes an element, backward 10. Any grid. Source: arXiv:2002.05202.
+// A thread takes eight elements at a time; forward moves 6 bytes an element, backward 10. Any grid.
+//
+// Source: arXiv:2002.05202.
 
 #include "bf16_vector.cuh"
 

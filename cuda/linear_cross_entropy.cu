@@ -1,11 +1,11 @@
-// The loss of each row of logits, `loss = logsumexp(z) - z_label`, and its gradient `dz = d_loss (softmax(z) - onehot(label))`.
+// The loss of each row of logits, `loss = logsumexp(z) - z_label`, and `dz = d_loss (softmax(z) - onehot(label))`.
 //
 // A block of 1024 threads takes a row, so grid = rows. It reads the row once for the maximum, where that is, and the sum of
 // `e^(z - maximum)`, each thread correcting its sum where its maximum grows: 4 bytes an element. Backward reads it again and
 // writes dz: 10 bytes an element.
 //
-// dz is bf16 and takes the place of the row: element j of it lies at byte 2j, where z_{j/2} was. A block goes through the row
-// in tiles from the left. All threads have read a tile before one writes its gradient, which reaches no further than the tile.
+// dz is bf16 and takes the place of the row: element j of it lies at byte 2j, where z_{j/2} was. A block goes through the
+// row in tiles from the left. All threads have read a tile before one writes its gradient, which reaches no further.
 //
 // Source: arXiv:1805.02867 (the sum), arXiv:2411.09009 (dz in place).
 
@@ -153,14 +153,14 @@ struct Losses {
 
 template <unsigned WIDTH>
 __device__ __forceinline__ void write_gradient(const Logits<WIDTH>& logits, const Peak& peak, unsigned label, float d_loss) {
-    const float log_sum = peak.largest + logf(peak.sum);
+    const float scale = d_loss / peak.sum;
     for (uint64_t tile = 0; tile < logits.vocab; tile += TILE) {
         float z[PER_THREAD];
         logits.load(tile, z);
 #pragma unroll
         for (unsigned e = 0; e < PER_THREAD; e++) {
             const bool is_label = logits.group_start(tile, e / WIDTH) + e % WIDTH == label;
-            z[e] = d_loss * (__expf(z[e] - log_sum) - (is_label ? 1.0f : 0.0f));
+            z[e] = scale * __expf(z[e] - peak.largest) - (is_label ? d_loss : 0.0f);
         }
         __syncthreads();
         logits.store_gradient(tile, z);

@@ -4,9 +4,8 @@
 //   lora_grad_a  d_a += du^T dropout(x)          d_a: [r, d] in f32, du: [n, r]
 //   lora_up      dx += mask keep_scale (du a)
 //
-// dropout(x) = mask keep_scale x. Element e = row d + col is kept where its 16 random bits are at least `threshold`: with one
-// Philox call for eight elements, counter (e / 8, stream) and element e % 8 in the low half of word 0, its high half, the low
-// half of word 1, and so on. The three kernels make the same mask again; nothing is stored. The products are scaled in f32.
+// dropout(x) = mask keep_scale x, with the mask of dropout.cuh for element row d + col, the same in all three. keep_scale is
+// multiplied in f32, with the sums. A threshold of 0 keeps all.
 //
 // Grids, with a block for 64 ranks (more ranks are for the next block, which finds x in the cache):
 //   lora_down    (ceil(n / 64) ceil(r / 64), splits): 64 rows a block, and its share of the d columns
@@ -15,13 +14,14 @@
 // One split writes its result. More than one, for what would not fill a GPU, write theirs to partial: [splits, n, r] or
 // [splits, r, d] in f32, and lora_down_sum or lora_grad_a_sum adds them in order (any grid).
 //
-// Bytes an element of x: 2 for lora_down and lora_grad_a, 4 for lora_up; the small matrices come from the cache. In all three
-// a lane moves eight elements of x at a time, and applies their mask in registers.
+// Bytes an element of x: 2 for lora_down and lora_grad_a, 4 for lora_up; the small matrices come from the cache. A lane
+// moves eight elements of x at a time, and masks them in registers.
 //
-// Source: arXiv:2106.09685; Philox: Salmon et al. 2011.
+// Source: arXiv:2106.09685.
 
 #include "bf16_vector.cuh"
-#include "philox.cuh"
+#include "dropout.cuh"
+#include "matrix.cuh"
 #include "tensor_core.cuh"
 
 namespace {
@@ -41,102 +41,6 @@ struct Steps {
     }
 };
 
-struct Dropout {
-    uint2 key, stream;
-    unsigned threshold;
-    float keep_scale;
-
-    // For each of the eight bf16 from element `first` on, 16 bits that are set where it is kept.
-    __device__ __forceinline__ uint4 mask(uint64_t first) const {
-        if (threshold == 0) {
-            return make_uint4(~0u, ~0u, ~0u, ~0u);
-        }
-        if (first % 8 == 0) {
-            const uint4 words = numbers<5>(first);
-            return make_uint4(mask_of(words.x), mask_of(words.y), mask_of(words.z), mask_of(words.w));
-        }
-        // A row that starts in the middle of a call's eight: rare, so short rather than fast.
-        unsigned kept = 0;
-#pragma unroll 1
-        for (unsigned j = 0; j < 8; j++) {
-            const uint4 words = numbers<1>(first + j);
-            const unsigned place = static_cast<unsigned>((first + j) % 8);
-            const unsigned pair = place < 4 ? (place < 2 ? words.x : words.y) : (place < 6 ? words.z : words.w);
-            kept |= ((pair >> 16 * (place % 2) & 0xffffu) >= threshold ? 1u : 0u) << j;
-        }
-        return make_uint4(mask_of_bits(kept), mask_of_bits(kept >> 2), mask_of_bits(kept >> 4), mask_of_bits(kept >> 6));
-    }
-
-    __device__ __forceinline__ uint4 apply(uint4 x, uint64_t first) const {
-        const uint4 kept = mask(first);
-        return make_uint4(x.x & kept.x, x.y & kept.y, x.z & kept.z, x.w & kept.w);
-    }
-
- private:
-    // The eight numbers among which is that of `element`.
-    template <unsigned UNROLLED>
-    __device__ __forceinline__ uint4 numbers(uint64_t element) const {
-        const uint64_t call = element / 8;
-        const uint4 counter = make_uint4(static_cast<unsigned>(call), static_cast<unsigned>(call >> 32), stream.x, stream.y);
-        return philox<UNROLLED>(key, counter);
-    }
-
-    __device__ __forceinline__ unsigned mask_of(unsigned two_numbers) const {
-        const unsigned low = (two_numbers << 16) >= (threshold << 16) ? 0x0000ffffu : 0;
-        const unsigned high = two_numbers >= (threshold << 16) ? 0xffff0000u : 0;
-        return low | high;
-    }
-
-    static __device__ __forceinline__ unsigned mask_of_bits(unsigned two_bits) {
-        return (two_bits & 1 ? 0x0000ffffu : 0) | (two_bits & 2 ? 0xffff0000u : 0);
-    }
-};
-
-// A row-major matrix in global memory, read eight elements of a row at a time. Past its edges it is zero.
-struct Matrix {
-    const bf16* __restrict__ data;
-    unsigned rows, cols;
-    bool vectorized;
-
-    __device__ __forceinline__ Matrix(const bf16* data, unsigned rows, unsigned cols)
-        : data(data), rows(rows), cols(cols), vectorized(cols % 8 == 0 && are_aligned(data)) {}
-
-    __device__ __forceinline__ uint64_t index(unsigned row, unsigned col) const {
-        return static_cast<uint64_t>(row) * cols + col;
-    }
-
-    __device__ __forceinline__ uint4 load(unsigned row, unsigned col) const {
-        if (vectorized) {
-            uint4 eight = {};
-            if (row < rows && col < cols) {
-                eight = *reinterpret_cast<const uint4*>(data + index(row, col));
-            }
-            return eight;
-        }
-        uint4 eight = {};
-#pragma unroll 1
-        for (unsigned i = 0; i < 8; i += 2) {
-            eight = make_uint4(eight.y, eight.z, eight.w, element(row, col + i) | element(row, col + i + 1) << 16);
-        }
-        return eight;
-    }
-
-    // Shared memory has the elements after copy_async_wait and a barrier.
-    __device__ __forceinline__ void copy_async(bf16* shared, unsigned row, unsigned col) const {
-        if (vectorized) {
-            const bool valid = row < rows && col < cols;
-            copy_async_16(shared, valid ? data + index(row, col) : data, valid);
-        } else {
-            *reinterpret_cast<uint4*>(shared) = load(row, col);
-        }
-    }
-
- private:
-    __device__ __forceinline__ unsigned element(unsigned row, unsigned col) const {
-        return row < rows && col < cols ? data[index(row, col)].bits : 0u;
-    }
-};
-
 // Where a lane is in the fragments of tensor_core.cuh.
 struct Lane {
     unsigned g, t;
@@ -147,22 +51,141 @@ struct Lane {
     }
 };
 
-// sum[i] = the splits' partial results for i, added in order.
-__device__ __forceinline__ float sum_of_splits(const float* __restrict__ partial, unsigned splits, uint64_t count, uint64_t i) {
-    float sum = 0.0f;
-    for (unsigned split = 0; split < splits; split++) {
-        sum += partial[split * count + i];
+// The row that a lane names in a load of four matrices: number `row` of matrix 2 high + low.
+struct MatrixRow {
+    unsigned row, low, high;
+
+    static __device__ __forceinline__ MatrixRow of_lane() {
+        const unsigned lane = threadIdx.x % WARP_LANES;
+        return {lane % 8, lane / 8 % 2, lane / 16};
     }
-    return sum;
+};
+
+// A result of which each split makes a part: the only split puts it in its place, several put theirs into
+// partial: [splits, count].
+template <typename T>
+struct SplitResult {
+    T* __restrict__ result;
+    float* __restrict__ partial;
+    uint64_t count;
+
+    __device__ __forceinline__ void put(uint64_t place, float sum) const {
+        if (gridDim.y == 1) {
+            finish(result + place, sum);
+        } else {
+            partial[blockIdx.y * count + place] = sum;
+        }
+    }
+
+    // Puts the sums of the splits, in their order, in their places.
+    __device__ __forceinline__ void add_splits(unsigned splits) const {
+        const uint64_t threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+        for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
+            float sum = 0.0f;
+            for (unsigned split = 0; split < splits; split++) {
+                sum += partial[split * count + i];
+            }
+            finish(result + i, sum);
+        }
+    }
+
+ private:
+    static __device__ __forceinline__ void finish(bf16* place, float sum) { *place = from_float<bf16>(sum); }
+    static __device__ __forceinline__ void finish(float* place, float sum) { *place += sum; }
+};
+
+// sums += x^T du for 32 columns of x, from `x` on, and every RANK_WARPS-th 16 ranks of du. Both lie in shared memory.
+//
+// sums: [16 columns each][16 ranks each][8 ranks each][as tensor_core.cuh says].
+template <unsigned ROWS, unsigned RANK_WARPS>
+__device__ __forceinline__ void multiply_transposed(const bf16* x, unsigned x_stride, const bf16* du, unsigned du_stride,
+                                                    unsigned rank_warp, unsigned ranks,
+                                                    float (&sums)[2][RANKS / 16 / RANK_WARPS][2][4]) {
+    const MatrixRow named = MatrixRow::of_lane();
+#pragma unroll
+    for (unsigned k = 0; k < ROWS; k += 16) {
+        unsigned x_columns[2][4];
+#pragma unroll
+        for (unsigned m = 0; m < 2; m++) {
+            const bf16* const row = x + (k + named.high * 8 + named.row) * x_stride;
+            load_matrix_x4_transposed(x_columns[m], row + 16 * m + named.low * 8);
+        }
+#pragma unroll
+        for (unsigned j = 0; j < RANKS / 16 / RANK_WARPS; j++) {
+            const unsigned rank = (j * RANK_WARPS + rank_warp) * 16;
+            if (rank < ranks) {
+                unsigned b[4];
+                load_matrix_x4_transposed(b, du + (k + named.low * 8 + named.row) * du_stride + rank + named.high * 8);
+#pragma unroll
+                for (unsigned m = 0; m < 2; m++) {
+                    mma_m16n8k16(sums[m][j][0], x_columns[m], {b[0], b[1]});
+                    mma_m16n8k16(sums[m][j][1], x_columns[m], {b[2], b[3]});
+                }
+            }
+        }
+    }
+}
+
+// sums += du a for rows of du, from `du` on, and 32 columns of a, from `a` on. Both lie in shared memory.
+//
+// sums: [16 rows each][8 columns each][as tensor_core.cuh says].
+template <unsigned ROW_TILES>
+__device__ __forceinline__ void multiply(const bf16* du, unsigned du_stride, const bf16* a, unsigned a_stride,
+                                         unsigned ranks, float (&sums)[ROW_TILES][4][4]) {
+    const MatrixRow named = MatrixRow::of_lane();
+#pragma unroll 1
+    for (unsigned k = 0; k < ranks; k += 16) {
+        unsigned b[2][4];
+#pragma unroll
+        for (unsigned j = 0; j < 2; j++) {
+            load_matrix_x4_transposed(b[j], a + (k + named.low * 8 + named.row) * a_stride + 16 * j + named.high * 8);
+        }
+#pragma unroll
+        for (unsigned m = 0; m < ROW_TILES; m++) {
+            unsigned du_rows[4];
+            load_matrix_x4(du_rows, du + (16 * m + named.low * 8 + named.row) * du_stride + k + named.high * 8);
+#pragma unroll
+            for (unsigned j = 0; j < 4; j++) {
+                mma_m16n8k16(sums[m][j], du_rows, {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]});
+            }
+        }
+    }
+}
+
+// Adds the sums of the SLICES groups of a block's warps, slice 0 getting the result. `exchange` has room for one slice.
+template <unsigned SLICES, unsigned TILES>
+__device__ __forceinline__ void add_slices(unsigned slice, unsigned warp_in_slice, float (&sums)[TILES][4],
+                                           float4* exchange) {
+    float4* const lane_place = exchange + warp_in_slice * TILES * WARP_LANES + threadIdx.x % WARP_LANES;
+    for (unsigned from = 1; from < SLICES; from++) {
+        __syncthreads();
+        if (slice == from) {
+#pragma unroll
+            for (unsigned tile = 0; tile < TILES; tile++) {
+                lane_place[tile * WARP_LANES] = make_float4(sums[tile][0], sums[tile][1], sums[tile][2], sums[tile][3]);
+            }
+        }
+        __syncthreads();
+        if (slice == 0) {
+#pragma unroll
+            for (unsigned tile = 0; tile < TILES; tile++) {
+                const float4 more = lane_place[tile * WARP_LANES];
+                sums[tile][0] += more.x;
+                sums[tile][1] += more.y;
+                sums[tile][2] += more.z;
+                sums[tile][3] += more.w;
+            }
+        }
+    }
 }
 
 }  // namespace
 
 // A warp multiplies 16 rows of x with all ranks over a slice of the columns: of each 128 columns, every fourth warp has 32.
 //
-// A lane loads the elements 8t .. 8t + 7 of the rows g and g + 8 of its slice, and takes its four words of a row as those of two
-// A fragments. So the columns are multiplied in another order than they lie, in x and in `a` alike, and x never passes through
-// shared memory. The slices are added up at the end.
+// A lane loads the elements 8t .. 8t + 7 of the rows g and g + 8 of its slice, and takes its four words of a row as those of
+// two A fragments. So the columns are multiplied in another order than they lie, in x and in `a` alike, and x never passes
+// through shared memory. The slices are added up at the end.
 KERNEL(512, lora_down_bf16)
 (const bf16* __restrict__ x, const bf16* __restrict__ a, unsigned n, unsigned d, unsigned r, bf16* __restrict__ u,
  float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1, unsigned threshold,
@@ -199,6 +222,9 @@ KERNEL(512, lora_down_bf16)
     };
     const auto a_tile = [&](unsigned step) { return a_tiles + (step % 2 * SLICES + slice) * SLICE_ELEMENTS; };
     const auto start_a = [&](unsigned step) {
+        if (step >= steps.end) {
+            return;
+        }
         const unsigned thread = row_warp * WARP_LANES + threadIdx.x % WARP_LANES;
         const unsigned col = thread % 4 * 8;
         for (unsigned rank = thread / 4; rank < 8 * rank_tiles; rank += ROW_WARPS * WARP_LANES / 4) {
@@ -224,9 +250,7 @@ KERNEL(512, lora_down_bf16)
             }
             copy_async_wait<0>();
             __syncthreads();
-            if (step + 1 < steps.end) {
-                start_a(step + 1);
-            }
+            start_a(step + 1);
             const unsigned col = slice_col(step) + 8 * lane.t;
             const uint4 top = dropout.apply(ahead[i][0], x_matrix.index(row, col));
             const uint4 bottom = dropout.apply(ahead[i][1], x_matrix.index(row + 8, col));
@@ -244,30 +268,11 @@ KERNEL(512, lora_down_bf16)
         }
     }
 
-    float4* const slice_sums = reinterpret_cast<float4*>(a_tiles) + row_warp * RANK_TILES * WARP_LANES + threadIdx.x % WARP_LANES;
-    for (unsigned s = 1; s < SLICES; s++) {
-        __syncthreads();
-        if (slice == s) {
-#pragma unroll
-            for (unsigned tile = 0; tile < RANK_TILES; tile++) {
-                slice_sums[tile * WARP_LANES] = make_float4(sums[tile][0], sums[tile][1], sums[tile][2], sums[tile][3]);
-            }
-        }
-        __syncthreads();
-        if (slice == 0) {
-#pragma unroll
-            for (unsigned tile = 0; tile < RANK_TILES; tile++) {
-                const float4 other = slice_sums[tile * WARP_LANES];
-                sums[tile][0] += other.x;
-                sums[tile][1] += other.y;
-                sums[tile][2] += other.z;
-                sums[tile][3] += other.w;
-            }
-        }
-    }
+    add_slices<SLICES>(slice, row_warp, sums, reinterpret_cast<float4*>(a_tiles));
     if (slice != 0) {
         return;
     }
+    const SplitResult<bf16> result = {u, partial, static_cast<uint64_t>(n) * r};
 #pragma unroll
     for (unsigned tile = 0; tile < RANK_TILES; tile++) {
 #pragma unroll
@@ -275,23 +280,14 @@ KERNEL(512, lora_down_bf16)
             const unsigned u_row = row + i / 2 * 8;
             const unsigned rank = first_rank + 8 * tile + 2 * lane.t + i % 2;
             if (u_row < n && rank < r) {
-                const float sum = keep_scale * sums[tile][i];
-                const uint64_t place = static_cast<uint64_t>(u_row) * r + rank;
-                if (gridDim.y == 1) {
-                    u[place] = from_float<bf16>(sum);
-                } else {
-                    partial[static_cast<uint64_t>(blockIdx.y) * n * r + place] = sum;
-                }
+                result.put(static_cast<uint64_t>(u_row) * r + rank, keep_scale * sums[tile][i]);
             }
         }
     }
 }
 
-KERNEL(256, lora_down_sum_bf16)(const float* __restrict__ partial, unsigned splits, uint64_t count, bf16* __restrict__ u) {
-    const uint64_t threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-    for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
-        u[i] = from_float<bf16>(sum_of_splits(partial, splits, count, i));
-    }
+KERNEL(256, lora_down_sum_bf16)(float* __restrict__ partial, unsigned splits, uint64_t count, bf16* __restrict__ u) {
+    SplitResult<bf16>{u, partial, count}.add_splits(splits);
 }
 
 // The columns of x are the rows of the product, x^T du. A thread brings two times eight elements of x a step through its
@@ -335,13 +331,15 @@ KERNEL(256, lora_grad_a_bf16)
     const auto x_tile = [&](unsigned step) { return x_tiles + step % 2 * STEP_ROWS * X_STRIDE; };
     const auto du_tile = [&](unsigned step) { return du_tiles + step % 2 * STEP_ROWS * DU_STRIDE; };
     const auto start_du = [&](unsigned step) {
+        if (step >= steps.end) {
+            return;
+        }
         const unsigned du_row = threadIdx.x / (RANKS / 8);
         const unsigned rank = threadIdx.x % (RANKS / 8) * 8;
         du_matrix.copy_async(du_tile(step) + du_row * DU_STRIDE + rank, step * STEP_ROWS + du_row, first_rank + rank);
         copy_async_commit();
     };
 
-    // [16 columns][16 ranks][8 ranks][..]
     float sums[2][RANKS / 16 / RANK_WARPS][2][4] = {};
     uint4 ahead[AHEAD][2];
 #pragma unroll
@@ -366,38 +364,13 @@ KERNEL(256, lora_grad_a_bf16)
             }
             copy_async_wait<0>();
             __syncthreads();
-            if (step + 1 < steps.end) {
-                start_du(step + 1);
-            }
-            // Matrix and row of it that this lane names in a matrix load.
-            const unsigned matrix = threadIdx.x % WARP_LANES / 8;
-            const unsigned matrix_row = threadIdx.x % 8;
-#pragma unroll
-            for (unsigned k = 0; k < STEP_ROWS; k += 16) {
-                unsigned x_columns[2][4];
-#pragma unroll
-                for (unsigned m = 0; m < 2; m++) {
-                    const unsigned col = warp_col + 16 * m + matrix % 2 * 8;
-                    load_matrix_x4_transposed(x_columns[m], x_tile(step) + (k + matrix / 2 * 8 + matrix_row) * X_STRIDE + col);
-                }
-#pragma unroll
-                for (unsigned j = 0; j < RANKS / 16 / RANK_WARPS; j++) {
-                    const unsigned rank = (j * RANK_WARPS + rank_warp) * 16;
-                    if (rank < ranks) {
-                        unsigned b[4];
-                        load_matrix_x4_transposed(
-                            b, du_tile(step) + (k + matrix % 2 * 8 + matrix_row) * DU_STRIDE + rank + matrix / 2 * 8);
-#pragma unroll
-                        for (unsigned m = 0; m < 2; m++) {
-                            mma_m16n8k16(sums[m][j][0], x_columns[m], {b[0], b[1]});
-                            mma_m16n8k16(sums[m][j][1], x_columns[m], {b[2], b[3]});
-                        }
-                    }
-                }
-            }
+            start_du(step + 1);
+            multiply_transposed<STEP_ROWS, RANK_WARPS>(x_tile(step) + warp_col, X_STRIDE, du_tile(step), DU_STRIDE,
+                                                       rank_warp, ranks, sums);
         }
     }
 
+    const SplitResult<float> result = {d_a, partial, static_cast<uint64_t>(r) * d};
 #pragma unroll
     for (unsigned m = 0; m < 2; m++) {
 #pragma unroll
@@ -407,29 +380,20 @@ KERNEL(256, lora_grad_a_bf16)
                 const unsigned col = first_col + warp_col + 16 * m + lane.g + i % 4 / 2 * 8;
                 const unsigned rank = first_rank + (j * RANK_WARPS + rank_warp) * 16 + i / 4 * 8 + 2 * lane.t + i % 2;
                 if (col < d && rank < r) {
-                    const float sum = keep_scale * sums[m][j][i / 4][i % 4];
-                    const uint64_t place = static_cast<uint64_t>(rank) * d + col;
-                    if (gridDim.y == 1) {
-                        d_a[place] += sum;
-                    } else {
-                        partial[static_cast<uint64_t>(blockIdx.y) * r * d + place] = sum;
-                    }
+                    result.put(static_cast<uint64_t>(rank) * d + col, keep_scale * sums[m][j][i / 4][i % 4]);
                 }
             }
         }
     }
 }
 
-KERNEL(256, lora_grad_a_sum_f32)
-(const float* __restrict__ partial, unsigned splits, uint64_t count, float* __restrict__ d_a) {
-    const uint64_t threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-    for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += threads) {
-        d_a[i] += sum_of_splits(partial, splits, count, i);
-    }
+KERNEL(256, lora_grad_a_sum_f32)(float* __restrict__ partial, unsigned splits, uint64_t count, float* __restrict__ d_a) {
+    SplitResult<float>{d_a, partial, count}.add_splits(splits);
 }
 
-// A warp makes 32 rows and 32 columns of the product. In shared memory the columns of `a` lie so that a lane's results of four
-// products, which are two neighbours each, are the eight that lie together in dx: pair q of 16 is put in place q % 4 * 4 + q / 4.
+// A warp makes 32 rows and 32 columns of the product. In shared memory the columns of `a` lie so that a lane's results of
+// four matrix products, two neighbours each, are eight that lie together in dx: of 16 pairs, pair q is put in place
+// q % 4 * 4 + q / 4.
 KERNEL(256, lora_up_bf16)
 (const bf16* __restrict__ du, const bf16* __restrict__ a, unsigned n, unsigned d, unsigned r, bf16* __restrict__ dx,
  unsigned key0, unsigned key1, unsigned stream0, unsigned stream1, unsigned threshold, float keep_scale) {
@@ -454,8 +418,6 @@ KERNEL(256, lora_up_bf16)
     const unsigned warp_row = warp / COL_WARPS * WARP_ROWS;
     const unsigned first_row = blockIdx.y * ROWS;
     const unsigned first_col = blockIdx.x * COLS;
-    const unsigned matrix = threadIdx.x % WARP_LANES / 8;
-    const unsigned matrix_row = threadIdx.x % 8;
 
     // What is in dx, [16 rows][8 rows]: on its way while the product is made.
     const unsigned row = first_row + warp_row + lane.g;
@@ -483,7 +445,8 @@ KERNEL(256, lora_up_bf16)
         for (unsigned rank = threadIdx.x / (COLS / 8); rank < ranks; rank += 256 / (COLS / 8)) {
             const unsigned tile_col = threadIdx.x % (COLS / 8) * 8;
             const uint4 eight = a_matrix.load(first_rank + rank, first_col + tile_col);
-            unsigned* const pairs = reinterpret_cast<unsigned*>(a_tile + rank * A_STRIDE + tile_col / 32 * 32) + tile_col % 32 / 8;
+            bf16* const group = a_tile + rank * A_STRIDE + tile_col / 32 * 32;
+            unsigned* const pairs = reinterpret_cast<unsigned*>(group) + tile_col % 32 / 8;
             pairs[0] = eight.x;
             pairs[4] = eight.y;
             pairs[8] = eight.z;
@@ -491,25 +454,7 @@ KERNEL(256, lora_up_bf16)
         }
         copy_async_wait<0>();
         __syncthreads();
-#pragma unroll 1
-        for (unsigned k = 0; k < ranks; k += 16) {
-            unsigned b[2][4];
-#pragma unroll
-            for (unsigned j = 0; j < 2; j++) {
-                const unsigned place = warp_col + 16 * j + matrix / 2 * 8;
-                load_matrix_x4_transposed(b[j], a_tile + (k + matrix % 2 * 8 + matrix_row) * A_STRIDE + place);
-            }
-#pragma unroll
-            for (unsigned m = 0; m < ROW_TILES; m++) {
-                unsigned du_rows[4];
-                const unsigned tile_row = warp_row + 16 * m + matrix % 2 * 8 + matrix_row;
-                load_matrix_x4(du_rows, du_tile + tile_row * DU_STRIDE + k + matrix / 2 * 8);
-#pragma unroll
-                for (unsigned j = 0; j < 4; j++) {
-                    mma_m16n8k16(sums[m][j], du_rows, {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]});
-                }
-            }
-        }
+        multiply(du_tile + warp_row * DU_STRIDE, DU_STRIDE, a_tile + warp_col, A_STRIDE, ranks, sums);
     }
 
 #pragma unroll

@@ -1,5 +1,5 @@
 // Rotary position embedding in place, the two halves of a head rotated against each other:
-// `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)`, with `sin` times `sign`, which is -1 in backward.
+// `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)`, with `sin` times `sign`: -1 in backward.
 //
 // A thread takes eight pairs at a time; 4 bytes an element, since the tables come from the cache. Any grid.
 // Source: arXiv:2104.09864, in the layout of transformers (`rotate_half`).
