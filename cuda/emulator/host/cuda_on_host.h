@@ -13,14 +13,15 @@
 // --- Declarations ---------------------------------------------------------------------------------------------------------
 
 // build.rs finds the kernels of a file by the `threads_of_` constants, after the preprocessor.
-#define KERNEL(threads, name)                     \
+#define KERNEL(threads, name)                       \
     constexpr unsigned threads_of_##name = threads; \
     void name
 
 // The address of a function's own static variable tells its shared arrays apart, also between instances of a template.
-#define SHARED(type, name, count)                                                                              \
-    static const char declaration_of_##name = 0;                                                               \
-    type* const name = static_cast<type*>(emulator::shared_array(&declaration_of_##name, #name, sizeof(type) * (count)))
+#define SHARED(type, name, count)                \
+    static const char declaration_of_##name = 0; \
+    type(&name)[count] =                         \
+        *static_cast<type(*)[count]>(emulator::shared_array(&declaration_of_##name, #name, sizeof(type) * (count)))
 
 #define SHARED_DYNAMIC(type, name) type* const name = static_cast<type*>(emulator::dynamic_shared())
 

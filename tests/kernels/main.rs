@@ -1,0 +1,17 @@
+//! Every CUDA kernel against the same mathematics in f64, on the emulator (`cargo test`) and on a GPU (`--features cuda`, ignored
+//! where there is none). `device_under_test` says how a test is written.
+
+mod device_under_test;
+mod random_values;
+
+mod adamw;
+mod adamw_8bit;
+mod embedding;
+mod gated_act;
+mod linear;
+mod linear_cross_entropy;
+mod lora;
+mod nf4;
+mod residual;
+mod rms_norm;
+mod rope;
