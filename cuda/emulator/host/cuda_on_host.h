@@ -15,7 +15,7 @@
 // build.rs finds the kernels of a file by the `threads_of_` constants, after the preprocessor.
 #define KERNEL(threads, name)                       \
     constexpr unsigned threads_of_##name = threads; \
-    void name
+    __attribute__((noinline)) void name
 
 // The address of a function's own static variable tells its shared arrays apart, also between instances of a template.
 #define SHARED(type, name, count)                \
@@ -98,24 +98,30 @@ T __ldg(const T* pointer) {
     return *pointer;
 }
 
-// Blocks run one after another and a thread is never interrupted within a function: nothing has to be locked.
+// A thread is never interrupted within one of these, so that nothing has to be locked. The emulator watches them itself: the
+// compiler would report them as plain accesses.
+#define EMULATOR_ATOMIC __attribute__((noinline, no_sanitize("thread")))
+
 template <typename T>
-T atomicAdd(T* address, typename std::common_type<T>::type value) {
+EMULATOR_ATOMIC T atomicAdd(T* address, typename std::common_type<T>::type value) {
     static_assert(std::is_integral<T>::value, "no floating-point atomics: their order is not fixed");
+    emulator::watch_access(emulator::Access::Atomic, address, sizeof(T));
     const T old = *address;
     *address = old + value;
     return old;
 }
 
 template <typename T>
-T atomicMin(T* address, typename std::common_type<T>::type value) {
+EMULATOR_ATOMIC T atomicMin(T* address, typename std::common_type<T>::type value) {
+    emulator::watch_access(emulator::Access::Atomic, address, sizeof(T));
     const T old = *address;
     *address = value < old ? value : old;
     return old;
 }
 
 template <typename T>
-T atomicMax(T* address, typename std::common_type<T>::type value) {
+EMULATOR_ATOMIC T atomicMax(T* address, typename std::common_type<T>::type value) {
+    emulator::watch_access(emulator::Access::Atomic, address, sizeof(T));
     const T old = *address;
     *address = old < value ? value : old;
     return old;

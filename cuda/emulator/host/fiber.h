@@ -38,6 +38,10 @@ class Stacks {
 
     void reserve(size_t count);
     char* bottom(size_t index) const;
+    bool contain(const void* address) const {
+        const char* byte = static_cast<const char*>(address);
+        return byte >= memory_ && byte < memory_ + count_ * (GUARD_BYTES + BYTES);
+    }
 
  private:
     static constexpr size_t GUARD_BYTES = 4096;

@@ -78,6 +78,7 @@ class Machine {
     unsigned lane() const { return current_ % LANES; }
     SharedMemory& shared() { return shared_; }
     Watch& watch() { return watch_; }
+    const Stacks& stacks() const { return stacks_; }
     std::vector<Site>& met() { return met_; }
     uint64_t random() { return next_random(random_); }
 
@@ -182,6 +183,7 @@ void Machine::prepare_threads() {
         Thread& thread = threads_[i];
         thread.index = uint3{i, 0, 0};
         thread.state = State::Ready;
+        thread.waits_at = Site{};
         thread.copies.clear();
         prepare_fiber(thread.execution, stacks_.bottom(i), thread_main);
     }
@@ -567,7 +569,20 @@ void* shared_array(const void* declaration, const char* name, size_t bytes) {
 
 void* dynamic_shared() { return machine->shared().dynamic(); }
 
+void watch_access(Access access, const void* address, size_t bytes) {
+    if (machine != nullptr && machine->launch().watched) {
+        machine->watch().check(access, address, bytes, machine->current());
+    }
+}
+
+Site last_synchronization() { return machine->thread().waits_at; }
+
+bool is_on_a_stack(const void* address) { return machine->stacks().contain(address); }
+
 bool copy_lands_at_once() {
+    if (machine->launch().watched) {
+        return false;
+    }
     switch (machine->launch().order.kind) {
         case Order::Forward:
             return false;

@@ -73,6 +73,12 @@ void* dynamic_shared();
 // True where the launch asks to leave this synchronization out; otherwise notes that it was met.
 bool is_removed(Site site);
 
+// What a thread does to memory. A copy (cp.async) owns its destination from its start to its end.
+enum class Access { Read, Write, Atomic, StartCopy, EndCopy };
+
+// Reports an access of the calling thread; does nothing unless the launch is watched.
+void watch_access(Access access, const void* address, size_t bytes);
+
 // True if an asynchronous copy shall land at once; otherwise it lands as late as its wait allows.
 bool copy_lands_at_once();
 

@@ -78,6 +78,7 @@ void load_all(void* const* arguments, unsigned) {
 bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 void land(const CopyQueue::Copy& copy) {
+    watch_access(Access::EndCopy, copy.shared, 16);
     if (copy.valid) {
         std::memcpy(copy.shared, copy.global, 16);
     } else {
@@ -98,6 +99,9 @@ void load_matrices(unsigned* registers, int count, const void* shared_row, bool 
         fail(FaultKind::Misaligned, "load_matrix_x%d at line %u: the row at %p is not 16-byte aligned", count, site.line,
              shared_row);
     }
+    if (gives_a_row) {
+        watch_access(Access::Read, shared_row, 16);
+    }
     LoadLane lane{registers, static_cast<const uint16_t*>(shared_row)};
     if (count == 4) {
         warp_collective(~0u, transposed ? load_all<4, true> : load_all<4, false>, &lane, "load_matrix_x4", site);
@@ -109,6 +113,10 @@ void load_matrices(unsigned* registers, int count, const void* shared_row, bool 
 void start_copy(void* shared, const void* global, bool valid) {
     if (!is_aligned_16(shared) || !is_aligned_16(global)) {
         fail(FaultKind::Misaligned, "copy_async_16 from %p to %p: both must be 16-byte aligned", global, shared);
+    }
+    watch_access(Access::StartCopy, shared, 16);
+    if (valid) {
+        watch_access(Access::Read, global, 16);
     }
     CopyQueue& queue = copies_of_this_thread();
     const CopyQueue::Copy copy{shared, global, valid, queue.open_group};
