@@ -1,7 +1,7 @@
 //! Compiles the machine (`host/*.cpp`) and every kernel file, and writes the table of kernels that `src/kernels.rs` includes.
 //!
-//! Each kernel file becomes two objects: as it is, and watched (`-fsanitize=thread` makes the compiler report every access to
-//! `host/watch.cpp`). An object is compiled again only if its text after the preprocessor or its flags have changed.
+//! Each kernel file becomes two objects: as it is, and watched (the compiler puts a call before every access; see
+//! `host/compiler_calls.cpp`). An object is compiled again only if its text after the preprocessor or its flags have changed.
 //!
 //! With `QLORA_EMULATOR_SANITIZE` set (see `sanitize.sh`) everything is compiled with those sanitizers, and nothing is watched.
 
@@ -168,7 +168,13 @@ impl Compiler {
     fn sanitizer_flags(&self) -> Vec<String> {
         self.sanitizers
             .iter()
-            .flat_map(|list| [format!("-fsanitize={list}"), "-O1".to_owned()])
+            .flat_map(|list| {
+                [
+                    format!("-fsanitize={list}"),
+                    "-DEMULATOR_SANITIZED".to_owned(),
+                    "-O1".to_owned(),
+                ]
+            })
             .collect()
     }
 
@@ -217,7 +223,7 @@ impl Compiler {
             ("", self.sanitizer_flags()),
             (
                 "watched_",
-                vec!["-fsanitize=thread".to_owned(), "-O1".to_owned()],
+                vec!["-fsanitize=thread,undefined".to_owned(), "-O1".to_owned()],
             ),
         ];
         let mut units = Vec::new();

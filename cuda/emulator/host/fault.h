@@ -27,6 +27,7 @@ enum class FaultKind : unsigned {
     InvalidAccess = 7,      // an address that is no memory of the launch; or a trap, such as a division by zero
     Uninitialized = 8,      // shared memory was read that the block has not written
     Race = 9,               // two threads met at one address, at least one writing, with nothing that orders them
+    Undefined = 10,         // what C++ leaves undefined: a signed overflow, a shift too far, an index beyond its array
 };
 
 struct Fault {

@@ -32,7 +32,7 @@ struct Launch {
     Order order;
     // The synchronization at this place does nothing: how tests see that they would notice its absence.
     Site removed;
-    // Follow every access to memory: only for kernels compiled with -fsanitize=thread, see watch.cpp.
+    // Follow every access to memory: only for kernels compiled for it, see compiler_calls.cpp.
     bool watched = false;
     const MemoryRange* memory = nullptr;
     size_t memory_count = 0;

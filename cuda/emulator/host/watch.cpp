@@ -220,32 +220,3 @@ void Watch::fail_outside(const Place& place) {
 }
 
 }  // namespace emulator
-
-// What the compiler calls under -fsanitize=thread. ThreadSanitizer itself is not linked.
-#define REPORT(name, bytes)                                                                              \
-    extern "C" void __tsan_read##name(const void* address) {                                             \
-        emulator::watch_access(emulator::Access::Read, address, bytes);                                  \
-    }                                                                                                    \
-    extern "C" void __tsan_write##name(const void* address) {                                            \
-        emulator::watch_access(emulator::Access::Write, address, bytes);                                 \
-    }                                                                                                    \
-    extern "C" void __tsan_unaligned_read##name(const void* address) {                                   \
-        emulator::watch_access(emulator::Access::Read, address, bytes);                                  \
-    }                                                                                                    \
-    extern "C" void __tsan_unaligned_write##name(const void* address) {                                  \
-        emulator::watch_access(emulator::Access::Write, address, bytes);                                 \
-    }
-
-REPORT(1, 1)
-REPORT(2, 2)
-REPORT(4, 4)
-REPORT(8, 8)
-REPORT(16, 16)
-
-extern "C" {
-void __tsan_init() {}
-void __tsan_func_entry(const void*) {}
-void __tsan_func_exit(const void*) {}
-void __tsan_read_range(const void* address, size_t bytes) { emulator::watch_access(emulator::Access::Read, address, bytes); }
-void __tsan_write_range(const void* address, size_t bytes) { emulator::watch_access(emulator::Access::Write, address, bytes); }
-}

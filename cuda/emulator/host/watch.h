@@ -5,7 +5,7 @@
 // - a read of shared memory that the block has not written.
 // - an access outside of the arguments' buffers, or across the end of a shared array.
 //
-// The accesses come from the calls that the compiler makes under -fsanitize=thread (bottom of watch.cpp).
+// The accesses come from the calls that the compiler puts into a watched kernel, see compiler_calls.cpp.
 #pragma once
 
 #include <cstddef>

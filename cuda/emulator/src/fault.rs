@@ -27,6 +27,8 @@ pub enum FaultKind {
     Uninitialized,
     /// Two threads met at one address, at least one of them writing, and nothing orders them.
     Race,
+    /// What C++ leaves undefined: a signed overflow, a shift too far, an index beyond its array.
+    Undefined,
 }
 
 impl FaultKind {
@@ -42,6 +44,7 @@ impl FaultKind {
             7 => Self::InvalidAccess,
             8 => Self::Uninitialized,
             9 => Self::Race,
+            10 => Self::Undefined,
             _ => return None,
         })
     }
