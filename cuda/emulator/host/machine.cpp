@@ -575,6 +575,12 @@ void watch_access(Access access, const void* address, size_t bytes) {
     }
 }
 
+void watch_access_of_lane(unsigned lane, Access access, const void* address, size_t bytes) {
+    if (machine->launch().watched) {
+        machine->watch().check(access, address, bytes, machine->current() - machine->lane() + lane);
+    }
+}
+
 Site last_synchronization() { return machine->thread().waits_at; }
 
 bool is_on_a_stack(const void* address) { return machine->stacks().contain(address); }

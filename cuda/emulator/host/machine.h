@@ -78,6 +78,8 @@ enum class Access { Read, Write, Atomic, StartCopy, EndCopy };
 
 // Reports an access of the calling thread; does nothing unless the launch is watched.
 void watch_access(Access access, const void* address, size_t bytes);
+// The same for what a warp operation does on behalf of another lane of the calling thread's warp.
+void watch_access_of_lane(unsigned lane, Access access, const void* address, size_t bytes);
 
 // True if an asynchronous copy shall land at once; otherwise it lands as late as its wait allows.
 bool copy_lands_at_once();

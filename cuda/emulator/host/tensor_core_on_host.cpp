@@ -58,13 +58,15 @@ struct LoadLane {
     const uint16_t* row;
 };
 
-// Matrix m has its rows at the addresses of lanes 8 m to 8 m + 7.
+// Matrix m has its rows at the addresses of lanes 8 m to 8 m + 7. A read belongs to the lane that receives the element.
 template <int COUNT, bool TRANSPOSED>
 void load_all(void* const* arguments, unsigned) {
     for (unsigned i = 0; i < LANES; i++) {
         for (unsigned m = 0; m < COUNT; m++) {
             const auto element = [&](unsigned row, unsigned column) -> unsigned {
-                return static_cast<const LoadLane*>(arguments[8 * m + row])->row[column];
+                const uint16_t* address = static_cast<const LoadLane*>(arguments[8 * m + row])->row + column;
+                watch_access_of_lane(i, Access::Read, address, sizeof *address);
+                return *address;
             };
             const unsigned line = i / 4;
             const unsigned pair = 2 * (i % 4);
@@ -98,9 +100,6 @@ void load_matrices(unsigned* registers, int count, const void* shared_row, bool 
     if (gives_a_row && !is_aligned_16(shared_row)) {
         fail(FaultKind::Misaligned, "load_matrix_x%d at line %u: the row at %p is not 16-byte aligned", count, site.line,
              shared_row);
-    }
-    if (gives_a_row) {
-        watch_access(Access::Read, shared_row, 16);
     }
     LoadLane lane{registers, static_cast<const uint16_t*>(shared_row)};
     if (count == 4) {
