@@ -291,8 +291,14 @@ impl Compiler {
             self.tool.path(),
         )
             .hash(&mut hasher);
-        let object = self.out_dir.join(format!("{}.o", unit.name));
-        let key_file = self.out_dir.join(format!("{}.key", unit.name));
+        // Sanitized objects lie beside the usual ones, so that neither drives out the other.
+        let prefix = if self.sanitizers.is_some() {
+            "sanitized_"
+        } else {
+            ""
+        };
+        let object = self.out_dir.join(format!("{prefix}{}.o", unit.name));
+        let key_file = object.with_extension("key");
         let key = format!("{:016x}", hasher.finish());
         if object.exists() && fs::read_to_string(&key_file).is_ok_and(|old| old == key) {
             return object;
