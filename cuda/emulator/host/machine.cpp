@@ -148,7 +148,11 @@ bool Machine::run(const Launch& launch, Fault& fault) {
     for (uint64_t i = 0; i < blocks && fault.kind == FaultKind::None; i++) {
         run_block(launch.order.kind == Order::Reverse ? blocks - 1 - i : i);
     }
-    return fault.kind == FaultKind::None;
+    if (fault.kind != FaultKind::None) {
+        stacks_.forget_frames();
+        return false;
+    }
+    return true;
 }
 
 void Machine::run_block(uint64_t number) {
