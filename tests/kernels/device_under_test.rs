@@ -18,7 +18,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
 use bytemuck::Pod;
-use qlora_emulator::{Fault, Launch, Order, Synchronization};
+use qlora_emulator::{Fault, Launch, Mutant, Order, Synchronization};
 
 /// Bytes before and after each buffer that no kernel may touch.
 const GUARD_BYTES: usize = 256;
@@ -112,7 +112,10 @@ impl DeviceUnderTest {
         let mut hasher = DefaultHasher::new();
         bytes.hash(&mut hasher);
         self.downloads.borrow_mut().push(hasher.finish());
-        bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+        bytes
+            .chunks_exact(size_of::<T>())
+            .map(bytemuck::pod_read_unaligned)
+            .collect()
     }
 
     /// Runs a kernel and waits for it. Panics if it faults.
@@ -204,6 +207,8 @@ pub struct Emulator {
     pub watch: bool,
     /// The synchronization to leave out.
     pub without: Option<Synchronization>,
+    /// The fault that is planted in the kernels.
+    pub mutant: Option<Mutant>,
 }
 
 impl Emulator {
@@ -213,6 +218,7 @@ impl Emulator {
             order,
             watch: false,
             without: None,
+            mutant: None,
         };
         [
             plain(Order::Forward),
@@ -249,6 +255,7 @@ impl Emulator {
             order: self.order,
             watch: self.watch.then_some(buffers),
             without: self.without.as_ref(),
+            mutant: self.mutant,
         };
         let pointers: Vec<_> = arguments
             .iter()
@@ -341,11 +348,11 @@ pub fn on_the_emulator(body: impl Fn(&DeviceUnderTest)) {
 #[macro_export]
 macro_rules! kernel_test {
     ($name:ident, |$device:ident| $body:block) => {
-        mod $name {
+        pub mod $name {
             #[allow(unused_imports)]
             use super::*;
 
-            fn body($device: &$crate::device_under_test::DeviceUnderTest) $body
+            pub fn body($device: &$crate::device_under_test::DeviceUnderTest) $body
 
             #[test]
             fn on_the_emulator() {

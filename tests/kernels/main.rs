@@ -12,6 +12,7 @@ mod linear;
 mod linear_cross_entropy;
 mod lora;
 mod nf4;
+mod planted_faults;
 mod residual;
 mod rms_norm;
 mod rope;

@@ -93,8 +93,9 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Site site = emulat
 
 // --- Memory ---------------------------------------------------------------------------------------------------------------
 
+// Never a function of its own, which watched kernels would share with others: the linker keeps one of each.
 template <typename T>
-T __ldg(const T* pointer) {
+__attribute__((always_inline)) inline T __ldg(const T* pointer) {
     return *pointer;
 }
 

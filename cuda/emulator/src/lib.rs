@@ -6,7 +6,7 @@ mod fault;
 mod kernels;
 
 pub use fault::{Fault, FaultKind, ThreadCounts};
-pub use kernels::{Kernel, find, kernels};
+pub use kernels::{Kernel, Mutant, find, kernels, mutants};
 
 use std::ffi::{CString, c_char, c_void};
 use std::ops::Range;
@@ -42,6 +42,8 @@ pub struct Launch<'a> {
     pub watch: Option<&'a [Range<usize>]>,
     /// Do not synchronize at this place: tests show with it that its absence would be noticed.
     pub without: Option<&'a Synchronization>,
+    /// Run the kernel as it is in this mutant of its file.
+    pub mutant: Option<Mutant>,
 }
 
 /// Runs a kernel to its end and returns the places where it synchronized.
@@ -80,7 +82,13 @@ pub unsafe fn launch(
         ));
     }
 
-    let watched_body = kernel.watched_body.filter(|_| launch.watch.is_some());
+    let mutant_body = launch
+        .mutant
+        .and_then(|mutant| kernels::body_in_mutant(mutant, kernel.name));
+    let watched_body = mutant_body
+        .or(kernel.watched_body)
+        .filter(|_| launch.watch.is_some());
+    let body = watched_body.or(mutant_body).unwrap_or(kernel.body);
     let memory: Vec<RawRange> = launch
         .watch
         .iter()
@@ -100,7 +108,7 @@ pub unsafe fn launch(
         Order::Random(seed) => (2, seed),
     };
     let raw = RawLaunch {
-        body: watched_body.unwrap_or(kernel.body),
+        body,
         arguments: arguments.as_ptr(),
         threads: kernel.threads,
         grid: launch.grid,

@@ -219,14 +219,14 @@ fn bit_operations_are_those_of_the_gpu() {
     let (a, b) = (0x0012_8480_u32, 0xf0e1_d2c3_u32);
     let mut out = [0u32; 7];
     // Bytes 0 to 3 are those of `a`, 4 to 7 those of `b`; 8 added to a digit spreads the byte's sign.
-    let selector = 0x7_08_d_u64;
+    let selector = 0x708d_u64;
     let arguments = Arguments::new()
         .number(a.into())
         .number(b.into())
         .number(selector)
         .buffer(&mut out);
     run(&launch_of("bit_operations", 1, Order::Forward), &arguments).unwrap();
-    let product = u64::from(a) * u64::from(b) >> 32;
+    let product = (u64::from(a) * u64::from(b)) >> 32;
     let permuted = 0xf0_80_ff_ff;
     let packed = 0xc000_3f80;
     let expected = [

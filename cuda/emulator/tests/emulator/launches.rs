@@ -47,6 +47,7 @@ pub fn launch_of(kernel: &str, blocks: u32, order: Order) -> Launch<'_> {
         order,
         watch: None,
         without: None,
+        mutant: None,
     }
 }
 

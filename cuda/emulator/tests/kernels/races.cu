@@ -67,6 +67,11 @@ KERNEL(64, blocks_that_count_atomically)(unsigned* out) { atomicAdd(out, 1u); }
 KERNEL(64, repeated_block_sums)(const float* in, float* out) {
     const float first = block_sum<64>(in[threadIdx.x]);
     const float second = block_sum<64>(first * in[threadIdx.x]);
+    out[threadIdx.x] = second;
+}
+
+KERNEL(64, repeated_block_maxima)(const float* in, float* out) {
     const float largest = block_max<64>(in[threadIdx.x]);
-    out[threadIdx.x] = second + largest;
+    const float least = -block_max<64>(-in[threadIdx.x]);
+    out[threadIdx.x] = largest - least;
 }
