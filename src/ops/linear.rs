@@ -1,16 +1,18 @@
 //! A frozen linear layer with a LoRA adapter: `y = x W^T + bias + scaling (x A^T) B^T`.
 //!
 //! Backward, with `du = scaling dy B`: `dB += scaling dy^T u`, `dA += du^T x`, `dx = dy W + du A`; the frozen weight and
-//! the bias get none. The weight is never held in full: a tile of it is dequantized into scratch and multiplied at once.
+//! the bias get none. On the CPU the weight is never held in full: a tile of it is dequantized into scratch and multiplied
+//! at once. On a device it is dequantized into the scratch of [`Weight`], and sums are taken up by the products themselves.
 //!
 //! Source: arXiv:2305.14314 equation 5, arXiv:2106.09685.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::cpu::{self, expect_dims, read};
 use super::gemm::{Into, Mat, Shared, for_each_column_tile, matmul, matmul_by_rows};
+use super::launcher::{Factor, Grid, Launcher, Operand};
+use super::weight::Weight;
 use crate::Result;
-use crate::quant::FrozenWeight;
 
 const OP: &str = "linear";
 
@@ -42,16 +44,22 @@ pub struct LoraGrad<'a> {
 /// `x: [N, in]`, `bias: [out]` -> `y: [N, out]`, `u: [N, R]`.
 pub fn forward(
     x: &Tensor,
-    weight: &FrozenWeight,
+    weight: &Weight,
     bias: Option<&Tensor>,
     lora: Option<Lora<'_>>,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let (n, d_in) = x.dims2()?;
     let d_out = weight.out_features();
     expect_dims(OP, "x", x, &[n, weight.in_features()])?;
+    if let Some(lora) = &lora {
+        expect_factors(lora, d_in, d_out)?;
+    }
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        return forward_on_device(&launcher, x, weight, bias, lora);
+    }
     let x = read(OP, x)?;
     let x = Mat::new(&x, n, d_in);
-    let u = lora.map(|lora| down_project(x, &lora, d_out)).transpose()?;
+    let u = lora.map(|lora| down_project(x, &lora)).transpose()?;
     let lora_data = match (&lora, &u) {
         (Some(lora), Some(u)) => Some((
             read(OP, u)?,
@@ -88,11 +96,52 @@ pub fn forward(
     Ok((y, u))
 }
 
-/// `u = x A^T`, for factors that fit a layer with `d_out` outputs.
-fn down_project(x: Mat<'_>, lora: &Lora<'_>, d_out: usize) -> Result<Tensor> {
+fn expect_factors(lora: &Lora<'_>, d_in: usize, d_out: usize) -> Result<()> {
+    let r = lora.a.dim(0)?;
+    expect_dims(OP, "lora_a", lora.a, &[r, d_in])?;
+    expect_dims(OP, "lora_b", lora.b, &[d_out, r])
+}
+
+fn forward_on_device(
+    launcher: &Launcher,
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+    lora: Option<Lora<'_>>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (n, d_out) = (x.dim(0)?, weight.out_features());
+    let y = launcher.empty((n, d_out), DType::BF16)?;
+    let w = weight.dense(launcher)?;
+    launcher.gemm(OP, (Factor::new(x), Factor::transposed(&w)), &y, 1.0, 0.0)?;
+    if let Some(bias) = bias {
+        expect_dims(OP, "bias", bias, &[d_out])?;
+        let operands = [
+            Operand::Write(&y),
+            Operand::Read(bias),
+            Operand::U32(n),
+            Operand::U32(d_out),
+        ];
+        // SAFETY: y has rows of d_out elements, the bias has one.
+        unsafe { launcher.launch("linear_add_bias_bf16", Grid::blocks(n, 1), &operands)? };
+    }
+    let Some(Lora { a, b, scaling }) = lora else {
+        return Ok((y, None));
+    };
+    let u = launcher.empty((n, a.dim(0)?), DType::BF16)?;
+    launcher.gemm(OP, (Factor::new(x), Factor::transposed(a)), &u, 1.0, 0.0)?;
+    launcher.gemm(
+        OP,
+        (Factor::new(&u), Factor::transposed(b)),
+        &y,
+        scaling,
+        1.0,
+    )?;
+    Ok((y, Some(u)))
+}
+
+/// `u = x A^T`.
+fn down_project(x: Mat<'_>, lora: &Lora<'_>) -> Result<Tensor> {
     let r = lora.a.dims2()?.0;
-    expect_dims(OP, "lora_a", lora.a, &[r, x.cols])?;
-    expect_dims(OP, "lora_b", lora.b, &[d_out, r])?;
     let a = read(OP, lora.a)?;
     cpu::build((x.rows, r), |u| {
         matmul_by_rows(u, Into::Overwrite, x, Mat::new(&a, r, x.cols).t(), 1.0);
@@ -118,6 +167,15 @@ pub fn backward_lora(
     expect_dims(OP, "lora_b", lora.b, &[d_out, r])?;
     expect_dims(OP, "d_lora_a", grad.d_a, &[r, d_in])?;
     expect_dims(OP, "d_lora_b", grad.d_b, &[d_out, r])?;
+    if let Some(launcher) = Launcher::of(OP, dy)? {
+        let du = launcher.empty((n, r), DType::BF16)?;
+        let (dy, by_row) = (Factor::new(dy), Factor::transposed(dy));
+        launcher.gemm(OP, (dy, Factor::new(lora.b)), &du, lora.scaling, 0.0)?;
+        launcher.gemm(OP, (by_row, Factor::new(u)), grad.d_b, lora.scaling, 1.0)?;
+        let factors = (Factor::transposed(&du), Factor::new(x));
+        launcher.gemm(OP, factors, grad.d_a, 1.0, 1.0)?;
+        return Ok(du);
+    }
     let (dy, x, u, b) = (read(OP, dy)?, read(OP, x)?, read(OP, u)?, read(OP, lora.b)?);
     let dy = Mat::new(&dy, n, d_out);
     let du = cpu::build((n, r), |du| {
@@ -179,13 +237,19 @@ pub fn backward_lora(
 /// `dy: [N, out]`, `du: [N, R]` with `a: [R, in]` -> `dx: [N, in]`.
 pub fn backward_input(
     dy: &Tensor,
-    weight: &FrozenWeight,
+    weight: &Weight,
     lora: Option<(&Tensor, &Tensor)>,
     sum: Option<Tensor>,
 ) -> Result<Tensor> {
     let (n, d_out) = dy.dims2()?;
     let d_in = weight.in_features();
     expect_dims(OP, "dy", dy, &[n, weight.out_features()])?;
+    if let Some(sum) = &sum {
+        expect_dims(OP, "dx", sum, &[n, d_in])?;
+    }
+    if let Some(launcher) = Launcher::of(OP, dy)? {
+        return backward_input_on_device(&launcher, dy, weight, lora, sum);
+    }
     let dy = read(OP, dy)?;
     let dy = Mat::new(&dy, n, d_out);
     let lora_data = match lora {
@@ -206,7 +270,6 @@ pub fn backward_input(
     };
     match sum {
         Some(sum) => {
-            expect_dims(OP, "dx", &sum, &[n, d_in])?;
             cpu::write(OP, &sum, |dx| add(Shared::new(dx), Into::Add))?;
             Ok(sum)
         }
@@ -215,6 +278,28 @@ pub fn backward_input(
             cpu::build_uninit((n, d_in), |dx| add(Shared::uninit(dx), Into::Overwrite))
         },
     }
+}
+
+fn backward_input_on_device(
+    launcher: &Launcher,
+    dy: &Tensor,
+    weight: &Weight,
+    lora: Option<(&Tensor, &Tensor)>,
+    sum: Option<Tensor>,
+) -> Result<Tensor> {
+    let (dx, beta) = match sum {
+        Some(sum) => (sum, 1.0),
+        None => {
+            let shape = (dy.dim(0)?, weight.in_features());
+            (launcher.empty(shape, DType::BF16)?, 0.0)
+        }
+    };
+    let w = weight.dense(launcher)?;
+    launcher.gemm(OP, (Factor::new(dy), Factor::new(&w)), &dx, 1.0, beta)?;
+    if let Some((du, a)) = lora {
+        launcher.gemm(OP, (Factor::new(du), Factor::new(a)), &dx, 1.0, 1.0)?;
+    }
+    Ok(dx)
 }
 
 /// The same from differentiable primitives, with the weight as a tensor `w: [out, in]`.

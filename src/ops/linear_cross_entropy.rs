@@ -5,6 +5,8 @@
 //!
 //! Source: arXiv:2411.09009.
 
+mod kernels;
+
 use std::ops::Range;
 
 use candle_core::{D, Tensor};
@@ -12,7 +14,10 @@ use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
 use super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul, with_scratch};
+use super::launcher::Launcher;
+use super::linear;
 use super::simd::{exp, max, sum, vectorized};
+use super::weight::Weight;
 use crate::quant::FrozenWeight;
 use crate::{Error, IGNORE_INDEX, Result};
 
@@ -38,6 +43,26 @@ pub struct TokenLoss {
     pub prediction: u32,
 }
 
+/// The losses of a batch, in row order; on a device they stay there until they are read.
+#[derive(Debug)]
+pub struct Losses(Origin);
+
+#[derive(Debug)]
+enum Origin {
+    Host(Vec<TokenLoss>),
+    Device(Vec<(usize, u32)>, kernels::DeviceLosses),
+}
+
+impl Losses {
+    /// Waits for the device, where they are on one.
+    pub fn read(self) -> Result<Vec<TokenLoss>> {
+        match self.0 {
+            Origin::Host(losses) => Ok(losses),
+            Origin::Device(rows, losses) => losses.read(&rows),
+        }
+    }
+}
+
 /// The sum of losses, in row order and f64.
 pub fn total(losses: &[TokenLoss]) -> f64 {
     losses.iter().map(|t| f64::from(t.loss)).sum()
@@ -50,12 +75,16 @@ pub fn total(losses: &[TokenLoss]) -> f64 {
 ///
 /// # Errors
 /// [`Error::Shape`] for a label that is not below V.
-pub fn forward(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<TokenLoss>> {
+pub fn forward(x: &Tensor, head: &Weight, labels: &[i64]) -> Result<Losses> {
     let rows = labelled_rows(x, head, labels)?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        let (losses, _) = kernels::losses(&launcher, x, head, &rows, None)?;
+        return Ok(Losses(Origin::Device(rows, losses)));
+    }
     let x = read(OP, x)?;
     let mut losses = Vec::with_capacity(rows.len());
     for_each_chunk(&x, head, &rows, |chunk, _| losses.extend_from_slice(chunk));
-    Ok(losses)
+    Ok(Losses(Origin::Host(losses)))
 }
 
 /// The losses, and `dx` for the gradient `d_loss` of each.
@@ -64,11 +93,16 @@ pub fn forward(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<To
 /// As [`forward`]; `dx: [N, D]`, zero in rows without a label.
 pub fn backward(
     x: &Tensor,
-    head: &FrozenWeight,
+    head: &Weight,
     labels: &[i64],
     d_loss: f32,
-) -> Result<(Vec<TokenLoss>, Tensor)> {
+) -> Result<(Losses, Tensor)> {
     let rows = labelled_rows(x, head, labels)?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        let (losses, dx) = kernels::losses(&launcher, x, head, &rows, Some(d_loss))?;
+        let dx = dx.expect("it was asked for by its factor");
+        return Ok((Losses(Origin::Device(rows, losses)), dx));
+    }
     let x_data = read(OP, x)?;
     let d = head.in_features();
     let mut losses = Vec::with_capacity(rows.len());
@@ -84,7 +118,15 @@ pub fn backward(
             losses.extend_from_slice(chunk);
         });
     })?;
-    Ok((losses, dx))
+    Ok((Losses(Origin::Host(losses)), dx))
+}
+
+/// The logits of every row in f32, `[N, V]`.
+pub fn logits(x: &Tensor, head: &Weight) -> Result<Tensor> {
+    match Launcher::of(OP, x)? {
+        Some(launcher) => kernels::logits(&launcher, x, head),
+        None => Ok(linear::forward(x, head, None, None)?.0),
+    }
 }
 
 /// `dx = dz W` for a chunk.

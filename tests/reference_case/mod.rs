@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use qlora::data::{Batch, Example};
+use qlora::device::Placement;
 use qlora::model::{Decoder, Sequences};
 use qlora::store::{Adapter, Checkpoint};
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -159,7 +160,12 @@ pub fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
 
 /// The checkpoint with the adapter in `adapter_dir`.
 pub fn decoder_with_adapter(case_dir: &Path, adapter_dir: &Path) -> Decoder {
-    let mut decoder = Decoder::load(&Checkpoint::open(case_dir).unwrap(), None).unwrap();
+    let mut decoder = Decoder::load(
+        &Checkpoint::open(case_dir).unwrap(),
+        None,
+        &Placement::cpu(),
+    )
+    .unwrap();
     decoder
         .load_adapter(&Adapter::read(adapter_dir).unwrap())
         .unwrap();

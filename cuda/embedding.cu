@@ -1,0 +1,43 @@
+// The token embedding: rows of a table picked by token id, and rows written back to their places.
+//
+//   gather   out[i] = table[ids[i]]
+//   scatter  out[ids[i]] = values[i], where no id comes twice
+//
+// A block of threads copies one row, so grid = rows; 16 bytes a thread where the rows allow it. 4 bytes an element.
+
+#include "common.cuh"
+
+namespace {
+
+__device__ __forceinline__ void copy_row(const bf16* __restrict__ from, unsigned d, bf16* __restrict__ to) {
+    const uintptr_t misalignment = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to);
+    unsigned copied = 0;
+    if (misalignment % sizeof(uint4) == 0) {
+        const unsigned vectors = d / 8;
+        for (unsigned i = threadIdx.x; i < vectors; i += blockDim.x) {
+            reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+        }
+        copied = vectors * 8;
+    }
+    for (unsigned i = copied + threadIdx.x; i < d; i += blockDim.x) {
+        to[i] = from[i];
+    }
+}
+
+}  // namespace
+
+KERNEL(256, embedding_gather_bf16)
+(const bf16* table, const unsigned* ids, unsigned rows, unsigned d, bf16* out) {
+    const uint64_t row = blockIdx.x;
+    if (row < rows) {
+        copy_row(table + static_cast<uint64_t>(ids[row]) * d, d, out + row * d);
+    }
+}
+
+KERNEL(256, embedding_scatter_bf16)
+(const bf16* values, const unsigned* ids, unsigned rows, unsigned d, bf16* out) {
+    const uint64_t row = blockIdx.x;
+    if (row < rows) {
+        copy_row(values + row * d, d, out + static_cast<uint64_t>(ids[row]) * d);
+    }
+}

@@ -1,0 +1,81 @@
+//! The kernels of `cuda/embedding.cu` move whole rows and nothing else.
+
+use crate::device_under_test::{Arg, kernel_test};
+
+/// (rows, row length, rows of the table): rows of whole 16 bytes, with a tail, and of an odd length.
+const SIZES: [(usize, usize, usize); 6] = [
+    (1, 1, 1),
+    (42, 64, 100),
+    (5, 2056, 7),
+    (3, 2050, 9),
+    (42, 37, 50),
+    (2, 4096, 3),
+];
+
+/// Neighbours differ, and so do rows; any 16 bits are a bf16 that has to arrive unchanged.
+fn matrix(rows: usize, d: usize) -> Vec<u16> {
+    (0..rows * d).map(|i| (i * 40_503) as u16).collect()
+}
+
+kernel_test!(each_token_gathers_its_row, |device| {
+    for (rows, d, vocab) in SIZES {
+        let table = matrix(vocab, d);
+        // Some tokens come twice.
+        let ids: Vec<u32> = (0..rows).map(|i| (i * i % vocab) as u32).collect();
+        let table_on_device = device.upload(&table);
+        let ids_on_device = device.upload(&ids);
+        let out = device.poisoned::<u16>(rows * d);
+        device.launch(
+            "embedding_gather_bf16",
+            [rows as u32, 1, 1],
+            0,
+            &[
+                Arg::Buffer(&table_on_device),
+                Arg::Buffer(&ids_on_device),
+                Arg::U32(rows as u32),
+                Arg::U32(d as u32),
+                Arg::Buffer(&out),
+            ],
+        );
+        let expected: Vec<u16> = ids
+            .iter()
+            .flat_map(|&id| &table[id as usize * d..][..d])
+            .copied()
+            .collect();
+        assert!(
+            device.download::<u16>(&out) == expected,
+            "{rows} rows of {d}"
+        );
+    }
+});
+
+kernel_test!(scattered_rows_leave_the_others_alone, |device| {
+    for (rows, d, vocab) in SIZES {
+        let values = matrix(rows, d);
+        let ids: Vec<u32> = (0..rows).map(|i| (vocab - 1 - i) as u32).collect();
+        let before = vec![0x3f80; vocab * d];
+        let values_on_device = device.upload(&values);
+        let ids_on_device = device.upload(&ids);
+        let out = device.upload(&before);
+        device.launch(
+            "embedding_scatter_bf16",
+            [rows as u32, 1, 1],
+            0,
+            &[
+                Arg::Buffer(&values_on_device),
+                Arg::Buffer(&ids_on_device),
+                Arg::U32(rows as u32),
+                Arg::U32(d as u32),
+                Arg::Buffer(&out),
+            ],
+        );
+        let mut expected = before;
+        for (value, &id) in values.chunks(d).zip(&ids) {
+            expected[id as usize * d..][..d].copy_from_slice(value);
+        }
+        assert!(
+            device.download::<u16>(&out) == expected,
+            "{rows} rows of {d}"
+        );
+    }
+});

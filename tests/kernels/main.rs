@@ -1,0 +1,10 @@
+//! Every kernel of `cuda/` against a plain reference: on the host emulator, and on a GPU where the tests are asked for one.
+
+#[path = "../emulated/mod.rs"]
+mod emulated;
+
+mod device_under_test;
+
+// mod adamw;
+mod embedding;
+mod nf4;
