@@ -85,39 +85,48 @@ struct TileLayout {
     static __device__ __forceinline__ int offset(int row, int chunk) { return row * E + (chunk ^ swizzle(row)) * CHUNK; }
 };
 
+// Loads rows that are not whole aligned chunks, element by element.
+template <int E, int ROWS, int THREADS>
+__device__ __forceinline__ void load_elements(bf16* tile, const HeadRows<const bf16>& from, int start, int end,
+                                              int head_dim) {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < ROWS * E; i += THREADS) {
+        const int row = i / E, column = i % E;
+        bf16* const to = tile + TileLayout<E>::offset(row, column / CHUNK) + column % CHUNK;
+        *to = start + row < end && column < head_dim ? from.row(start + row)[column] : bf16{0};
+    }
+}
+
 // Starts to load ROWS rows from row `start` on into a tile; zeros where there is no row (from row `end` on) or no column. The
 // rows are there after copy_async_wait and a barrier.
 template <int E, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(bf16* tile, const HeadRows<const bf16>& from, int start, int end,
                                           unsigned head_dim, bool whole_chunks) {
     using Layout = TileLayout<E>;
+    if (!whole_chunks) {
+        load_elements<E, ROWS, THREADS>(tile, from, start, end, static_cast<int>(head_dim));
+        return;
+    }
     // A thread takes every ROW_STEP-th row and every PERIOD-th chunk, whose swizzle is the same.
     constexpr int ROW_STEP = THREADS / Layout::PERIOD;
     static_assert(ROW_STEP % 8 == 0, "the swizzle repeats after 8 rows");
     const int first_row = static_cast<int>(threadIdx.x) / Layout::PERIOD;
     const int first_chunk = static_cast<int>(threadIdx.x) % Layout::PERIOD;
     bf16* const to = tile + Layout::offset(first_row, first_chunk);
-    const bf16* const source = from.row(start + first_row) + first_chunk * CHUNK;
+    const bf16* source = from.row(start + first_row) + first_chunk * CHUNK;
     const int columns = static_cast<int>(head_dim) - first_chunk * CHUNK;
 #pragma unroll
-    for (int i = 0; i < (ROWS + ROW_STEP - 1) / ROW_STEP; i++) {
-        const int row = first_row + i * ROW_STEP;
+    for (int first = 0; first < ROWS; first += ROW_STEP) {
+        const int row = first_row + first;
         if (ROWS % ROW_STEP != 0 && row >= ROWS) {
             break;
         }
         const bool is_row = start + row < end;
-        const bf16* const source_row = source + i * ROW_STEP * static_cast<int64_t>(from.stride);
 #pragma unroll
         for (int column = 0; column < E; column += Layout::PERIOD * CHUNK) {
-            bf16* const chunk = to + i * ROW_STEP * E + column;
-            if (whole_chunks) {
-                copy_async_16(chunk, source_row + column, is_row && column < columns);
-            } else {
-                for (int j = 0; j < CHUNK; j++) {
-                    chunk[j] = is_row && column + j < columns ? source_row[column + j] : bf16{0};
-                }
-            }
+            copy_async_16(to + first * E + column, source + column, is_row && column < columns);
         }
+        source += ROW_STEP * from.stride;
     }
 }
 

@@ -1,18 +1,46 @@
 //! The host emulator as the runtime of bf16 tensors on the CPU: kernels run as they are written, products on the host.
 
+#![allow(dead_code)]
+
+use std::cell::Cell;
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use half::bf16;
-use qlora::device::{Argument, DeviceMemory, Gemm, Launch, Matrix, Runtime};
+use qlora::device::{self, Argument, DeviceMemory, Gemm, Launch, Matrix, Placement, Runtime};
 use qlora::{Error, Result};
 use qlora_emulator::Order;
 
-/// The emulator, whose threads take turns in `order`.
+thread_local! {
+    static ORDER: Cell<Order> = const { Cell::new(Order::Forward) };
+}
+
+/// The emulator, whose CUDA threads take turns in the order that [`use_order`] set for the calling thread.
 #[derive(Debug)]
-pub struct EmulatedRuntime {
-    pub order: Order,
+pub struct EmulatedRuntime;
+
+/// Launches by this thread let CUDA threads take turns in `order` from now on.
+pub fn use_order(order: Order) {
+    ORDER.set(order);
+}
+
+/// Every order that tests go through.
+pub const ORDERS: [Order; 4] = [
+    Order::Forward,
+    Order::Reverse,
+    Order::Random(1),
+    Order::Random(2),
+];
+
+/// bf16 on the CPU, through the emulator.
+pub fn placement() -> Placement {
+    device::install(&Device::Cpu, Arc::new(EmulatedRuntime));
+    Placement {
+        device: Device::Cpu,
+        dtype: DType::BF16,
+    }
 }
 
 /// The threads that the kernel was written for; a planted fault leaves them as they are.
@@ -47,7 +75,7 @@ impl Runtime for EmulatedRuntime {
             kernel: launch.kernel,
             grid: [x, y, 1],
             shared_bytes: launch.shared_bytes as usize,
-            order: self.order,
+            order: ORDER.get(),
         };
         // SAFETY: as the caller promises.
         let outcome = unsafe { qlora_emulator::launch(&emulated, &arguments) };
@@ -96,7 +124,7 @@ impl Runtime for EmulatedRuntime {
     }
 
     fn describe(&self) -> String {
-        format!("the emulator, {:?}", self.order)
+        format!("the emulator, {:?}", ORDER.get())
     }
 }
 

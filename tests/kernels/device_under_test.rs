@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use qlora::Result;
-use qlora::device::{self, Argument, Launch, Runtime};
-use qlora_emulator::Order;
+#[cfg(feature = "cuda")]
+use qlora::device::DeviceKind;
+use qlora::device::{self, Argument, Launch, Placement, Runtime};
 
-use crate::emulated::{EmulatedRuntime, threads_of};
+use crate::emulated::{self, threads_of};
 
 /// Bytes on both sides of a buffer that no kernel may touch.
 const GUARD_BYTES: usize = 64;
@@ -16,7 +17,7 @@ const GUARD: u8 = 0xa5;
 
 /// A device, and the kernels to run there.
 pub struct DeviceUnderTest {
-    device: Device,
+    placement: Placement,
     runtime: Arc<dyn Runtime>,
 }
 
@@ -36,27 +37,29 @@ pub enum Arg<'a> {
 }
 
 impl DeviceUnderTest {
-    /// The emulator in every order that tests go through.
-    pub fn emulators() -> impl Iterator<Item = Self> {
-        let orders = [
-            Order::Forward,
-            Order::Reverse,
-            Order::Random(1),
-            Order::Random(2),
-        ];
-        orders.into_iter().map(|order| Self {
-            device: Device::Cpu,
-            runtime: Arc::new(EmulatedRuntime { order }),
-        })
+    /// Runs `check` on the emulator, in every order that CUDA threads may take turns in.
+    pub fn on_the_emulator(check: impl Fn(&Self)) {
+        let emulator = Self::at(emulated::placement());
+        for order in emulated::ORDERS {
+            emulated::use_order(order);
+            check(&emulator);
+        }
     }
 
+    /// Runs `check` on the GPU.
     #[cfg(feature = "cuda")]
-    pub fn gpu() -> Self {
-        use qlora::device::{DeviceKind, Placement};
+    pub fn on_the_gpu(check: impl Fn(&Self)) {
+        check(&Self::at(Placement::open(DeviceKind::Cuda).unwrap()));
+    }
 
-        let Placement { device, .. } = Placement::open(DeviceKind::Cuda).unwrap();
-        let runtime = device::runtime(&device).unwrap();
-        Self { device, runtime }
+    fn at(placement: Placement) -> Self {
+        let runtime = device::runtime(&placement.device).unwrap();
+        Self { placement, runtime }
+    }
+
+    /// Where operations have to find their tensors to use this device.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     pub fn upload<T: Pod>(&self, values: &[T]) -> Buffer {
@@ -64,7 +67,7 @@ impl DeviceUnderTest {
         let guard = [GUARD; GUARD_BYTES];
         let bytes = [&guard, data, &guard].concat();
         Buffer {
-            bytes: Tensor::from_slice(&bytes, bytes.len(), &self.device).unwrap(),
+            bytes: Tensor::from_slice(&bytes, bytes.len(), &self.placement.device).unwrap(),
             len: data.len(),
         }
     }
@@ -153,14 +156,14 @@ macro_rules! kernel_test {
 
             #[test]
             fn on_the_emulator() {
-                crate::device_under_test::DeviceUnderTest::emulators().for_each(|device| check(&device));
+                crate::device_under_test::DeviceUnderTest::on_the_emulator(check);
             }
 
             #[cfg(feature = "cuda")]
             #[test]
             #[ignore = "needs a GPU"]
             fn on_the_gpu() {
-                check(&crate::device_under_test::DeviceUnderTest::gpu());
+                crate::device_under_test::DeviceUnderTest::on_the_gpu(check);
             }
         }
     };

@@ -2,9 +2,11 @@
 
 #[path = "../emulated/mod.rs"]
 mod emulated;
+#[path = "../oracle/mod.rs"]
+mod oracle;
 
 mod device_under_test;
 
-// mod adamw;
 mod embedding;
 mod nf4;
+mod ops;
