@@ -10,7 +10,7 @@
 // covers 2048 elements an iteration. The new moments update the weight before they are rounded to codes: m to the nearest of
 // the signed dynamic map, v to the nearest of the unsigned one, each times the largest magnitude of its block.
 // adamw_squared_norm: 4 bytes an element. The squares are exact in f64, so neither tiny nor huge gradients are lost. At two
-// slow f64 instructions an element even a consumer card takes 1 ms for the adapters of a 7B model.
+// slow f64 instructions an element, even a consumer card needs about 1 ms for the adapters of a 7B model.
 //
 // Source: arXiv:1711.05101; 8-bit moments arXiv:2110.02861.
 
@@ -132,6 +132,8 @@ KERNEL(256, adamw_8bit_moments)
                 v_codes[i] = v_map.code(v[k], v_largest);
             }
         }
+        // Every lane has read the old scales.
+        __syncwarp();
         if (lane == 0) {
             m_absmax[block] = m_largest;
             v_absmax[block] = v_largest;

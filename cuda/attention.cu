@@ -21,7 +21,8 @@
 //   256 |      64    64          98304 |      64    16          98304 |   32       32         100864
 //
 // The first column of each is the rows of a tile in `tiles`. A head of head_dim < E columns has zeros in the others. The limit
-// on shared memory is the 99 KB of sm_86, 89 and 120; sm_80 and sm_90 run two blocks at a time on a multiprocessor.
+// on shared memory is the 99 KB of sm_86, 89 and 120. A multiprocessor of sm_90 or 100 runs two blocks at a time (registers
+// allow no third), and so does one of sm_80 where a block takes at most 82944 bytes.
 //
 // For T queries with T keys, half of them seen, a head takes 2 T^2 head_dim FLOPs in forward and 7 T^2 head_dim in backward, of
 // which 5 T^2 head_dim would be necessary. Tensors are read from memory about once; from the cache, a block reads

@@ -69,7 +69,7 @@ struct BackwardQ {
         }
         load_stage(0, key);
 
-        const int warp_row = static_cast<int>(threadIdx.x / WARP_LANES) * WARP_ROWS;
+        const int warp_row = warp_index() * WARP_ROWS;
         const int first_query = position + warp_row, last_query = first_query + WARP_ROWS - 1;
         const RowNumbers numbers(in, tile.query_row, head, heads.num_heads);
         float log2_total[M][2], delta[M][2];
@@ -174,12 +174,12 @@ struct BackwardKv {
     using Shares = Fragments<M, STEPS>;
 
     // Lanes exchange 16 bytes each, next to each other.
-    static __device__ __forceinline__ uint4* exchange_place(bf16* exchange, unsigned pair, int m, int step) {
-        const unsigned block = (pair * M + m) * STEPS + step;
+    static __device__ __forceinline__ uint4* exchange_place(bf16* exchange, int pair, int m, int step) {
+        const int block = (pair * M + m) * STEPS + step;
         return reinterpret_cast<uint4*>(exchange) + block * WARP_LANES + threadIdx.x % WARP_LANES;
     }
 
-    static __device__ __forceinline__ void give(const Shares& shares, bf16* exchange, unsigned pair) {
+    static __device__ __forceinline__ void give(const Shares& shares, bf16* exchange, int pair) {
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
@@ -190,7 +190,7 @@ struct BackwardKv {
         }
     }
 
-    static __device__ __forceinline__ void take(float (&d_scores)[M][N][4], bf16* exchange, unsigned pair) {
+    static __device__ __forceinline__ void take(float (&d_scores)[M][N][4], bf16* exchange, int pair) {
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
@@ -257,9 +257,9 @@ struct BackwardKv {
         copy_async_wait<0>();
         __syncthreads();
 
-        const unsigned warp = threadIdx.x / WARP_LANES, pair = warp / 2;
+        const int warp = warp_index(), pair = warp / 2;
         const bool is_dv = warp % 2 == 0;
-        const int warp_row = static_cast<int>(pair) * WARP_ROWS;
+        const int warp_row = pair * WARP_ROWS;
         const int first_key = position + warp_row;
         const LaneOffsets<E> offsets;
         LeftRows<E, M, HELD> rows((is_dv ? key_tile : value_tile) + warp_row * E);
@@ -312,7 +312,7 @@ struct BackwardKv {
 
     // Turns scores into weights and shares them, under a cap times its derivative.
     static __device__ __forceinline__ void weigh(float (&scores)[M][N][4], const float* log2_totals, const Heads& heads,
-                                                 Fragments<M, STEPS>& weights, bf16* exchange, unsigned pair) {
+                                                 Fragments<M, STEPS>& weights, bf16* exchange, int pair) {
         const float exponent_scale = heads.exponent_scale();
         const auto weight = [&](int m, int n, int i) {
             return exp2_approximate(scores[m][n][i] * exponent_scale - log2_totals[8 * n + i % 2]);

@@ -5,7 +5,7 @@
 
 namespace {
 
-// The running softmax of the warp's rows, in powers of 2: the highest score so far, and the sum of exp2(score - highest).
+// The running softmax of the warp's rows, in exponents of 2: the highest score so far, and the sum of exp2(score - highest).
 template <int M>
 struct OnlineSoftmax {
     float highest[M][2], total[M][2];
@@ -26,21 +26,10 @@ struct OnlineSoftmax {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float before = highest[m][half];
-                const float now = highest_of_row(scores[m], half, before);
-                // A row that has seen no key yet has -infinity here; its weights are to be 0.
-                const float reference = now == -INFINITY ? 0.0f : now * exponent_scale;
-                const float correction = exp2_approximate(before * exponent_scale - reference);
-                float sum = 0.0f;
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-#pragma unroll
-                    for (int i = 2 * half; i < 2 * half + 2; i++) {
-                        scores[m][n][i] = exp2_approximate(scores[m][n][i] * exponent_scale - reference);
-                        sum += scores[m][n][i];
-                    }
-                }
+                const float now = fmaxf(before, highest_of_row(scores[m], half) * exponent_scale);
+                const float correction = exp2_approximate(before - reference(now));
                 highest[m][half] = now;
-                total[m][half] = total[m][half] * correction + sum;
+                total[m][half] *= correction;
 #pragma unroll
                 for (int n = 0; n < COLUMNS; n++) {
                     out[m][n][2 * half] *= correction;
@@ -48,6 +37,11 @@ struct OnlineSoftmax {
                 }
             }
         }
+        for_each<M, N>([&](int m, int n, int i) {
+            float& weight = scores[m][n][i];
+            weight = exp2_approximate(weight * exponent_scale - reference(highest[m][i / 2]));
+            total[m][i / 2] += weight;
+        });
     }
 
     // Sums up over the four lanes of each row; the last thing to be done.
@@ -63,10 +57,14 @@ struct OnlineSoftmax {
     }
 
  private:
+    // A row that has seen no key yet has -infinity for its highest; its weights are to be 0.
+    static __device__ __forceinline__ float reference(float highest) { return highest == -INFINITY ? 0.0f : highest; }
+
     template <int N>
-    __device__ __forceinline__ float highest_of_row(const float (&scores)[N][4], int half, float highest) {
+    static __device__ __forceinline__ float highest_of_row(const float (&scores)[N][4], int half) {
+        float highest = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);
 #pragma unroll
-        for (int n = 0; n < N; n++) {
+        for (int n = 1; n < N; n++) {
             highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
         }
         highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 1));
@@ -105,15 +103,16 @@ struct Forward {
         load_tile<E, KEYS, THREADS>(key_tile, keys, key, end_key, heads.head_dim, whole_chunks);
         copy_async_commit();
 
-        const int warp_row = static_cast<int>(threadIdx.x / WARP_LANES) * WARP_ROWS;
-        const int first_query = position + warp_row, last_query = first_query + WARP_ROWS - 1;
+        const int warp_row = warp_index() * WARP_ROWS;
+        // A warp without queries meets no keys.
+        const int first_query = position + warp_row, last_query = warp_row < queries ? first_query + WARP_ROWS - 1 : -1;
         const LaneOffsets<E> offsets;
         const LeftRows<E, M, 0> query_rows(query_tile + warp_row * E);
         const float exponent_scale = heads.exponent_scale();
         OnlineSoftmax<M> softmax;
         float sum[M][E / 8][4] = {};
         for (; key < end_key; key += KEYS) {
-            const bool meets = warp_row < queries && band.meets(first_query, last_query, key, KEYS);
+            const bool meets = band.meets(first_query, last_query, key, KEYS);
             float scores[M][KEYS / 8][4];
             copy_async_wait<0>();
             __syncthreads();  // the keys are there, and no warp reads the values before
@@ -145,12 +144,12 @@ struct Forward {
         const HeadRows<bf16> to(out, tile.query_row, head, heads.num_heads, heads.head_dim);
         const auto inverse_total = [&](int m, int half) { return 1.0f / softmax.total[m][half]; };
         store_rows<E, M>(sum, inverse_total, query_tile + warp_row * E, to, warp_row, queries, heads.head_dim, whole_chunks);
-        store_lse(softmax, exponent_scale, warp_row, queries,
+        store_lse(softmax, warp_row, queries,
                   lse + static_cast<uint64_t>(tile.query_row) * heads.num_heads + head, heads.num_heads);
     }
 
-    static __device__ __forceinline__ void store_lse(const OnlineSoftmax<M>& softmax, float exponent_scale, int warp_row,
-                                                     int queries, float* lse, unsigned stride) {
+    static __device__ __forceinline__ void store_lse(const OnlineSoftmax<M>& softmax, int warp_row, int queries,
+                                                     float* lse, unsigned stride) {
         if (lane_column() != 0) {
             return;
         }
@@ -160,7 +159,7 @@ struct Forward {
             for (int half = 0; half < 2; half++) {
                 const int row = warp_row + 16 * m + 8 * half + lane_row();
                 if (row < queries) {
-                    const float log2_total = softmax.highest[m][half] * exponent_scale + log2f(softmax.total[m][half]);
+                    const float log2_total = softmax.highest[m][half] + log2f(softmax.total[m][half]);
                     lse[row * static_cast<uint64_t>(stride)] = log2_total * LN_2;
                 }
             }

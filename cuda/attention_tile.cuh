@@ -57,12 +57,12 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 template <typename T>
 struct HeadRows {
     T* first;
-    uint64_t stride;
+    unsigned stride;
 
     __device__ __forceinline__ HeadRows(T* tensor, uint64_t row, unsigned head, unsigned heads, unsigned head_dim)
-        : first(tensor + (row * heads + head) * head_dim), stride(static_cast<uint64_t>(heads) * head_dim) {}
+        : first(tensor + (row * heads + head) * head_dim), stride(heads * head_dim) {}
 
-    __device__ __forceinline__ T* row(int index) const { return first + index * static_cast<int64_t>(stride); }
+    __device__ __forceinline__ T* row(int index) const { return first + static_cast<int64_t>(index) * stride; }
 };
 
 // Whether rows of a head consist of whole aligned chunks in each of the tensors.
@@ -126,7 +126,7 @@ __device__ __forceinline__ void load_tile(bf16* tile, const HeadRows<const bf16>
         for (int column = 0; column < E; column += Layout::PERIOD * CHUNK) {
             copy_async_16(to + first * E + column, source + column, is_row && column < columns);
         }
-        source += ROW_STEP * from.stride;
+        source += static_cast<uint64_t>(ROW_STEP) * from.stride;
     }
 }
 
@@ -269,6 +269,11 @@ __device__ __forceinline__ void for_each(const Visit& visit) {
             }
         }
     }
+}
+
+// By a shuffle, from which the compiler sees that branches on it do not part the lanes of a warp.
+__device__ __forceinline__ int warp_index() {
+    return static_cast<int>(__shfl_sync(ALL_LANES, threadIdx.x / WARP_LANES, 0));
 }
 
 __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x % WARP_LANES) / 4; }

@@ -1,99 +1,183 @@
-// The loss of rows of logits, and its gradient in the place of the logits.
+// The loss of each row of logits, `loss = logsumexp(z) - z_label`, and `dz = d_loss (softmax(z) - onehot(label))`.
 //
-//   loss = logsumexp(z) - z_label,  confidence = max softmax(z),  prediction = the lowest index of the largest logit
-//   dz = d_loss (softmax(z) - onehot(label)), in bf16 over the first half of the row's own memory
+// A block of 1024 threads takes a row, so grid = rows. It reads the row once for the maximum, where that is, and the sum of
+// `e^(z - maximum)`, each thread correcting its sum where its maximum grows: 4 bytes an element. Backward reads it again and
+// writes dz: 10 bytes an element.
 //
-// A block of 1024 threads takes a row: grid = rows. It reads the row once for the maximum and the sum together and, backward,
-// once more for dz: 4 bytes read an element forward, 8 read (half of them mostly from the L2 cache) and 2 written backward.
-// Sums are in f32 in a fixed order. Source: arXiv:2411.09009.
+// dz is bf16 and takes the place of the row: element j of it lies at byte 2j, where z_{j/2} was. A block goes through the
+// row in tiles from the left. All threads have read a tile before one writes its gradient, which reaches no further.
+//
+// Source: arXiv:1805.02867 (the sum), arXiv:2411.09009 (dz in place).
 
-#include "common.cuh"
+#include "bf16_vector.cuh"
 
 namespace {
 
 constexpr unsigned THREADS = 1024;
-constexpr unsigned WARPS = THREADS / WARP_LANES;
+constexpr unsigned PER_THREAD = 8;
+constexpr unsigned TILE = THREADS * PER_THREAD;
+constexpr float LOWEST_FINITE = -3.40282347e38f;
 
-// What a softmax needs to know of some logits: the largest and where it lies, and the sum of e^(z - largest).
-struct Peak {
-    float largest;
-    unsigned index;
-    float sum;
+// A row of logits, which a thread reads in groups of WIDTH neighbours: four where 16-byte accesses allow it, else one.
+template <unsigned WIDTH>
+struct Logits {
+    static constexpr unsigned GROUPS = PER_THREAD / WIDTH;
+    float* row;
+    unsigned vocab;
+
+    static __device__ __forceinline__ uint64_t group_start(uint64_t tile, unsigned group) {
+        return tile + (group * THREADS + threadIdx.x) * WIDTH;
+    }
+
+    // This thread's elements of the tile, in their order; -inf, which has no part in anything, past the end of the row.
+    __device__ __forceinline__ void load(uint64_t tile, float (&z)[PER_THREAD]) const {
+#pragma unroll
+        for (unsigned group = 0; group < GROUPS; group++) {
+            const uint64_t start = group_start(tile, group);
+            float values[WIDTH];
+            if (start < vocab) {
+                read(row + start, values);
+            }
+#pragma unroll
+            for (unsigned e = 0; e < WIDTH; e++) {
+                z[group * WIDTH + e] = start < vocab ? values[e] : -INFINITY;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store_gradient(uint64_t tile, const float (&dz)[PER_THREAD]) const {
+        bf16* const out = reinterpret_cast<bf16*>(row);
+#pragma unroll
+        for (unsigned group = 0; group < GROUPS; group++) {
+            const uint64_t start = group_start(tile, group);
+            if (start < vocab) {
+                float values[WIDTH];
+#pragma unroll
+                for (unsigned e = 0; e < WIDTH; e++) {
+                    values[e] = dz[group * WIDTH + e];
+                }
+                write(values, out + start);
+            }
+        }
+    }
+
+ private:
+    static __device__ __forceinline__ void read(const float* from, float (&values)[1]) { values[0] = *from; }
+    static __device__ __forceinline__ void read(const float* from, float (&values)[4]) {
+        const float4 four = *reinterpret_cast<const float4*>(from);
+        values[0] = four.x;
+        values[1] = four.y;
+        values[2] = four.z;
+        values[3] = four.w;
+    }
+    static __device__ __forceinline__ void write(const float (&values)[1], bf16* to) { *to = from_float<bf16>(values[0]); }
+    static __device__ __forceinline__ void write(const float (&values)[4], bf16* to) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]));
+    }
 };
 
-constexpr unsigned NOWHERE = 0xffffffffu;
+// Of a row: its maximum, the lowest index of that, and the sum of e^(z - maximum).
+struct Peak {
+    float largest, sum;
+    unsigned index;
+};
 
-__device__ __forceinline__ Peak no_logits() { return {-INFINITY, NOWHERE, 0.0f}; }
-
-__device__ __forceinline__ float scaled_sum(const Peak& peak, float largest) {
-    return peak.sum == 0.0f ? 0.0f : peak.sum * __expf(peak.largest - largest);
-}
-
-// Both together; the same whichever comes first.
-__device__ __forceinline__ Peak merged(const Peak& a, const Peak& b) {
-    const bool a_wins = a.largest > b.largest || (a.largest == b.largest && a.index < b.index);
-    const float largest = a_wins ? a.largest : b.largest;
-    return {largest, a_wins ? a.index : b.index, scaled_sum(a, largest) + scaled_sum(b, largest)};
-}
-
-__device__ __forceinline__ Peak warp_peak(Peak peak) {
+template <unsigned WIDTH>
+__device__ __forceinline__ Peak peak_of_thread(const Logits<WIDTH>& logits) {
+    Peak peak = {LOWEST_FINITE, 0.0f, 0};
+    for (uint64_t tile = 0; tile < logits.vocab; tile += TILE) {
+        float z[PER_THREAD];
+        logits.load(tile, z);
+        float largest = z[0];
 #pragma unroll
-    for (unsigned distance = WARP_LANES / 2; distance > 0; distance /= 2) {
-        const Peak other = {__shfl_xor_sync(ALL_LANES, peak.largest, distance),
-                            __shfl_xor_sync(ALL_LANES, peak.index, distance),
-                            __shfl_xor_sync(ALL_LANES, peak.sum, distance)};
-        peak = merged(peak, other);
+        for (unsigned e = 1; e < PER_THREAD; e++) {
+            largest = fmaxf(largest, z[e]);
+        }
+        if (largest > peak.largest) {
+            peak.sum *= __expf(peak.largest - largest);
+            peak.largest = largest;
+#pragma unroll
+            for (unsigned e = PER_THREAD; e-- > 0;) {
+                if (z[e] == largest) {
+                    peak.index = static_cast<unsigned>(logits.group_start(tile, e / WIDTH) + e % WIDTH);
+                }
+            }
+        }
+#pragma unroll
+        for (unsigned e = 0; e < PER_THREAD; e++) {
+            peak.sum += __expf(z[e] - peak.largest);
+        }
     }
     return peak;
 }
 
-// The peak of the whole row, in every thread.
-__device__ __forceinline__ Peak row_peak(const float* __restrict__ z, unsigned vocab) {
-    Peak mine = no_logits();
-    for (unsigned i = threadIdx.x; i < vocab; i += THREADS) {
-        const float value = z[i];
-        if (value > mine.largest) {
-            mine.sum = scaled_sum(mine, value) + 1.0f;
-            mine.largest = value;
-            mine.index = i;
-        } else {
-            mine.sum += __expf(value - mine.largest);
-        }
+__device__ __forceinline__ unsigned warp_min(unsigned value) {
+#pragma unroll
+    for (unsigned distance = WARP_LANES / 2; distance > 0; distance /= 2) {
+        value = min(value, __shfl_xor_sync(ALL_LANES, value, distance));
     }
-    SHARED(Peak, of_warp, WARPS);
-    mine = warp_peak(mine);
+    return value;
+}
+
+__device__ __forceinline__ unsigned block_min(unsigned value) {
+    SHARED(unsigned, of_warp, THREADS / WARP_LANES);
     const unsigned lane = threadIdx.x % WARP_LANES;
+    value = warp_min(value);
     if (lane == 0) {
-        of_warp[threadIdx.x / WARP_LANES] = mine;
+        of_warp[threadIdx.x / WARP_LANES] = value;
     }
     __syncthreads();
-    return warp_peak(of_warp[lane]);
+    return warp_min(of_warp[lane]);
 }
 
-// Writes the results of the row and gives its log-sum-exp. To be called before the logits are overwritten.
-__device__ __forceinline__ float write_results(const Peak& peak, const float* z, const unsigned* labels, float* loss,
-                                               float* confidence, unsigned* prediction) {
-    const float logsumexp = peak.largest + logf(peak.sum);
-    if (threadIdx.x == 0) {
-        loss[blockIdx.x] = logsumexp - z[labels[blockIdx.x]];
-        confidence[blockIdx.x] = 1.0f / peak.sum;
-        prediction[blockIdx.x] = peak.index;
+// The peak of the whole row, the same in each thread.
+__device__ __forceinline__ Peak peak_of_block(const Peak& of_thread) {
+    const float largest = block_max<THREADS>(of_thread.largest);
+    const float sum = block_sum<THREADS>(of_thread.sum * __expf(of_thread.largest - largest));
+    const unsigned index = block_min(of_thread.largest == largest ? of_thread.index : UINT32_MAX);
+    return {largest, sum, index};
+}
+
+// Where the losses of the rows go.
+struct Losses {
+    float* __restrict__ loss;
+    float* __restrict__ confidence;
+    unsigned* __restrict__ prediction;
+
+    __device__ __forceinline__ void write(uint64_t row, float label_logit, const Peak& peak) const {
+        loss[row] = logf(peak.sum) + (peak.largest - label_logit);
+        confidence[row] = 1.0f / peak.sum;
+        prediction[row] = peak.index;
     }
-    return logsumexp;
+};
+
+template <unsigned WIDTH>
+__device__ __forceinline__ void write_gradient(const Logits<WIDTH>& logits, const Peak& peak, unsigned label, float d_loss) {
+    const float scale = d_loss / peak.sum;
+    for (uint64_t tile = 0; tile < logits.vocab; tile += TILE) {
+        float z[PER_THREAD];
+        logits.load(tile, z);
+#pragma unroll
+        for (unsigned e = 0; e < PER_THREAD; e++) {
+            const bool is_label = logits.group_start(tile, e / WIDTH) + e % WIDTH == label;
+            z[e] = scale * __expf(z[e] - peak.largest) - (is_label ? d_loss : 0.0f);
+        }
+        __syncthreads();
+        logits.store_gradient(tile, z);
+    }
 }
 
-// Replaces the logits of a row by their gradient. Element j of dz lies over logit j / 2, so that what a round of threads
-// writes lies over what this round and earlier ones have read: a barrier between the two is enough.
-__device__ __forceinline__ void write_gradient(float* z, unsigned vocab, unsigned label, float logsumexp, float d_loss) {
-    bf16* const dz = reinterpret_cast<bf16*>(z);
-    for (unsigned start = 0; start < vocab; start += THREADS) {
-        const unsigned i = start + threadIdx.x;
-        const float value = i < vocab ? z[i] : 0.0f;
-        __syncthreads();
-        if (i < vocab) {
-            const float target = i == label ? 1.0f : 0.0f;
-            dz[i] = from_float<bf16>(d_loss * (__expf(value - logsumexp) - target));
-        }
+// Gives `body` the row of this block, in groups as wide as rows of `vocab` logits allow.
+template <typename Body>
+__device__ __forceinline__ void with_row(float* logits, unsigned rows, unsigned vocab, Body body) {
+    if (blockIdx.x >= rows) {
+        return;
+    }
+    float* const row = logits + static_cast<uint64_t>(blockIdx.x) * vocab;
+    if (vocab % 4 == 0 && are_aligned(logits)) {
+        body(Logits<4>{row, vocab});
+    } else {
+        body(Logits<1>{row, vocab});
     }
 }
 
@@ -102,21 +186,27 @@ __device__ __forceinline__ void write_gradient(float* z, unsigned vocab, unsigne
 KERNEL(1024, linear_cross_entropy_forward_f32)
 (const float* __restrict__ logits, const unsigned* __restrict__ labels, unsigned rows, unsigned vocab,
  float* __restrict__ loss, float* __restrict__ confidence, unsigned* __restrict__ prediction) {
-    if (blockIdx.x >= rows) {
-        return;
-    }
-    const float* const z = logits + static_cast<uint64_t>(blockIdx.x) * vocab;
-    write_results(row_peak(z, vocab), z, labels, loss, confidence, prediction);
+    const Losses losses = {loss, confidence, prediction};
+    with_row(const_cast<float*>(logits), rows, vocab, [=](auto row_logits) {
+        const Peak peak = peak_of_block(peak_of_thread(row_logits));
+        if (threadIdx.x == 0) {
+            losses.write(blockIdx.x, row_logits.row[labels[blockIdx.x]], peak);
+        }
+    });
 }
 
+// Row i of dz starts where row i of the logits does.
 KERNEL(1024, linear_cross_entropy_backward_f32)
 (float* logits, const unsigned* __restrict__ labels, unsigned rows, unsigned vocab, float d_loss, float* __restrict__ loss,
  float* __restrict__ confidence, unsigned* __restrict__ prediction) {
-    if (blockIdx.x >= rows) {
-        return;
-    }
-    float* const z = logits + static_cast<uint64_t>(blockIdx.x) * vocab;
-    const Peak peak = row_peak(z, vocab);
-    const float logsumexp = write_results(peak, z, labels, loss, confidence, prediction);
-    write_gradient(z, vocab, labels[blockIdx.x], logsumexp, d_loss);
+    const Losses losses = {loss, confidence, prediction};
+    with_row(logits, rows, vocab, [=](auto row_logits) {
+        const unsigned label = labels[blockIdx.x];
+        const Peak peak = peak_of_block(peak_of_thread(row_logits));
+        // Before the first tile is written, which the barrier in there sees to.
+        if (threadIdx.x == 0) {
+            losses.write(blockIdx.x, row_logits.row[label], peak);
+        }
+        write_gradient(row_logits, peak, label, d_loss);
+    });
 }

@@ -1,317 +1,221 @@
-// Root-mean-square normalization, forward (alone, or with the residual connection before it) and backward.
+// Root-mean-square normalization of rows: `y = w x i`, `i = 1 / sqrt(mean(x^2) + eps)`.
 //
-//   y = w x / rms(x),  rms(x) = sqrt(mean(x^2) + eps)
-//   dx += i (w dy - x i^2 mean(w dy x)),  i = 1 / rms(x)
+// Backward, with `g = w dy`: `dx += i (g - x i^2 mean(g x))`; the weight is frozen.
 //
-// A row of up to 1024 elements belongs to a warp, eight of them to a block: grid = ceil(rows / 8). A longer row belongs to a
-// block: grid = rows. A row of up to 16384 elements stays in registers between the sum and its use, so that each tensor moves
-// once: 4 bytes an element forward, 8 with the residual, 8 backward. Sums are in f32. Source: arXiv:1910.07467.
+// A row of up to 1024 elements is a warp's, so grid = ceil(rows / 8); a wider one is a block's, so grid = rows. A thread
+// holds its share of the row in registers: all of it up to 8192 elements, beyond that the rest is read again from the cache.
+// Bytes an element: forward 4, forward_residual 8, backward 8; the weight comes from the cache.
+//
+// Source: arXiv:1910.07467.
 
-#include "common.cuh"
+#include "bf16_vector.cuh"
 
 namespace {
 
 constexpr unsigned THREADS = 256;
-constexpr unsigned SHORT_ROW = 1024;
-constexpr unsigned VECTOR = 8;  // bf16 in 16 bytes
+constexpr unsigned WARP_ROW = 1024;
 
-// The threads that share a row: how many, how many 16-byte vectors each holds, and their sum.
-struct Warp {
-    static constexpr unsigned SIZE = WARP_LANES;
-    static constexpr unsigned HELD = SHORT_ROW / VECTOR / SIZE;
-    static __device__ __forceinline__ float sum(float value) { return warp_sum(value); }
+// Vectors of a row that a thread holds.
+constexpr unsigned HELD = 4;
+
+// This thread's share of a row in memory: its first HELD vectors, and where the row lies.
+template <typename Vector>
+struct Held {
+    const bf16* row;
+    Vector vectors[HELD];
+
+    // Vector k, which starts at element i; from number HELD on it is read again.
+    __device__ __forceinline__ Vector at(unsigned i, unsigned k) const {
+        return k < HELD ? vectors[k] : Vector::load(row + i);
+    }
 };
 
-struct Block {
-    static constexpr unsigned SIZE = THREADS;
-    static constexpr unsigned HELD = 8;
-    static __device__ __forceinline__ float sum(float value) { return block_sum<THREADS>(value); }
-};
+// How a row of `d` elements is dealt out, vector by vector, to the TEAM threads that share it: a warp or the block.
+template <unsigned TEAM, typename Element>
+struct Share {
+    using Vector = Element;
+    static constexpr unsigned STRIDE = TEAM * Vector::WIDTH;
+    unsigned d;
 
-struct Vector {
-    float at[VECTOR];
-};
+    __device__ __forceinline__ unsigned first() const { return threadIdx.x % TEAM * Vector::WIDTH; }
 
-__device__ __forceinline__ Vector unpack(uint4 packed) {
-    return {{low_bf16(packed.x), high_bf16(packed.x), low_bf16(packed.y), high_bf16(packed.y), low_bf16(packed.z),
-             high_bf16(packed.z), low_bf16(packed.w), high_bf16(packed.w)}};
-}
-
-__device__ __forceinline__ uint4 pack(const Vector& v) {
-    return make_uint4(pack_bf16(v.at[0], v.at[1]), pack_bf16(v.at[2], v.at[3]), pack_bf16(v.at[4], v.at[5]),
-                      pack_bf16(v.at[6], v.at[7]));
-}
-
-__device__ __forceinline__ Vector load_f32(const float* address) {
-    const float4 low = *reinterpret_cast<const float4*>(address);
-    const float4 high = *reinterpret_cast<const float4*>(address + 4);
-    return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-}
-
-__device__ __forceinline__ bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
-
-// Where a row that is to be normalized comes from: memory,
-struct Stored {
-    const bf16* __restrict__ x;
-
-    __device__ __forceinline__ Stored row(uint64_t start) const { return {x + start}; }
-    __device__ __forceinline__ bool aligned() const { return is_aligned(x); }
-    __device__ __forceinline__ uint4 vector(unsigned v) const { return reinterpret_cast<const uint4*>(x)[v]; }
-    __device__ __forceinline__ float element(unsigned i) const { return to_float(x[i]); }
-    __device__ __forceinline__ uint4 vector_again(unsigned v) const { return vector(v); }
-    __device__ __forceinline__ float element_again(unsigned i) const { return element(i); }
-};
-
-// or the sum of two, which is rounded and stored on the way. `sum` may be the memory of `branch`.
-struct Residual {
-    const bf16* x;
-    const bf16* branch;
-    bf16* sum;
-
-    __device__ __forceinline__ Residual row(uint64_t start) const { return {x + start, branch + start, sum + start}; }
-    __device__ __forceinline__ bool aligned() const { return is_aligned(x) && is_aligned(branch) && is_aligned(sum); }
-
-    __device__ __forceinline__ uint4 vector(unsigned v) const {
-        Vector a = unpack(reinterpret_cast<const uint4*>(x)[v]);
-        const Vector b = unpack(reinterpret_cast<const uint4*>(branch)[v]);
+    // Starts all its loads before the first is waited for.
+    __device__ __forceinline__ Held<Vector> load(const bf16* row) const {
+        Held<Vector> held = {row, {}};
 #pragma unroll
-        for (unsigned k = 0; k < VECTOR; k++) {
-            a.at[k] += b.at[k];
+        for (unsigned k = 0; k < HELD; k++) {
+            const unsigned i = first() + k * STRIDE;
+            if (i < d) {
+                held.vectors[k] = Vector::load(row + i);
+            }
         }
-        const uint4 packed = pack(a);
-        reinterpret_cast<uint4*>(sum)[v] = packed;
-        return packed;
+        return held;
     }
 
-    __device__ __forceinline__ float element(unsigned i) const {
-        const bf16 rounded = from_float<bf16>(to_float(x[i]) + to_float(branch[i]));
-        sum[i] = rounded;
-        return to_float(rounded);
+    // Gives `body` the first element of each vector of this thread, and the vector's number, HELD for all from HELD on.
+    template <typename Body>
+    __device__ __forceinline__ void for_each_vector(Body body) const {
+#pragma unroll
+        for (unsigned k = 0; k < HELD; k++) {
+            const unsigned i = first() + k * STRIDE;
+            if (i < d) {
+                body(i, k);
+            }
+        }
+#pragma unroll 1
+        for (uint64_t i = first() + HELD * STRIDE; i < d; i += STRIDE) {
+            body(static_cast<unsigned>(i), HELD);
+        }
     }
 
-    // The thread that stored it reads it.
-    __device__ __forceinline__ uint4 vector_again(unsigned v) const { return reinterpret_cast<const uint4*>(sum)[v]; }
-    __device__ __forceinline__ float element_again(unsigned i) const { return to_float(sum[i]); }
+    // The mean over the row of what the threads have summed.
+    __device__ __forceinline__ float mean(float sum) const {
+        return (TEAM == WARP_LANES ? warp_sum(sum) : block_sum<THREADS>(sum)) / static_cast<float>(d);
+    }
 };
 
-__device__ __forceinline__ float sum_of_squares(uint4 packed) {
-    const Vector x = unpack(packed);
+// Gives `body` this thread's share of a row, in the kind that fits the row, and where the row starts.
+template <typename Body>
+__device__ __forceinline__ void with_share_of_row(unsigned rows, unsigned d, bool aligned, Body body) {
+    const bool vectorized = aligned && d % 8 == 0;
+    const bool is_of_warp = d <= WARP_ROW;
+    const uint64_t block = blockIdx.x;
+    const uint64_t row = is_of_warp ? block * (THREADS / WARP_LANES) + threadIdx.x / WARP_LANES : block;
+    if (row >= rows) {
+        return;
+    }
+    if (is_of_warp) {
+        if (vectorized) {
+            body(Share<WARP_LANES, Bf16Vector<8>>{d}, row * d);
+        } else {
+            body(Share<WARP_LANES, Bf16Vector<1>>{d}, row * d);
+        }
+    } else {
+        if (vectorized) {
+            body(Share<THREADS, Bf16Vector<8>>{d}, row * d);
+        } else {
+            body(Share<THREADS, Bf16Vector<1>>{d}, row * d);
+        }
+    }
+}
+
+template <typename Vector>
+__device__ __forceinline__ float sum_of_squares(Vector vector) {
+    float values[Vector::WIDTH];
+    vector.widen(values);
     float sum = 0.0f;
 #pragma unroll
-    for (unsigned k = 0; k < VECTOR; k++) {
-        sum += x.at[k] * x.at[k];
+    for (unsigned e = 0; e < Vector::WIDTH; e++) {
+        sum += values[e] * values[e];
     }
     return sum;
 }
 
-__device__ __forceinline__ float inverse_rms(float sum_of_squares, unsigned d, float eps) {
-    return 1.0f / sqrtf(sum_of_squares / static_cast<float>(d) + eps);
-}
+__device__ __forceinline__ float inverse_rms(float mean_square, float eps) { return 1.0f / sqrtf(mean_square + eps); }
 
-__device__ __forceinline__ uint4 normalized(uint4 packed, float scale, const float* weight) {
-    Vector x = unpack(packed);
-    const Vector w = load_f32(weight);
+// y = weight x scale.
+template <typename Share, typename Held>
+__device__ __forceinline__ void write_normalized(const Share& share, const Held& x, float scale,
+                                                 const float* __restrict__ weight, bf16* y) {
+    using Vector = typename Share::Vector;
+    share.for_each_vector([&](unsigned i, unsigned k) {
+        float values[Vector::WIDTH];
+        float w[Vector::WIDTH];
+        x.at(i, k).widen(values);
+        load_floats(weight + i, w);
 #pragma unroll
-    for (unsigned k = 0; k < VECTOR; k++) {
-        x.at[k] = w.at[k] * (x.at[k] * scale);
-    }
-    return pack(x);
-}
-
-template <typename Group, typename Source>
-__device__ __forceinline__ void forward_vectors(const Source& source, const float* __restrict__ weight, unsigned d, float eps,
-                                                uint4* y) {
-    const unsigned me = threadIdx.x % Group::SIZE;
-    const unsigned vectors = d / VECTOR;
-    uint4 held[Group::HELD];
-    float sum = 0.0f;
-#pragma unroll
-    for (unsigned k = 0; k < Group::HELD; k++) {
-        const unsigned v = me + k * Group::SIZE;
-        if (v < vectors) {
-            held[k] = source.vector(v);
-            sum += sum_of_squares(held[k]);
+        for (unsigned e = 0; e < Vector::WIDTH; e++) {
+            values[e] = w[e] * (values[e] * scale);
         }
-    }
-    for (unsigned v = me + Group::HELD * Group::SIZE; v < vectors; v += Group::SIZE) {
-        sum += sum_of_squares(source.vector(v));
-    }
-    const float scale = inverse_rms(Group::sum(sum), d, eps);
-#pragma unroll
-    for (unsigned k = 0; k < Group::HELD; k++) {
-        const unsigned v = me + k * Group::SIZE;
-        if (v < vectors) {
-            y[v] = normalized(held[k], scale, weight + v * VECTOR);
-        }
-    }
-    for (unsigned v = me + Group::HELD * Group::SIZE; v < vectors; v += Group::SIZE) {
-        y[v] = normalized(source.vector_again(v), scale, weight + v * VECTOR);
-    }
-}
-
-// Any length at any alignment.
-template <typename Group, typename Source>
-__device__ __forceinline__ void forward_elements(const Source& source, const float* __restrict__ weight, unsigned d,
-                                                 float eps, bf16* y) {
-    const unsigned me = threadIdx.x % Group::SIZE;
-    float sum = 0.0f;
-    for (unsigned i = me; i < d; i += Group::SIZE) {
-        const float x = source.element(i);
-        sum += x * x;
-    }
-    const float scale = inverse_rms(Group::sum(sum), d, eps);
-    for (unsigned i = me; i < d; i += Group::SIZE) {
-        y[i] = from_float<bf16>(weight[i] * (source.element_again(i) * scale));
-    }
-}
-
-template <typename Group, typename Source>
-__device__ __forceinline__ void forward_row(const Source& source, const float* weight, unsigned d, float eps, bf16* y) {
-    if (d % VECTOR == 0 && source.aligned() && is_aligned(weight) && is_aligned(y)) {
-        forward_vectors<Group>(source, weight, d, eps, reinterpret_cast<uint4*>(y));
-    } else {
-        forward_elements<Group>(source, weight, d, eps, y);
-    }
-}
-
-template <typename Source>
-__device__ __forceinline__ void forward(const Source& source, const float* weight, unsigned rows, unsigned d, float eps,
-                                        bf16* y) {
-    if (d > SHORT_ROW) {
-        const uint64_t start = static_cast<uint64_t>(blockIdx.x) * d;
-        forward_row<Block>(source.row(start), weight, d, eps, y + start);
-        return;
-    }
-    const unsigned row = blockIdx.x * (THREADS / WARP_LANES) + threadIdx.x / WARP_LANES;
-    if (row < rows) {
-        const uint64_t start = static_cast<uint64_t>(row) * d;
-        forward_row<Warp>(source.row(start), weight, d, eps, y + start);
-    }
-}
-
-// What backward adds up over a row.
-struct Sums {
-    float squares;
-    float projection;
-};
-
-__device__ __forceinline__ void add(Sums& sums, uint4 packed_dy, uint4 packed_x, const float* weight) {
-    const Vector dy = unpack(packed_dy), x = unpack(packed_x), w = load_f32(weight);
-#pragma unroll
-    for (unsigned k = 0; k < VECTOR; k++) {
-        sums.squares += x.at[k] * x.at[k];
-        sums.projection += w.at[k] * dy.at[k] * x.at[k];
-    }
-}
-
-// What the two sums of a row make of it.
-struct Factors {
-    float scale;
-    float projection;
-
-    template <typename Group>
-    static __device__ __forceinline__ Factors of(Sums sums, unsigned d, float eps) {
-        const float scale = inverse_rms(Group::sum(sums.squares), d, eps);
-        return {scale, Group::sum(sums.projection) / static_cast<float>(d) * scale * scale};
-    }
-
-    __device__ __forceinline__ float gradient(float w, float dy, float x) const { return scale * (w * dy - x * projection); }
-};
-
-__device__ __forceinline__ void add_gradient(uint4* dx, const Factors& factors, uint4 packed_dy, uint4 packed_x,
-                                             const float* weight) {
-    const Vector dy = unpack(packed_dy), x = unpack(packed_x), w = load_f32(weight);
-    Vector sum = unpack(*dx);
-#pragma unroll
-    for (unsigned k = 0; k < VECTOR; k++) {
-        sum.at[k] += factors.gradient(w.at[k], dy.at[k], x.at[k]);
-    }
-    *dx = pack(sum);
-}
-
-template <typename Group>
-__device__ __forceinline__ void backward_vectors(const uint4* __restrict__ dy, const uint4* __restrict__ x,
-                                                 const float* __restrict__ weight, unsigned d, float eps,
-                                                 uint4* __restrict__ dx) {
-    const unsigned me = threadIdx.x % Group::SIZE;
-    const unsigned vectors = d / VECTOR;
-    uint4 held_dy[Group::HELD], held_x[Group::HELD];
-    Sums sums = {0.0f, 0.0f};
-#pragma unroll
-    for (unsigned k = 0; k < Group::HELD; k++) {
-        const unsigned v = me + k * Group::SIZE;
-        if (v < vectors) {
-            held_dy[k] = dy[v];
-            held_x[k] = x[v];
-            add(sums, held_dy[k], held_x[k], weight + v * VECTOR);
-        }
-    }
-    for (unsigned v = me + Group::HELD * Group::SIZE; v < vectors; v += Group::SIZE) {
-        add(sums, dy[v], x[v], weight + v * VECTOR);
-    }
-    const Factors factors = Factors::of<Group>(sums, d, eps);
-#pragma unroll
-    for (unsigned k = 0; k < Group::HELD; k++) {
-        const unsigned v = me + k * Group::SIZE;
-        if (v < vectors) {
-            add_gradient(dx + v, factors, held_dy[k], held_x[k], weight + v * VECTOR);
-        }
-    }
-    for (unsigned v = me + Group::HELD * Group::SIZE; v < vectors; v += Group::SIZE) {
-        add_gradient(dx + v, factors, dy[v], x[v], weight + v * VECTOR);
-    }
-}
-
-template <typename Group>
-__device__ __forceinline__ void backward_elements(const bf16* __restrict__ dy, const bf16* __restrict__ x,
-                                                  const float* __restrict__ weight, unsigned d, float eps,
-                                                  bf16* __restrict__ dx) {
-    const unsigned me = threadIdx.x % Group::SIZE;
-    Sums sums = {0.0f, 0.0f};
-    for (unsigned i = me; i < d; i += Group::SIZE) {
-        const float x_i = to_float(x[i]);
-        sums.squares += x_i * x_i;
-        sums.projection += weight[i] * to_float(dy[i]) * x_i;
-    }
-    const Factors factors = Factors::of<Group>(sums, d, eps);
-    for (unsigned i = me; i < d; i += Group::SIZE) {
-        dx[i] = from_float<bf16>(to_float(dx[i]) + factors.gradient(weight[i], to_float(dy[i]), to_float(x[i])));
-    }
-}
-
-template <typename Group>
-__device__ __forceinline__ void backward_row(const bf16* dy, const bf16* x, const float* weight, unsigned d, float eps,
-                                             bf16* dx) {
-    if (d % VECTOR == 0 && is_aligned(dy) && is_aligned(x) && is_aligned(weight) && is_aligned(dx)) {
-        backward_vectors<Group>(reinterpret_cast<const uint4*>(dy), reinterpret_cast<const uint4*>(x), weight, d, eps,
-                                reinterpret_cast<uint4*>(dx));
-    } else {
-        backward_elements<Group>(dy, x, weight, d, eps, dx);
-    }
+        Vector::round(values).store(y + i);
+    });
 }
 
 }  // namespace
 
 KERNEL(256, rms_norm_forward_bf16)
-(const bf16* x, const float* weight, unsigned rows, unsigned d, float eps, bf16* y) {
-    forward(Stored{x}, weight, rows, d, eps, y);
+(const bf16* __restrict__ x, const float* __restrict__ weight, unsigned rows, unsigned d, float eps, bf16* __restrict__ y) {
+    with_share_of_row(rows, d, are_aligned(x, weight, y), [=](auto share, uint64_t start) {
+        const auto held = share.load(x + start);
+        float squares = 0.0f;
+        share.for_each_vector([&](unsigned i, unsigned k) { squares += sum_of_squares(held.at(i, k)); });
+        const float scale = inverse_rms(share.mean(squares), eps);
+        write_normalized(share, held, scale, weight, y + start);
+    });
 }
 
+// sum = x + branch, y = norm(sum as it is stored); `sum` may be `branch`.
 KERNEL(256, rms_norm_forward_residual_bf16)
-(const bf16* x, const bf16* branch, const float* weight, unsigned rows, unsigned d, float eps, bf16* sum, bf16* y) {
-    forward(Residual{x, branch, sum}, weight, rows, d, eps, y);
+(const bf16* x, const bf16* branch, const float* __restrict__ weight, unsigned rows, unsigned d, float eps, bf16* sum,
+ bf16* y) {
+    with_share_of_row(rows, d, are_aligned(x, branch, weight, sum, y), [=](auto share, uint64_t start) {
+        using Vector = typename decltype(share)::Vector;
+        const auto held_x = share.load(x + start);
+        const auto held_branch = share.load(branch + start);
+        auto held_sum = held_x;
+        held_sum.row = sum + start;
+        float squares = 0.0f;
+        share.for_each_vector([&](unsigned i, unsigned k) {
+            float values[Vector::WIDTH];
+            float branch_values[Vector::WIDTH];
+            held_x.at(i, k).widen(values);
+            held_branch.at(i, k).widen(branch_values);
+#pragma unroll
+            for (unsigned e = 0; e < Vector::WIDTH; e++) {
+                values[e] += branch_values[e];
+            }
+            const Vector rounded = Vector::round(values);
+            rounded.store(sum + start + i);
+            if (k < HELD) {
+                held_sum.vectors[k] = rounded;
+            }
+            squares += sum_of_squares(rounded);
+        });
+        const float scale = inverse_rms(share.mean(squares), eps);
+        write_normalized(share, held_sum, scale, weight, y + start);
+    });
 }
 
 KERNEL(256, rms_norm_backward_bf16)
-(const bf16* dy, const bf16* x, const float* weight, unsigned rows, unsigned d, float eps, bf16* dx) {
-    if (d > SHORT_ROW) {
-        const uint64_t start = static_cast<uint64_t>(blockIdx.x) * d;
-        backward_row<Block>(dy + start, x + start, weight, d, eps, dx + start);
-        return;
-    }
-    const unsigned row = blockIdx.x * (THREADS / WARP_LANES) + threadIdx.x / WARP_LANES;
-    if (row < rows) {
-        const uint64_t start = static_cast<uint64_t>(row) * d;
-        backward_row<Warp>(dy + start, x + start, weight, d, eps, dx + start);
-    }
+(const bf16* __restrict__ dy, const bf16* __restrict__ x, const float* __restrict__ weight, unsigned rows, unsigned d,
+ float eps, bf16* __restrict__ dx) {
+    with_share_of_row(rows, d, are_aligned(dy, x, weight, dx), [=](auto share, uint64_t start) {
+        using Vector = typename decltype(share)::Vector;
+        constexpr unsigned WIDTH = Vector::WIDTH;
+        const auto held_dy = share.load(dy + start);
+        const auto held_x = share.load(x + start);
+        const auto held_dx = share.load(dx + start);
+        float squares = 0.0f;
+        float products = 0.0f;
+        share.for_each_vector([&](unsigned i, unsigned k) {
+            float dy_values[WIDTH];
+            float x_values[WIDTH];
+            float w[WIDTH];
+            held_dy.at(i, k).widen(dy_values);
+            held_x.at(i, k).widen(x_values);
+            load_floats(weight + i, w);
+#pragma unroll
+            for (unsigned e = 0; e < WIDTH; e++) {
+                squares += x_values[e] * x_values[e];
+                products += w[e] * dy_values[e] * x_values[e];
+            }
+        });
+        const float scale = inverse_rms(share.mean(squares), eps);
+        const float projection = share.mean(products) * scale * scale;
+        share.for_each_vector([&](unsigned i, unsigned k) {
+            float dy_values[WIDTH];
+            float x_values[WIDTH];
+            float sum[WIDTH];
+            float w[WIDTH];
+            held_dy.at(i, k).widen(dy_values);
+            held_x.at(i, k).widen(x_values);
+            held_dx.at(i, k).widen(sum);
+            load_floats(weight + i, w);
+#pragma unroll
+            for (unsigned e = 0; e < WIDTH; e++) {
+                sum[e] += scale * (w[e] * dy_values[e] - x_values[e] * projection);
+            }
+            Vector::round(sum).store(dx + start + i);
+        });
+    });
 }

@@ -1,73 +1,77 @@
-// Rotary position embedding of queries and keys, in place; the two halves of a head are rotated against each other.
+// Rotary position embedding in place, the two halves of a head rotated against each other:
+// `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)`, with `sin` times `sign`: -1 in backward.
 //
-//   (x_i, x_{i + E/2}) -> (x_i cos - x_{i + E/2} sin, x_{i + E/2} cos + x_i sin),  sin times `sign`: 1 forward, -1 backward
-//
-// A thread turns pairs of one head of one row, a grid-stride loop over rows, then heads, then pairs; any grid. Where a half
-// head is a multiple of eight it takes eight pairs at a time, by 16-byte accesses. 4 bytes moved an element, the angles of a
-// row come from the cache. Source: arXiv:2104.09864.
+// A thread takes eight pairs at a time; 4 bytes an element, since the tables come from the cache. Any grid.
+// Source: arXiv:2104.09864, in the layout of transformers (`rotate_half`).
 
-#include "common.cuh"
+#include "bf16_vector.cuh"
 
 namespace {
 
-constexpr unsigned VECTOR = 8;
+// Rows of `heads` heads, each of 2 * half elements.
+struct Heads {
+    bf16* data;
+    unsigned heads, half;
 
-struct Pair {
-    float low, high;
+    __device__ __forceinline__ bf16* head(uint64_t row, unsigned head) const {
+        return data + (row * heads + head) * 2 * half;
+    }
 };
 
-__device__ __forceinline__ Pair rotated(float low, float high, float cos, float sin) {
-    return {low * cos - high * sin, high * cos + low * sin};
-}
+// The angles of each position, [P, half].
+struct Table {
+    const float* __restrict__ cos;
+    const float* __restrict__ sin;
+};
 
-// Two bf16 of each half at once.
-__device__ __forceinline__ void rotate_two(unsigned& low, unsigned& high, const float* cos, const float* sin, float sign) {
-    const Pair first = rotated(low_bf16(low), low_bf16(high), cos[0], sign * sin[0]);
-    const Pair second = rotated(high_bf16(low), high_bf16(high), cos[1], sign * sin[1]);
-    low = pack_bf16(first.low, second.low);
-    high = pack_bf16(first.high, second.high);
-}
+template <typename Vector>
+__device__ __forceinline__ void rotate(const Heads& q, const Heads& k, const unsigned* __restrict__ positions,
+                                       const Table& table, unsigned rows, float sign) {
+    const unsigned half = q.half;
+    const unsigned vectors = half / Vector::WIDTH;
+    const uint64_t row_vectors = static_cast<uint64_t>(q.heads + k.heads) * vectors;
+    const uint64_t threads = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+    for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * row_vectors; i += threads) {
+        const uint64_t row = i / row_vectors;
+        const unsigned in_row = static_cast<unsigned>(i % row_vectors);
+        const unsigned head = in_row / vectors;
+        const unsigned pair = in_row % vectors * Vector::WIDTH;
+        bf16* const low = (head < q.heads ? q.head(row, head) : k.head(row, head - q.heads)) + pair;
+        bf16* const high = low + half;
+        const uint64_t angle = static_cast<uint64_t>(positions[row]) * half + pair;
 
-__device__ __forceinline__ void rotate_vector(bf16* low, bf16* high, const float* cos, const float* sin, float sign) {
-    uint4 lows = *reinterpret_cast<const uint4*>(low);
-    uint4 highs = *reinterpret_cast<const uint4*>(high);
-    rotate_two(lows.x, highs.x, cos, sin, sign);
-    rotate_two(lows.y, highs.y, cos + 2, sin + 2, sign);
-    rotate_two(lows.z, highs.z, cos + 4, sin + 4, sign);
-    rotate_two(lows.w, highs.w, cos + 6, sin + 6, sign);
-    *reinterpret_cast<uint4*>(low) = lows;
-    *reinterpret_cast<uint4*>(high) = highs;
+        float x[Vector::WIDTH];
+        float y[Vector::WIDTH];
+        float cos[Vector::WIDTH];
+        float sin[Vector::WIDTH];
+        Vector::load(low).widen(x);
+        Vector::load(high).widen(y);
+        load_floats(table.cos + angle, cos);
+        load_floats(table.sin + angle, sin);
+#pragma unroll
+        for (unsigned e = 0; e < Vector::WIDTH; e++) {
+            const float signed_sin = sign * sin[e];
+            const float rotated = x[e] * cos[e] - y[e] * signed_sin;
+            y[e] = y[e] * cos[e] + x[e] * signed_sin;
+            x[e] = rotated;
+        }
+        Vector::round(x).store(low);
+        Vector::round(y).store(high);
+    }
 }
-
-__device__ __forceinline__ bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 }  // namespace
 
+// `k_heads` may be 0, and `k` null.
 KERNEL(256, rope_rotate_bf16)
-(bf16* q, bf16* k, const unsigned* __restrict__ positions, const float* __restrict__ cos, const float* __restrict__ sin,
- unsigned rows, unsigned q_heads, unsigned k_heads, unsigned half, float sign) {
-    const bool by_vector = half % VECTOR == 0 && is_aligned(q) && is_aligned(k);
-    const unsigned step = by_vector ? VECTOR : 1;
-    const unsigned steps = half / step;
-    const unsigned heads = q_heads + k_heads;
-    const uint64_t work = static_cast<uint64_t>(rows) * heads * steps;
-    const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
-    for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < work; i += stride) {
-        const unsigned first = static_cast<unsigned>(i % steps) * step;
-        const uint64_t head_of_all = i / steps;
-        const uint64_t row = head_of_all / heads;
-        const unsigned head = static_cast<unsigned>(head_of_all % heads);
-        bf16* const start = head < q_heads ? q + (row * q_heads + head) * 2 * half
-                                           : k + (row * k_heads + head - q_heads) * 2 * half;
-        const uint64_t angle = static_cast<uint64_t>(positions[row]) * half + first;
-        bf16* const low = start + first;
-        bf16* const high = low + half;
-        if (by_vector) {
-            rotate_vector(low, high, cos + angle, sin + angle, sign);
-        } else {
-            const Pair pair = rotated(to_float(*low), to_float(*high), cos[angle], sign * sin[angle]);
-            *low = from_float<bf16>(pair.low);
-            *high = from_float<bf16>(pair.high);
-        }
+(bf16* q, bf16* k, const unsigned* positions, const float* cos, const float* sin, unsigned rows, unsigned q_heads,
+ unsigned k_heads, unsigned half, float sign) {
+    const Heads q_rows = {q, q_heads, half};
+    const Heads k_rows = {k, k_heads, half};
+    const Table table = {cos, sin};
+    if (half % 8 == 0 && are_aligned(q, k, cos, sin)) {
+        rotate<Bf16Vector<8>>(q_rows, k_rows, positions, table, rows, sign);
+    } else {
+        rotate<Bf16Vector<1>>(q_rows, k_rows, positions, table, rows, sign);
     }
 }

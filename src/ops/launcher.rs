@@ -25,7 +25,6 @@ pub(super) enum Operand<'a> {
     U32(usize),
     U64(usize),
     F32(f32),
-    Word(u32),
 }
 
 /// The blocks of a launch.
@@ -173,7 +172,6 @@ impl Launcher {
                     Operand::U32(value) => Argument::U32(as_u32(kernel, value)?),
                     Operand::U64(value) => Argument::U64(value as u64),
                     Operand::F32(value) => Argument::F32(value),
-                    Operand::Word(value) => Argument::U32(value),
                 })
             })
             .collect::<Result<_>>()?;

@@ -89,7 +89,7 @@ impl DeviceUnderTest {
 
     /// Runs a kernel to its end.
     #[track_caller]
-    pub fn launch(&self, kernel: &str, grid: [u32; 3], shared_bytes: u32, arguments: &[Arg<'_>]) {
+    pub fn launch(&self, kernel: &str, grid: [u32; 3], shared_bytes: usize, arguments: &[Arg<'_>]) {
         if let Err(fault) = self.try_launch(kernel, grid, shared_bytes, arguments) {
             panic!("{}: {fault}", self.runtime.describe());
         }
@@ -99,7 +99,7 @@ impl DeviceUnderTest {
         &self,
         kernel: &str,
         [x, y, z]: [u32; 3],
-        shared_bytes: u32,
+        shared_bytes: usize,
         arguments: &[Arg<'_>],
     ) -> Result<()> {
         assert_eq!(z, 1, "grids have two dimensions");
@@ -108,7 +108,7 @@ impl DeviceUnderTest {
             kernel,
             grid: [x, y],
             threads: threads_of(kernel),
-            shared_bytes,
+            shared_bytes: shared_bytes as u32,
             arguments: &arguments,
         };
         // SAFETY: tests give kernels buffers of the sizes that their other arguments say.
@@ -146,53 +146,68 @@ impl Arg<'_> {
 
 /// `kernel_test!(promise, |device| { .. })`: the body runs as `promise::on_the_emulator`, in several orders of the threads,
 /// and as `promise::on_the_gpu`, which is ignored unless it is asked for.
+#[macro_export]
 macro_rules! kernel_test {
     ($promise:ident, |$device:ident| $body:block) => {
         mod $promise {
             #[allow(unused_imports)]
             use super::*;
 
-            fn check($device: &crate::device_under_test::DeviceUnderTest) $body
+            fn body($device: &$crate::device_under_test::DeviceUnderTest) $body
 
             #[test]
             fn on_the_emulator() {
-                crate::device_under_test::DeviceUnderTest::on_the_emulator(check);
+                $crate::device_under_test::DeviceUnderTest::on_the_emulator(body);
             }
 
             #[cfg(feature = "cuda")]
             #[test]
             #[ignore = "needs a GPU"]
             fn on_the_gpu() {
-                crate::device_under_test::DeviceUnderTest::on_the_gpu(check);
+                $crate::device_under_test::DeviceUnderTest::on_the_gpu(body);
             }
         }
     };
 }
-pub(crate) use kernel_test;
 
-/// Asserts that a kernel is at most twice as far from the exact result as the same mathematics in low precision.
+/// Holds a kernel's result against `exact`, the same mathematics in f64.
+///
+/// The worst error may be twice that of `low_precision`, the same mathematics in the kernel's own formats: f32 within, rounded to
+/// bf16 where the kernel stores bf16.
 ///
 /// # Panics
-/// If it is not, or if low precision is so far off that the comparison proves nothing.
+/// If it is larger, and if the bound is none: above a quarter of the root mean square of `exact`.
 #[track_caller]
-pub fn assert_kernel_close(name: &str, got: &[f32], exact: &[f64], low_precision: &[f32]) {
+pub fn assert_kernel_close<T, L>(name: &str, got: &[T], exact: &[f64], low_precision: &[L])
+where
+    T: Copy + Into<f64>,
+    L: Copy + Into<f64>,
+{
     assert_eq!(got.len(), exact.len(), "{name}: length");
     assert_eq!(low_precision.len(), exact.len(), "{name}: length");
-    let worst = |values: &[f32]| {
-        let errors = values
-            .iter()
-            .zip(exact)
-            .map(|(&v, e)| (f64::from(v) - e).abs());
-        errors.fold(0.0, |a: f64, b| if b > a || b.is_nan() { b } else { a })
-    };
+    let (_, low_precision) = worst_error(low_precision, exact);
+    let bound = 2.0 * low_precision;
     let rms = (exact.iter().map(|e| e * e).sum::<f64>() / exact.len() as f64).sqrt();
-    let (error, allowed) = (worst(got), 2.0 * worst(low_precision));
     assert!(
-        allowed <= 0.25 * rms,
-        "{name}: a bound of {allowed:e} for values around {rms:e} proves nothing"
+        bound <= 0.25 * rms,
+        "{name}: a bound of {bound:e} for values around {rms:e} proves nothing"
     );
+    let (index, error) = worst_error(got, exact);
     assert!(
-        error <= allowed,
-        "{name}: off by {error:e}, twice the error of low precision is {allowed:e}"
+        error <= bound,
+        "{name}[{index}]: off by {error:e}, twice the error of low precision is {bound:e}"
     );
+}
+
+/// The index and size of the largest error; a NaN is an infinite one.
+fn worst_error<T: Copy + Into<f64>>(values: &[T], exact: &[f64]) -> (usize, f64) {
+    let errors = values.iter().zip(exact).map(|(&value, exact)| {
+        let error = (value.into() - exact).abs();
+        if error.is_nan() { f64::INFINITY } else { error }
+    });
+    let worst = |worst: (usize, f64), found: (usize, f64)| match found.1 > worst.1 {
+        true => found,
+        false => worst,
+    };
+    errors.enumerate().fold((0, 0.0), worst)
 }

@@ -1,6 +1,7 @@
 //! The kernels of `cuda/embedding.cu` move whole rows and nothing else.
 
-use crate::device_under_test::{Arg, kernel_test};
+use crate::device_under_test::Arg;
+use crate::kernel_test;
 
 /// (rows, row length, rows of the table): rows of whole 16 bytes, with a tail, and of an odd length.
 const SIZES: [(usize, usize, usize); 6] = [

@@ -6,7 +6,18 @@ mod emulated;
 mod oracle;
 
 mod device_under_test;
+mod random_values;
 
+mod adamw;
+mod adamw_8bit;
+mod attention;
 mod embedding;
+mod gated_act;
+mod linear;
+mod linear_cross_entropy;
+mod lora;
 mod nf4;
 mod ops;
+mod residual;
+mod rms_norm;
+mod rope;

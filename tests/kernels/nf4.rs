@@ -12,7 +12,8 @@ use qlora::quant::{
 };
 use safetensors::{Dtype, SafeTensors};
 
-use crate::device_under_test::{Arg, Buffer, DeviceUnderTest, kernel_test};
+use crate::device_under_test::{Arg, DeviceUnderTest};
+use crate::kernel_test;
 
 /// (elements, block size): one element, odd tails, a short last block, whole spans of 1024 and a part of one, blocks that
 /// are larger than a span, and more spans than the warps of a launch take at once.

@@ -22,7 +22,47 @@ struct Tiling {
     shared_bytes: usize,
 }
 
-const KERNELS: [Kernel; 0] = [];
+/// Every kernel has four warps.
+const fn tiling(rows: usize, shared_bytes: usize) -> Tiling {
+    Tiling {
+        rows,
+        threads: 128,
+        shared_bytes,
+    }
+}
+
+const KERNELS: [Kernel; 5] = [
+    Kernel {
+        head_dim: 64,
+        forward: tiling(128, 49_152),
+        backward_q: tiling(128, 65_536),
+        backward_kv: tiling(64, 58_368),
+    },
+    Kernel {
+        head_dim: 80,
+        forward: tiling(128, 40_960),
+        backward_q: tiling(128, 61_440),
+        backward_kv: tiling(64, 70_656),
+    },
+    Kernel {
+        head_dim: 96,
+        forward: tiling(128, 49_152),
+        backward_q: tiling(128, 73_728),
+        backward_kv: tiling(64, 82_944),
+    },
+    Kernel {
+        head_dim: 128,
+        forward: tiling(128, 65_536),
+        backward_q: tiling(128, 98_304),
+        backward_kv: tiling(64, 70_144),
+    },
+    Kernel {
+        head_dim: 256,
+        forward: tiling(64, 98_304),
+        backward_q: tiling(64, 98_304),
+        backward_kv: tiling(32, 100_864),
+    },
+];
 
 impl Kernel {
     /// The smallest that holds the head.

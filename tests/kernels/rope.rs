@@ -1,0 +1,127 @@
+//! The kernel of `cuda/rope.cu` against the rotation in f64.
+
+use half::bf16;
+
+use crate::device_under_test::{Arg, Buffer, DeviceUnderTest, assert_kernel_close};
+use crate::kernel_test;
+use crate::random_values::{exact, random_bf16, round};
+
+#[derive(Clone, Copy)]
+struct Case {
+    rows: usize,
+    q_heads: usize,
+    k_heads: usize,
+    half: usize,
+}
+
+/// Grouped heads, one row, halves that are no whole vectors, and rows without keys.
+const CASES: [Case; 5] = [
+    case(42, 6, 2, 16),
+    case(1, 1, 1, 64),
+    case(5, 3, 3, 10),
+    case(7, 2, 1, 1),
+    case(9, 4, 0, 40),
+];
+
+const fn case(rows: usize, q_heads: usize, k_heads: usize, half: usize) -> Case {
+    Case {
+        rows,
+        q_heads,
+        k_heads,
+        half,
+    }
+}
+
+const POSITIONS: usize = 100;
+
+/// Cosines and sines of `[POSITIONS, half]` angles.
+fn table(half: usize) -> [Vec<f32>; 2] {
+    let angle = |i: usize| (i / half) as f64 * 10_000f64.powf(-((i % half) as f64) / half as f64);
+    let table = |f: fn(f64) -> f64| (0..POSITIONS * half).map(|i| f(angle(i)) as f32).collect();
+    [table(f64::cos), table(f64::sin)]
+}
+
+/// Positions in no order, some twice, as where several sequences lie in one batch.
+fn positions(rows: usize) -> Vec<u32> {
+    (0..rows)
+        .map(|row| (row * row * 7 % POSITIONS) as u32)
+        .collect()
+}
+
+fn rotated(x: &[bf16], heads: usize, half: usize, sign: f64) -> Vec<f64> {
+    let [cos, sin] = table(half);
+    let mut x = exact(x);
+    if heads == 0 {
+        return x;
+    }
+    let positions = positions(x.len() / (heads * 2 * half));
+    for (row, position) in x.chunks_exact_mut(heads * 2 * half).zip(positions) {
+        for head in row.chunks_exact_mut(2 * half) {
+            for i in 0..half {
+                let angle = position as usize * half + i;
+                let (cos, sin) = (f64::from(cos[angle]), sign * f64::from(sin[angle]));
+                let (low, high) = (head[i], head[i + half]);
+                head[i] = low * cos - high * sin;
+                head[i + half] = high * cos + low * sin;
+            }
+        }
+    }
+    x
+}
+
+fn rotate(device: &DeviceUnderTest, case: Case, [q, k]: [&Buffer; 2], sign: f32) {
+    let [cos, sin] = table(case.half).map(|table| device.upload(&table));
+    let positions = device.upload(&positions(case.rows));
+    device.launch(
+        "rope_rotate_bf16",
+        [2, 1, 1],
+        0,
+        &[
+            Arg::Buffer(q),
+            if case.k_heads == 0 {
+                Arg::Null
+            } else {
+                Arg::Buffer(k)
+            },
+            Arg::Buffer(&positions),
+            Arg::Buffer(&cos),
+            Arg::Buffer(&sin),
+            Arg::U32(case.rows as u32),
+            Arg::U32(case.q_heads as u32),
+            Arg::U32(case.k_heads as u32),
+            Arg::U32(case.half as u32),
+            Arg::F32(sign),
+        ],
+    );
+}
+
+kernel_test!(every_head_turns_by_the_angle_of_its_position, |device| {
+    for case in CASES {
+        for sign in [1.0, -1.0] {
+            let heads = [case.q_heads, case.k_heads];
+            let x = heads.map(|heads| random_bf16(heads as u32, case.rows * heads * 2 * case.half));
+            let [q, k] = [&x[0], &x[1]].map(|x| device.upload(x));
+            rotate(device, case, [&q, &k], sign);
+            for ((x, buffer), heads) in x.iter().zip([&q, &k]).zip(heads) {
+                let expected = rotated(x, heads, case.half, sign.into());
+                let got = device.download::<bf16>(buffer);
+                if heads > 0 {
+                    assert_kernel_close("x", &got, &expected, &round(&expected));
+                }
+            }
+        }
+    }
+});
+
+kernel_test!(the_opposite_angle_turns_back, |device| {
+    let case = CASES[0];
+    let x = random_bf16(1, case.rows * case.q_heads * 2 * case.half);
+    let q = device.upload(&x);
+    let case = Case { k_heads: 0, ..case };
+    rotate(device, case, [&q, &q], 1.0);
+    rotate(device, case, [&q, &q], -1.0);
+    for (got, x) in device.download::<bf16>(&q).iter().zip(x) {
+        let error = (got.to_f32() - x.to_f32()).abs();
+        assert!(error < 0.04, "{x} came back as {got}");
+    }
+});
