@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Packs what a machine with a GPU and no Rust needs to test and measure: the program, the GPU tests and their fixtures.
+#
+#     cuda/toolkit.sh cuda/kit/pack.sh
+#
+# The result is target/qlora-kit.tar.xz; run.sh, which is in it, says how it is used. It is built as tests are, with optimization
+# and for the libraries of this system: the GPU's machine needs a C library at least as new.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+limit_mb=50
+target=${CARGO_TARGET_DIR:-target}
+archive=$target/qlora-kit.tar.xz
+
+# Builds, and prints the path of the program `$1` that came out of it.
+build() {
+  local name=$1
+  shift
+  cargo "$@" --features cuda --message-format json-render-diagnostics |
+    grep '"reason":"compiler-artifact"' | grep "\"name\":\"$name\"" | grep -o '"executable":"[^"]*"' | cut -d '"' -f 4
+}
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+kit=$scratch/qlora-kit
+mkdir -p "$kit/bin" "$kit/tests" "$kit/examples"
+
+export CUDAFORGE_THREADS=${CUDAFORGE_THREADS:-2}
+program=$(build qlora build)
+strip -o "$kit/bin/qlora" "$program"
+for test in kernels gpu; do
+  program=$(build "$test" test --no-run --test "$test")
+  strip -o "$kit/bin/$test" "$program"
+done
+
+cp -r tests/fixtures "$kit/tests/"
+cp -r examples/demo "$kit/examples/"
+cp cuda/kit/run.sh "$kit/"
+# The tests look for their fixtures where they were built.
+pwd > "$kit/built_in"
+{
+  git rev-parse HEAD 2>/dev/null || echo unknown
+  if [ -n "$(git status --porcelain 2>/dev/null)" ]; then echo "with changes that are not committed"; fi
+} | paste -sd ' ' > "$kit/commit"
+
+# The programs have most of their bytes in common, at distances that the usual dictionary does not reach.
+tar -C "$scratch" -cf - qlora-kit | xz --lzma2=preset=6,dict=128MiB > "$archive"
+bytes=$(stat -c %s "$archive")
+if [ "$bytes" -gt $((limit_mb * 1000 * 1000)) ]; then
+  echo "$archive has $bytes bytes, more than $limit_mb MB" >&2
+  exit 1
+fi
+echo "$archive: $bytes bytes, $(cat "$kit/commit")"
