@@ -12,25 +12,17 @@ limit_mb=50
 target=${CARGO_TARGET_DIR:-target}
 archive=$target/qlora-kit.tar.xz
 
-# Builds, and prints the path of the program `$1` that came out of it.
-build() {
-  local name=$1
-  shift
-  cargo "$@" --features cuda --message-format json-render-diagnostics |
-    grep '"reason":"compiler-artifact"' | grep "\"name\":\"$name\"" | grep -o '"executable":"[^"]*"' | cut -d '"' -f 4
-}
-
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 kit=$scratch/qlora-kit
 mkdir -p "$kit/bin" "$kit/tests" "$kit/examples"
 
 export CUDAFORGE_THREADS=${CUDAFORGE_THREADS:-2}
-program=$(build qlora build)
-strip -o "$kit/bin/qlora" "$program"
-for test in kernels gpu; do
-  program=$(build "$test" test --no-run --test "$test")
-  strip -o "$kit/bin/$test" "$program"
+# The program is built for the tests, too: asking for it by itself would build its dependencies with other features again.
+built=$(cargo test --features cuda --no-run --test kernels --test gpu --message-format json-render-diagnostics)
+for name in qlora kernels gpu; do
+  executable=$(grep "\"name\":\"$name\"" <<<"$built" | grep -o '"executable":"[^"]*"' | cut -d '"' -f 4)
+  strip -o "$kit/bin/$name" "$executable"
 done
 
 cp -r tests/fixtures "$kit/tests/"
