@@ -113,9 +113,17 @@ fn twenty_steps_are_those_of_torch() {
                 &what("learning_rate"),
             );
         }
-        let trained = decoder_with_adapter(&case.dir, &dir);
-        let reference = decoder_with_adapter(&case.dir, &case.dir.join("train/adapter"));
-        let start = decoder_with_adapter(&case.dir, &case.dir.join("train/init_adapter"));
+        let trained = decoder_with_adapter(&case.dir, &dir, &Placement::cpu());
+        let reference = decoder_with_adapter(
+            &case.dir,
+            &case.dir.join("train/adapter"),
+            &Placement::cpu(),
+        );
+        let start = decoder_with_adapter(
+            &case.dir,
+            &case.dir.join("train/init_adapter"),
+            &Placement::cpu(),
+        );
         let mut compared = 0;
         for (((tensor, found), (_, expected)), (_, start)) in trained
             .trainables()

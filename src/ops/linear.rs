@@ -9,7 +9,9 @@
 use candle_core::{DType, Tensor};
 
 use super::cpu::{self, expect_dims, read};
-use super::gemm::{Into, Mat, Shared, for_each_column_tile, matmul, matmul_by_rows};
+use super::gemm::{
+    Into, Mat, Rhs, Shared, Term, Window, for_each_column_tile, matmul, matmul_by_rows, matmul_sum,
+};
 use super::launcher::{Factor, Grid, Launcher, Operand};
 use super::weight::Weight;
 use crate::Result;
@@ -20,7 +22,7 @@ const OP: &str = "linear";
 ///
 /// Wide tiles read the other operand less often; narrow results still give every thread its share.
 fn tile_width(features: usize) -> usize {
-    if features >= 1024 { 256 } else { 128 }
+    if features >= 1024 { 256 } else { 192 }
 }
 
 /// An adapter's factors, `a: [R, in]`, `b: [out, R]`.
@@ -72,15 +74,23 @@ pub fn forward(
     let bias = bias.map(|bias| read(OP, bias)).transpose()?;
     let fill = |y: Shared<'_>| {
         let width = tile_width(d_out);
-        for_each_column_tile(y, (n, d_out), width, |mut tile, outs, scratch| {
-            let w = scratch.take(outs.len() * d_in);
-            weight.read_tile(outs.clone(), 0..d_in, w);
-            let w = Mat::new(w, outs.len(), d_in);
-            matmul(&mut tile, Into::Overwrite, x, w.t(), 1.0);
-            if let Some((u, b, r, scaling)) = &lora_data {
-                let b = Mat::new(b, d_out, *r).rows(outs.clone());
-                matmul(&mut tile, Into::Add, Mat::new(u, n, *r), b.t(), *scaling);
-            }
+        for_each_column_tile(y, (n, d_out), width, |mut tile, outs| {
+            let base = Term {
+                lhs: x,
+                rhs: Rhs::Transposed(Window {
+                    weight,
+                    outs: outs.clone(),
+                    ins: 0..d_in,
+                }),
+                factor: 1.0,
+            };
+            let adapter = lora_data.as_ref().map(|(u, b, r, scaling)| Term {
+                lhs: Mat::new(u, n, *r),
+                rhs: Rhs::Mat(Mat::new(b, d_out, *r).rows(outs.clone()).t()),
+                factor: *scaling,
+            });
+            let terms: Vec<_> = [base].into_iter().chain(adapter).collect();
+            matmul_sum(&mut tile, Into::Overwrite, &terms);
             if let Some(bias) = &bias {
                 for row in 0..n {
                     for (y, bias) in tile.row(row).iter_mut().zip(&bias[outs.clone()]) {
@@ -193,7 +203,7 @@ pub fn backward_lora(
         Shared::new(&mut d_b_transposed),
         (r, d_out),
         tile_width(d_out),
-        |mut tile, outs, _| {
+        |mut tile, outs| {
             matmul(
                 &mut tile,
                 Into::Overwrite,
@@ -216,7 +226,7 @@ pub fn backward_lora(
             Shared::new(d_a),
             (r, d_in),
             tile_width(d_in),
-            |mut tile, ins, _| {
+            |mut tile, ins| {
                 matmul(
                     &mut tile,
                     Into::Add,
@@ -258,14 +268,23 @@ pub fn backward_input(
     };
     let add = |dx: Shared<'_>, into: Into| {
         let width = tile_width(d_in);
-        for_each_column_tile(dx, (n, d_in), width, |mut tile, ins, scratch| {
-            let w = scratch.take(d_out * ins.len());
-            weight.read_tile(0..d_out, ins.clone(), w);
-            matmul(&mut tile, into, dy, Mat::new(w, d_out, ins.len()), 1.0);
-            if let Some((du, a, r)) = &lora_data {
-                let a = Mat::new(a, *r, d_in).cols(ins);
-                matmul(&mut tile, Into::Add, Mat::new(du, n, *r), a, 1.0);
-            }
+        for_each_column_tile(dx, (n, d_in), width, |mut tile, ins| {
+            let base = Term {
+                lhs: dy,
+                rhs: Rhs::Weight(Window {
+                    weight,
+                    outs: 0..d_out,
+                    ins: ins.clone(),
+                }),
+                factor: 1.0,
+            };
+            let adapter = lora_data.as_ref().map(|(du, a, r)| Term {
+                lhs: Mat::new(du, n, *r),
+                rhs: Rhs::Mat(Mat::new(a, *r, d_in).cols(ins)),
+                factor: 1.0,
+            });
+            let terms: Vec<_> = [base].into_iter().chain(adapter).collect();
+            matmul_sum(&mut tile, into, &terms);
         });
     };
     match sum {

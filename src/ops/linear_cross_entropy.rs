@@ -13,7 +13,7 @@ use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
-use super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul, with_scratch};
+use super::gemm::{Into, Mat, MatMut, Rhs, Shared, Window, for_each_column_tile, matmul};
 use super::launcher::Launcher;
 use super::linear;
 use super::simd::{exp, max, sum, vectorized};
@@ -132,30 +132,22 @@ pub fn logits(x: &Tensor, head: &Weight) -> Result<Tensor> {
 /// `dx = dz W` for a chunk.
 fn hidden_backward(dz: &Logits, head: &FrozenWeight, dx: &mut [f32]) {
     let shape = (dz.rows, head.in_features());
-    for_each_column_tile(
-        Shared::new(dx),
-        shape,
-        HIDDEN_TILE,
-        |mut tile, cols, scratch| {
-            for (words, dz) in dz.tiles() {
-                let weight = scratch.take(words.len() * cols.len());
-                head.read_tile(words.clone(), cols.clone(), weight);
-                let into = if words.start == 0 {
-                    Into::Overwrite
-                } else {
-                    Into::Add
-                };
-                let dz = Mat::new(dz, tile.rows, words.len());
-                matmul(
-                    &mut tile,
-                    into,
-                    dz,
-                    Mat::new(weight, words.len(), cols.len()),
-                    1.0,
-                );
-            }
-        },
-    );
+    for_each_column_tile(Shared::new(dx), shape, HIDDEN_TILE, |mut tile, cols| {
+        for (words, dz) in dz.tiles() {
+            let into = if words.start == 0 {
+                Into::Overwrite
+            } else {
+                Into::Add
+            };
+            let dz = Mat::new(dz, tile.rows, words.len());
+            let weight = Rhs::Weight(Window {
+                weight: head,
+                outs: words,
+                ins: cols.clone(),
+            });
+            matmul(&mut tile, into, dz, weight, 1.0);
+        }
+    });
 }
 
 /// The logits of a chunk of rows, [`VOCAB_TILE`] words at a time: tile after tile, each row-major.
@@ -251,18 +243,18 @@ fn logits_forward(x: Mat<'_>, head: &FrozenWeight, logits: &mut Logits) -> Vec<V
     let peaks = tiles.map(|(tile, z)| {
         let start = tile * VOCAB_TILE;
         let words = z.len() / rows;
-        with_scratch(|scratch| {
-            let weight = scratch.take(words * d);
-            head.read_tile(start..start + words, 0..d, weight);
-            let weight = Mat::new(weight, words, d);
-            matmul(
-                &mut MatMut::new(z, rows, words),
-                Into::Overwrite,
-                x,
-                weight.t(),
-                1.0,
-            );
+        let weight = Rhs::Transposed(Window {
+            weight: head,
+            outs: start..start + words,
+            ins: 0..d,
         });
+        matmul(
+            &mut MatMut::new(z, rows, words),
+            Into::Overwrite,
+            x,
+            weight,
+            1.0,
+        );
         let peak = |z: &[f32]| {
             vectorized(
                 #[inline(always)]
