@@ -29,7 +29,7 @@ fn main() {
     println!("cargo::rerun-if-env-changed={SANITIZE}");
 
     let mut units = Vec::new();
-    for file in kernel_files(&cuda) {
+    for file in sources(&cuda, "cu") {
         let source = fs::read_to_string(&file).expect("a kernel file is text");
         let stem = file
             .file_stem()
@@ -40,9 +40,7 @@ fn main() {
             .iter()
             .filter(|fault| fault.file == stem)
         {
-            let planted = out.join(format!("{stem}_{}.cu", fault.name));
-            let source = fault.plant(&source);
-            fs::write(&planted, &source).expect("OUT_DIR is writable");
+            let planted = plant(fault, &cuda, &out.join(fault.name));
             let name = format!("{stem}_{}", fault.name);
             units.push(Unit::new(
                 &name,
@@ -139,14 +137,40 @@ fn table_source(units: &[Unit]) -> String {
     )
 }
 
-fn kernel_files(cuda: &Path) -> Vec<PathBuf> {
+/// The files of `cuda/` with an extension, in order.
+fn sources(cuda: &Path, extension: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(cuda).expect("cuda/ is there");
     let mut files: Vec<_> = entries
         .map(|entry| entry.expect("cuda/ is readable").path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+        .filter(|path| path.extension().is_some_and(|found| found == extension))
         .collect();
     files.sort();
     files
+}
+
+/// Copies the kernel file and every header into a directory of their own, the fault among them; returns the kernel file there.
+fn plant(fault: &planted_faults::PlantedFault, cuda: &Path, directory: &Path) -> PathBuf {
+    fs::create_dir_all(directory).expect("OUT_DIR is writable");
+    let kernel_file = format!("{}.cu", fault.file);
+    let mut is_planted = false;
+    for file in sources(cuda, "cuh")
+        .into_iter()
+        .chain([cuda.join(&kernel_file)])
+    {
+        let name = file.file_name().expect("a listed file has a name");
+        let mut source = fs::read_to_string(&file).expect("a kernel file is text");
+        if name == fault.place {
+            source = fault.plant(&source);
+            is_planted = true;
+        }
+        fs::write(directory.join(name), source).expect("OUT_DIR is writable");
+    }
+    assert!(
+        is_planted,
+        "there is no {} for `{}`",
+        fault.place, fault.name
+    );
+    directory.join(kernel_file)
 }
 
 /// The names in `KERNEL(threads, name)`.

@@ -18,6 +18,7 @@ mod linear_cross_entropy;
 mod lora;
 mod nf4;
 mod ops;
+mod planted_faults;
 mod residual;
 mod rms_norm;
 mod rope;
