@@ -8,12 +8,15 @@ namespace {
 // The running softmax of the warp's rows, in exponents of 2: the highest score so far, and the sum of exp2(score - highest).
 template <int M>
 struct OnlineSoftmax {
+    // Lower than any score but the -infinity of the mask, so that a row that has seen no key yet gives all weights 0.
+    static constexpr float LOWEST = -1e30f;
+
     float highest[M][2], total[M][2];
 
     __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            highest[m][0] = highest[m][1] = -INFINITY;
+            highest[m][0] = highest[m][1] = LOWEST;
             total[m][0] = total[m][1] = 0.0f;
         }
     }
@@ -27,7 +30,7 @@ struct OnlineSoftmax {
             for (int half = 0; half < 2; half++) {
                 const float before = highest[m][half];
                 const float now = fmaxf(before, highest_of_row(scores[m], half) * exponent_scale);
-                const float correction = exp2_approximate(before - reference(now));
+                const float correction = exp2_approximate(before - now);
                 highest[m][half] = now;
                 total[m][half] *= correction;
 #pragma unroll
@@ -39,7 +42,7 @@ struct OnlineSoftmax {
         }
         for_each<M, N>([&](int m, int n, int i) {
             float& weight = scores[m][n][i];
-            weight = exp2_approximate(weight * exponent_scale - reference(highest[m][i / 2]));
+            weight = exp2_approximate(weight * exponent_scale - highest[m][i / 2]);
             total[m][i / 2] += weight;
         });
     }
@@ -57,9 +60,6 @@ struct OnlineSoftmax {
     }
 
  private:
-    // A row that has seen no key yet has -infinity for its highest; its weights are to be 0.
-    static __device__ __forceinline__ float reference(float highest) { return highest == -INFINITY ? 0.0f : highest; }
-
     template <int N>
     static __device__ __forceinline__ float highest_of_row(const float (&scores)[N][4], int half) {
         float highest = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);

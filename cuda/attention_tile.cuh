@@ -283,7 +283,7 @@ __device__ __forceinline__ int lane_column() { return static_cast<int>(threadIdx
 // scores = cap tanh(scale scores / cap)
 template <int M, int N>
 __device__ __forceinline__ void cap_scores(float (&scores)[M][N][4], const Heads& heads) {
-    const float factor = 2.0f * LOG2_E * heads.scale / heads.soft_cap;
+    const float factor = __fdividef(2.0f * LOG2_E * heads.scale, heads.soft_cap);
     for_each<M, N>([&](int m, int n, int i) {
         const float e = exp2_approximate(fminf(scores[m][n][i] * factor, 64.0f));
         scores[m][n][i] = heads.soft_cap * (1.0f - __fdividef(2.0f, 1.0f + e));
@@ -315,19 +315,23 @@ struct Band {
     __device__ __forceinline__ void mask_keys(float (&scores)[M][N][4], int query, int key) const {
         const int distance = query + lane_row() - key - lane_column();
         for_each<M, N>([&](int m, int n, int i) {
-            const int last = distance + 16 * m + i / 2 * 8, column = 8 * n + i % 2;
-            scores[m][n][i] = column <= last && column > last - reach ? scores[m][n][i] : -INFINITY;
+            hide_unless_seen(scores[m][n][i], distance + (16 * m + i / 2 * 8 - 8 * n - i % 2));
         });
     }
 
     // The same with rows that are keys and columns that are queries.
     template <int M, int N>
     __device__ __forceinline__ void mask_queries(float (&scores)[M][N][4], int key, int query) const {
-        const int distance = key + lane_row() - query - lane_column();
+        const int distance = query + lane_column() - key - lane_row();
         for_each<M, N>([&](int m, int n, int i) {
-            const int first = distance + 16 * m + i / 2 * 8, column = 8 * n + i % 2;
-            scores[m][n][i] = column >= first && column < first + reach ? scores[m][n][i] : -INFINITY;
+            hide_unless_seen(scores[m][n][i], distance + (8 * n + i % 2 - 16 * m - i / 2 * 8));
         });
+    }
+
+ private:
+    // A query sees the keys that are 0 to reach - 1 positions before it.
+    __device__ __forceinline__ void hide_unless_seen(float& score, int positions_before) const {
+        score = static_cast<unsigned>(positions_before) < static_cast<unsigned>(reach) ? score : -INFINITY;
     }
 };
 

@@ -14,7 +14,7 @@ use std::thread;
 
 /// Compute capabilities with machine code, as nvcc numbers them.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
-/// The one whose PTX is kept, from which a driver makes code for what comes later.
+/// The one whose PTX is kept, from which a driver makes code for what comes later; 120 would leave 11.0 without any.
 const PTX_ARCHITECTURE: u32 = 100;
 
 /// A library that is loaded at run time: its file, the header and prefix of its functions, and what a function returns

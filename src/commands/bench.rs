@@ -1,5 +1,7 @@
 //! `qlora bench`: how fast this machine trains, measured on synthetic weights.
 
+mod kernels;
+
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -66,6 +68,8 @@ pub struct Args {
 enum Bench {
     /// Tokens per second and memory of optimizer steps at full length
     Speed(Box<SpeedArgs>),
+    /// The rate of each operation, as a share of what the device can copy and multiply
+    Kernels(kernels::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -144,6 +148,7 @@ fn parse_shape(name: &str) -> Result<Shape, String> {
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.bench {
         Bench::Speed(args) => speed(*args),
+        Bench::Kernels(args) => kernels::run(args),
     }
 }
 

@@ -90,6 +90,14 @@ impl Weight {
         })
     }
 
+    /// Brings a 4-bit weight into the scratch buffer of its device, unless it is there; nothing for any other weight.
+    pub fn dequantize(&self) -> Result<()> {
+        if let Some(device) = self.device() {
+            self.dense(&Launcher::on(OP, device)?)?;
+        }
+        Ok(())
+    }
+
     /// The device that the weight was copied to.
     pub(super) fn device(&self) -> Option<&Device> {
         match self.on_device.as_deref()? {
