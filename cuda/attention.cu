@@ -38,7 +38,7 @@
         using Kernel = Forward<E, QUERIES, KEYS>;                                                                        \
         static_assert(Kernel::SHARED_BYTES == BYTES && Kernel::THREADS == 128, "as the table says");                     \
         const Heads heads{num_heads, num_kv_heads, head_dim, scale, window, soft_cap};                                   \
-        Kernel::run(q, k, v, tiles[blockIdx.x], heads, out, lse);                                                        \
+        Kernel::run(q, k, v, tile_of_block(tiles), heads, out, lse);                                                     \
     }
 
 KERNEL(128, attention_forward_bf16_64) FORWARD(64, 128, 128, 49152)
@@ -52,14 +52,14 @@ KERNEL(256, attention_backward_delta_bf16)
     backward_delta(d_out, out, static_cast<uint64_t>(rows) * num_heads, head_dim, delta);
 }
 
-#define BACKWARD_Q(E, QUERIES, KEYS, HELD, BYTES)                                                                      \
-    (const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* lse, const float* delta,             \
-     const AttentionTile* tiles, unsigned num_heads, unsigned num_kv_heads, unsigned head_dim, float scale,            \
-     unsigned window, float soft_cap, bf16* dq) {                                                                      \
-        using Kernel = BackwardQ<E, QUERIES, KEYS, HELD>;                                                              \
-        static_assert(Kernel::SHARED_BYTES == BYTES && Kernel::THREADS == 128, "as the table says");                   \
-        const Heads heads{num_heads, num_kv_heads, head_dim, scale, window, soft_cap};                                 \
-        Kernel::run({q, k, v, d_out, lse, delta}, tiles[blockIdx.x], heads, dq);                                       \
+#define BACKWARD_Q(E, QUERIES, KEYS, HELD, BYTES)                                                           \
+    (const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* lse, const float* delta,  \
+     const AttentionTile* tiles, unsigned num_heads, unsigned num_kv_heads, unsigned head_dim, float scale, \
+     unsigned window, float soft_cap, bf16* dq) {                                                           \
+        using Kernel = BackwardQ<E, QUERIES, KEYS, HELD>;                                                   \
+        static_assert(Kernel::SHARED_BYTES == BYTES && Kernel::THREADS == 128, "as the table says");        \
+        const Heads heads{num_heads, num_kv_heads, head_dim, scale, window, soft_cap};                      \
+        Kernel::run({q, k, v, d_out, lse, delta}, tile_of_block(tiles), heads, dq);                         \
     }
 
 KERNEL(128, attention_backward_q_bf16_64) BACKWARD_Q(64, 128, 64, 0, 65536)
@@ -68,14 +68,14 @@ KERNEL(128, attention_backward_q_bf16_96) BACKWARD_Q(96, 128, 32, 1, 73728)
 KERNEL(128, attention_backward_q_bf16_128) BACKWARD_Q(128, 128, 32, 0, 98304)
 KERNEL(128, attention_backward_q_bf16_256) BACKWARD_Q(256, 64, 16, 6, 98304)
 
-#define BACKWARD_KV(E, KEYS, QUERIES, HELD, BYTES)                                                                     \
-    (const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* lse, const float* delta,             \
-     const AttentionTile* tiles, unsigned num_heads, unsigned num_kv_heads, unsigned head_dim, float scale,            \
-     unsigned window, float soft_cap, bf16* dk, bf16* dv) {                                                            \
-        using Kernel = BackwardKv<E, KEYS, QUERIES, HELD>;                                                             \
-        static_assert(Kernel::SHARED_BYTES == BYTES && Kernel::THREADS == 128, "as the table says");                   \
-        const Heads heads{num_heads, num_kv_heads, head_dim, scale, window, soft_cap};                                 \
-        Kernel::run({q, k, v, d_out, lse, delta}, tiles[blockIdx.x], heads, dk, dv);                                   \
+#define BACKWARD_KV(E, KEYS, QUERIES, HELD, BYTES)                                                          \
+    (const bf16* q, const bf16* k, const bf16* v, const bf16* d_out, const float* lse, const float* delta,  \
+     const AttentionTile* tiles, unsigned num_heads, unsigned num_kv_heads, unsigned head_dim, float scale, \
+     unsigned window, float soft_cap, bf16* dk, bf16* dv) {                                                 \
+        using Kernel = BackwardKv<E, KEYS, QUERIES, HELD>;                                                  \
+        static_assert(Kernel::SHARED_BYTES == BYTES && Kernel::THREADS == 128, "as the table says");        \
+        const Heads heads{num_heads, num_kv_heads, head_dim, scale, window, soft_cap};                      \
+        Kernel::run({q, k, v, d_out, lse, delta}, tile_of_block(tiles), heads, dk, dv);                     \
     }
 
 KERNEL(128, attention_backward_kv_bf16_64) BACKWARD_KV(64, 64, 64, 4, 58368)

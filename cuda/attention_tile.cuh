@@ -53,6 +53,17 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
+// A number that is the same in all lanes. By the shuffle the compiler sees that it is: branches on it do not part the lanes, and
+// it does not take a register of each.
+__device__ __forceinline__ unsigned uniform(unsigned value) { return __shfl_sync(ALL_LANES, value, 0); }
+
+__device__ __forceinline__ int warp_index() { return static_cast<int>(uniform(threadIdx.x / WARP_LANES)); }
+
+__device__ __forceinline__ AttentionTile tile_of_block(const AttentionTile* tiles) {
+    const AttentionTile& tile = tiles[blockIdx.x];
+    return {uniform(tile.query_row), uniform(tile.queries), uniform(tile.key_row), uniform(tile.keys), uniform(tile.position)};
+}
+
 // Consecutive rows of one head in a tensor [rows, heads * head_dim].
 template <typename T>
 struct HeadRows {
@@ -113,7 +124,7 @@ __device__ __forceinline__ void load_tile(bf16* tile, const HeadRows<const bf16>
     const int first_row = static_cast<int>(threadIdx.x) / Layout::PERIOD;
     const int first_chunk = static_cast<int>(threadIdx.x) % Layout::PERIOD;
     bf16* const to = tile + Layout::offset(first_row, first_chunk);
-    const bf16* source = from.row(start + first_row) + first_chunk * CHUNK;
+    const bf16* source = from.row(start) + (first_row * from.stride + first_chunk * CHUNK);
     const int columns = static_cast<int>(head_dim) - first_chunk * CHUNK;
 #pragma unroll
     for (int first = 0; first < ROWS; first += ROW_STEP) {
@@ -269,11 +280,6 @@ __device__ __forceinline__ void for_each(const Visit& visit) {
             }
         }
     }
-}
-
-// By a shuffle, from which the compiler sees that branches on it do not part the lanes of a warp.
-__device__ __forceinline__ int warp_index() {
-    return static_cast<int>(__shfl_sync(ALL_LANES, threadIdx.x / WARP_LANES, 0));
 }
 
 __device__ __forceinline__ int lane_row() { return static_cast<int>(threadIdx.x % WARP_LANES) / 4; }
