@@ -160,15 +160,16 @@ struct QueryWalk {
 //     the warp of dV:  S = K Q^T,    P = exp(S - lse),      dV += P dO
 //     the warp of dK:  D = V dO^T,   dS = P (D - delta),    dK += dS Q
 //
-// P comes to the second warp as the bf16 fragments that the first one multiplies with; a fragment of a product is one of the next
-// one's left factor, so nothing else passes through shared memory. The next queries arrive while these are used.
+// P comes to the second warp as the bf16 fragments that the first one multiplies with; a fragment of a product is one of the
+// next one's left factor, so nothing else passes through shared memory. The next queries arrive while these are used.
 template <int E, int KEYS, int QUERIES, int HELD>
 struct BackwardKv {
     static constexpr int WARPS = 4, THREADS = WARPS * WARP_LANES;
     static constexpr int WARP_ROWS = KEYS / (WARPS / 2), M = WARP_ROWS / 16, N = QUERIES / 8, STEPS = QUERIES / 16;
     static constexpr int STAGE = 2 * QUERIES * E;
     static constexpr int SHARED_ELEMENTS = 2 * KEYS * E + 2 * STAGE + KEYS * QUERIES;
-    static constexpr int SHARED_BYTES = SHARED_ELEMENTS * static_cast<int>(sizeof(bf16)) + 4 * QUERIES * static_cast<int>(sizeof(float));
+    static constexpr int SHARED_BYTES =
+        SHARED_ELEMENTS * static_cast<int>(sizeof(bf16)) + 4 * QUERIES * static_cast<int>(sizeof(float));
     static_assert(2 * QUERIES <= THREADS, "a thread brings one number of a row");
 
     using Shares = Fragments<M, STEPS>;

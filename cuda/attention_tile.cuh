@@ -53,15 +53,16 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
-// A number that is the same in all lanes. By the shuffle the compiler sees that it is: branches on it do not part the lanes, and
-// it does not take a register of each.
+// A number that is the same in all lanes. By the shuffle the compiler sees that it is: branches on it do not part the lanes,
+// and it takes a register of the warp instead of one of each lane.
 __device__ __forceinline__ unsigned uniform(unsigned value) { return __shfl_sync(ALL_LANES, value, 0); }
 
 __device__ __forceinline__ int warp_index() { return static_cast<int>(uniform(threadIdx.x / WARP_LANES)); }
 
 __device__ __forceinline__ AttentionTile tile_of_block(const AttentionTile* tiles) {
     const AttentionTile& tile = tiles[blockIdx.x];
-    return {uniform(tile.query_row), uniform(tile.queries), uniform(tile.key_row), uniform(tile.keys), uniform(tile.position)};
+    return {uniform(tile.query_row), uniform(tile.queries), uniform(tile.key_row), uniform(tile.keys),
+            uniform(tile.position)};
 }
 
 // Consecutive rows of one head in a tensor [rows, heads * head_dim].
@@ -348,6 +349,7 @@ __device__ __forceinline__ void store_rows(const float (&d)[M][E / 8][4], const 
                                            const HeadRows<bf16>& to, int start, int end, unsigned head_dim,
                                            bool whole_chunks) {
     using Layout = TileLayout<E>;
+    __syncwarp();  // all lanes have read the tile
 #pragma unroll
     for (int m = 0; m < M; m++) {
 #pragma unroll

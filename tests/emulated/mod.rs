@@ -43,23 +43,11 @@ pub fn placement() -> Placement {
     }
 }
 
-/// The threads that the kernel was written for; a planted fault leaves them as they are.
-pub fn threads_of(kernel: &str) -> u32 {
-    let kernels = qlora_emulator::kernels().iter();
-    let found = kernels.clone().find(|known| known.name == kernel);
-    found
-        .unwrap_or_else(|| panic!("there is no kernel {kernel}"))
-        .threads
-}
-
 impl Runtime for EmulatedRuntime {
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        assert_eq!(
-            launch.threads,
-            threads_of(launch.kernel),
-            "{}",
-            launch.kernel
-        );
+        let known = qlora_emulator::find(launch.kernel);
+        let threads = known.map(|kernel| kernel.threads);
+        assert_eq!(threads, Some(launch.threads), "{}", launch.kernel);
         let arguments: Vec<*const c_void> = launch
             .arguments
             .iter()
@@ -76,10 +64,14 @@ impl Runtime for EmulatedRuntime {
             grid: [x, y, 1],
             shared_bytes: launch.shared_bytes as usize,
             order: ORDER.get(),
+            watch: None,
+            without: None,
+            mutant: None,
         };
         // SAFETY: as the caller promises.
         let outcome = unsafe { qlora_emulator::launch(&emulated, &arguments) };
-        outcome.map_err(|fault| Error::Train(fault.to_string()))
+        let outcome = outcome.map_err(|fault| Error::Train(fault.to_string()));
+        outcome.map(|_| ())
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {

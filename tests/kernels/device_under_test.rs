@@ -1,33 +1,33 @@
-//! Where a kernel test runs: on the emulator, in several orders of its threads, or on a GPU; and how close is close.
+//! What a kernel test runs on, and how it judges: buffers with guards, launches, the error bound.
+//!
+//! ```text
+//! kernel_test!(adds_the_branch, |device| {
+//!     let x = device.upload(&values);
+//!     let branch = device.upload(&more);
+//!     device.launch("residual_forward_bf16", [1, 1, 1], 0, &[Arg::Buffer(&x), Arg::Buffer(&branch), Arg::U64(n)]);
+//!     let got: Vec<bf16> = device.download(&branch);
+//!     assert_kernel_close("branch", &got, &exact, &low_precision);
+//! });
+//! ```
+//!
+//! makes `adds_the_branch::on_the_emulator`, which runs the body in several orders of the threads and watched for races, and
+//! expects the same bits of every download each time.
 
-use std::sync::Arc;
+use std::cell::RefCell;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 
 use bytemuck::Pod;
-use candle_core::Tensor;
-use qlora::Result;
-#[cfg(feature = "cuda")]
-use qlora::device::DeviceKind;
-use qlora::device::{self, Argument, Launch, Placement, Runtime};
+use qlora_emulator::{Fault, Launch, Mutant, Order, Synchronization};
 
-use crate::emulated::{self, threads_of};
-
-/// Bytes on both sides of a buffer that no kernel may touch.
-const GUARD_BYTES: usize = 64;
+/// Bytes before and after each buffer that no kernel may touch.
+const GUARD_BYTES: usize = 256;
 const GUARD: u8 = 0xa5;
+/// Where a buffer begins, as `cudaMalloc` aligns.
+const ALIGNMENT: usize = 256;
 
-/// A device, and the kernels to run there.
-pub struct DeviceUnderTest {
-    placement: Placement,
-    runtime: Arc<dyn Runtime>,
-}
-
-/// Memory on the device, between its guards.
-pub struct Buffer {
-    bytes: Tensor,
-    len: usize,
-}
-
-/// An argument of a kernel.
+/// An argument of a kernel, in the type that the kernel declares.
+#[derive(Clone, Copy)]
 pub enum Arg<'a> {
     Buffer(&'a Buffer),
     Null,
@@ -36,135 +36,334 @@ pub enum Arg<'a> {
     F32(f32),
 }
 
-impl DeviceUnderTest {
-    /// Runs `check` on the emulator, in every order that CUDA threads may take turns in.
-    pub fn on_the_emulator(check: impl Fn(&Self)) {
-        let emulator = Self::at(emulated::placement());
-        for order in emulated::ORDERS {
-            emulated::use_order(order);
-            check(&emulator);
-        }
-    }
-
-    /// Runs `check` on the GPU.
-    #[cfg(feature = "cuda")]
-    pub fn on_the_gpu(check: impl Fn(&Self)) {
-        check(&Self::at(Placement::open(DeviceKind::Cuda).unwrap()));
-    }
-
-    fn at(placement: Placement) -> Self {
-        let runtime = device::runtime(&placement.device).unwrap();
-        Self { placement, runtime }
-    }
-
-    /// Where operations have to find their tensors to use this device.
-    pub fn placement(&self) -> &Placement {
-        &self.placement
-    }
-
-    pub fn upload<T: Pod>(&self, values: &[T]) -> Buffer {
-        let data: &[u8] = bytemuck::cast_slice(values);
-        let guard = [GUARD; GUARD_BYTES];
-        let bytes = [&guard, data, &guard].concat();
-        Buffer {
-            bytes: Tensor::from_slice(&bytes, bytes.len(), &self.placement.device).unwrap(),
-            len: data.len(),
-        }
-    }
-
-    /// Room for `len` values, each a NaN if it is a float.
-    pub fn poisoned<T: Pod>(&self, len: usize) -> Buffer {
-        self.upload(&vec![0xffu8; len * size_of::<T>()])
-    }
-
-    /// The values in the buffer; fails where a guard was touched.
-    #[track_caller]
-    pub fn download<T: Pod>(&self, buffer: &Buffer) -> Vec<T> {
-        let bytes = buffer.read();
-        assert!(bytes.is_ok(), "a guard of the buffer was written to");
-        let bytes = bytes.unwrap();
-        let values = bytes.chunks_exact(size_of::<T>());
-        values.map(bytemuck::pod_read_unaligned).collect()
-    }
-
-    /// Runs a kernel to its end.
-    #[track_caller]
-    pub fn launch(&self, kernel: &str, grid: [u32; 3], shared_bytes: usize, arguments: &[Arg<'_>]) {
-        if let Err(fault) = self.try_launch(kernel, grid, shared_bytes, arguments) {
-            panic!("{}: {fault}", self.runtime.describe());
-        }
-    }
-
-    pub fn try_launch(
-        &self,
-        kernel: &str,
-        [x, y, z]: [u32; 3],
-        shared_bytes: usize,
-        arguments: &[Arg<'_>],
-    ) -> Result<()> {
-        assert_eq!(z, 1, "grids have two dimensions");
-        let arguments: Vec<_> = arguments.iter().map(Arg::resolve).collect();
-        let launch = Launch {
-            kernel,
-            grid: [x, y],
-            threads: threads_of(kernel),
-            shared_bytes: shared_bytes as u32,
-            arguments: &arguments,
-        };
-        // SAFETY: tests give kernels buffers of the sizes that their other arguments say.
-        unsafe { self.runtime.launch(&launch)? };
-        self.runtime.synchronize()
-    }
+/// Memory of the device. It is freed when dropped.
+pub struct Buffer {
+    memory: Box<dyn Memory>,
+    bytes: usize,
 }
 
 impl Buffer {
-    /// The bytes between the guards, or nothing where one was touched.
-    pub fn read(&self) -> std::result::Result<Vec<u8>, ()> {
-        let bytes: Vec<u8> = self.bytes.to_vec1().unwrap();
-        let (before, rest) = bytes.split_at(GUARD_BYTES);
-        let (data, after) = rest.split_at(self.len);
-        match before.iter().chain(after).all(|&byte| byte == GUARD) {
-            true => Ok(data.to_vec()),
-            false => Err(()),
+    fn address(&self) -> u64 {
+        self.memory.address() + GUARD_BYTES as u64
+    }
+}
+
+/// An allocation on a device, guards included.
+pub trait Memory {
+    /// As a kernel takes it.
+    fn address(&self) -> u64;
+    fn read(&self, range: Range<usize>) -> Vec<u8>;
+}
+
+/// A machine that can run kernels.
+pub trait Device {
+    /// A copy of `contents`, aligned to [`ALIGNMENT`].
+    fn allocate(&self, contents: &[u8]) -> Box<dyn Memory>;
+
+    /// Runs a kernel to its end; `arguments` are the values, 4 or 8 bytes each, and `buffers` the ranges of addresses they refer to.
+    fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        shared_bytes: usize,
+        arguments: &[Vec<u8>],
+        buffers: &[Range<usize>],
+    ) -> Result<(), String>;
+}
+
+/// What the body of a [`kernel_test!`] is given.
+pub struct DeviceUnderTest {
+    device: Box<dyn Device>,
+    downloads: RefCell<Vec<u64>>,
+}
+
+impl DeviceUnderTest {
+    pub fn new(device: impl Device + 'static) -> Self {
+        Self {
+            device: Box::new(device),
+            downloads: RefCell::default(),
         }
+    }
+
+    pub fn upload<T: Pod>(&self, values: &[T]) -> Buffer {
+        self.allocate(bytemuck::cast_slice(values))
+    }
+
+    /// Memory for `len` values that are all bits one: NaN, or the largest integer.
+    pub fn poisoned<T: Pod>(&self, len: usize) -> Buffer {
+        self.allocate(&vec![0xff; len * size_of::<T>()])
+    }
+
+    fn allocate(&self, payload: &[u8]) -> Buffer {
+        let mut contents = vec![GUARD; GUARD_BYTES];
+        contents.extend_from_slice(payload);
+        contents.resize(contents.len() + GUARD_BYTES, GUARD);
+        Buffer {
+            memory: self.device.allocate(&contents),
+            bytes: payload.len(),
+        }
+    }
+
+    /// The buffer's values. Panics if its guards were touched.
+    pub fn download<T: Pod>(&self, buffer: &Buffer) -> Vec<T> {
+        self.check_guards(buffer)
+            .unwrap_or_else(|damage| panic!("{damage}"));
+        let bytes = buffer.memory.read(GUARD_BYTES..GUARD_BYTES + buffer.bytes);
+        let mut hasher = DefaultHasher::new();
+        bytes.hash(&mut hasher);
+        self.downloads.borrow_mut().push(hasher.finish());
+        bytes
+            .chunks_exact(size_of::<T>())
+            .map(bytemuck::pod_read_unaligned)
+            .collect()
+    }
+
+    /// Runs a kernel and waits for it. Panics if it faults.
+    pub fn launch(&self, kernel: &str, grid: [u32; 3], shared_bytes: usize, args: &[Arg]) {
+        self.try_launch(kernel, grid, shared_bytes, args)
+            .unwrap_or_else(|fault| panic!("{fault}"));
+    }
+
+    /// Runs a kernel, and checks the guards of its buffers.
+    pub fn try_launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        shared_bytes: usize,
+        args: &[Arg],
+    ) -> Result<(), String> {
+        let values: Vec<Vec<u8>> = args.iter().map(|arg| arg.bytes()).collect();
+        let buffers: Vec<&Buffer> = args
+            .iter()
+            .filter_map(|arg| {
+                if let Arg::Buffer(buffer) = arg {
+                    Some(*buffer)
+                } else {
+                    None
+                }
+            })
+            .collect();
+        let ranges: Vec<Range<usize>> = buffers
+            .iter()
+            .map(|buffer| buffer.address() as usize..buffer.address() as usize + buffer.bytes)
+            .collect();
+        self.device
+            .launch(kernel, grid, shared_bytes, &values, &ranges)?;
+        buffers.iter().try_for_each(|buffer| {
+            self.check_guards(buffer)
+                .map_err(|damage| format!("{kernel}: {damage}"))
+        })
+    }
+
+    fn check_guards(&self, buffer: &Buffer) -> Result<(), String> {
+        let end = GUARD_BYTES + buffer.bytes;
+        for (side, guard) in [
+            ("before", 0..GUARD_BYTES),
+            ("after", end..end + GUARD_BYTES),
+        ] {
+            if let Some(at) = buffer
+                .memory
+                .read(guard)
+                .iter()
+                .position(|&byte| byte != GUARD)
+            {
+                let distance = if side == "after" {
+                    at + 1
+                } else {
+                    GUARD_BYTES - at
+                };
+                return Err(format!(
+                    "wrote {distance} bytes {side} a buffer of {} bytes",
+                    buffer.bytes
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A digest of each download, in order.
+    fn into_downloads(self) -> Vec<u64> {
+        self.downloads.into_inner()
     }
 }
 
 impl Arg<'_> {
-    fn resolve(&self) -> Argument {
-        match *self {
-            Self::Buffer(buffer) => {
-                Argument::Address(device::address_mut(&buffer.bytes).unwrap() + GUARD_BYTES as u64)
-            }
-            Self::Null => Argument::Address(0),
-            Self::U32(value) => Argument::U32(value),
-            Self::U64(value) => Argument::U64(value),
-            Self::F32(value) => Argument::F32(value),
+    fn bytes(&self) -> Vec<u8> {
+        match self {
+            Arg::Buffer(buffer) => buffer.address().to_ne_bytes().to_vec(),
+            Arg::Null => 0u64.to_ne_bytes().to_vec(),
+            Arg::U32(value) => value.to_ne_bytes().to_vec(),
+            Arg::U64(value) => value.to_ne_bytes().to_vec(),
+            Arg::F32(value) => value.to_ne_bytes().to_vec(),
         }
     }
 }
 
-/// `kernel_test!(promise, |device| { .. })`: the body runs as `promise::on_the_emulator`, in several orders of the threads,
-/// and as `promise::on_the_gpu`, which is ignored unless it is asked for.
+/// The CPU as a CUDA device.
+#[derive(Clone, Debug)]
+pub struct Emulator {
+    pub order: Order,
+    /// Report races and accesses outside the arguments' buffers.
+    pub watch: bool,
+    /// The synchronization to leave out.
+    pub without: Option<Synchronization>,
+    /// The fault that is planted in the kernels.
+    pub mutant: Option<Mutant>,
+}
+
+impl Emulator {
+    /// Every way in which a kernel has to give the same bits.
+    pub fn all() -> [Emulator; 5] {
+        let plain = |order| Emulator {
+            order,
+            watch: false,
+            without: None,
+            mutant: None,
+        };
+        [
+            plain(Order::Forward),
+            plain(Order::Reverse),
+            plain(Order::Random(1)),
+            plain(Order::Random(2)),
+            Emulator {
+                watch: true,
+                ..plain(Order::Random(3))
+            },
+        ]
+    }
+
+    /// Like [`Device::launch`], with the fault itself and, in success, where the kernel synchronized.
+    pub fn run(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        shared_bytes: usize,
+        arguments: &[Vec<u8>],
+        buffers: &[Range<usize>],
+    ) -> Result<Vec<Synchronization>, Fault> {
+        if let Some(found) = qlora_emulator::find(kernel) {
+            let given: Vec<u8> = arguments.iter().map(|value| value.len() as u8).collect();
+            assert_eq!(
+                given, found.argument_bytes,
+                "{kernel}: the sizes of the arguments (left: given) are not those declared"
+            );
+        }
+        let launch = Launch {
+            kernel,
+            grid,
+            shared_bytes,
+            order: self.order,
+            watch: self.watch.then_some(buffers),
+            without: self.without.as_ref(),
+            mutant: self.mutant,
+        };
+        let pointers: Vec<_> = arguments
+            .iter()
+            .map(|value| value.as_ptr().cast())
+            .collect();
+        // SAFETY: the sizes are those that the kernel declares; a kernel that misuses its pointers is what the tests look for.
+        unsafe { qlora_emulator::launch(&launch, &pointers) }
+    }
+}
+
+impl Device for Emulator {
+    fn allocate(&self, contents: &[u8]) -> Box<dyn Memory> {
+        Box::new(HostMemory::new(contents))
+    }
+
+    fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        shared_bytes: usize,
+        arguments: &[Vec<u8>],
+        buffers: &[Range<usize>],
+    ) -> Result<(), String> {
+        self.run(kernel, grid, shared_bytes, arguments, buffers)
+            .map(|_| ())
+            .map_err(|fault| fault.to_string())
+    }
+}
+
+/// Aligned memory that kernels write behind Rust's back: touched only through its pointer.
+struct HostMemory {
+    start: *mut u8,
+    layout: std::alloc::Layout,
+}
+
+impl HostMemory {
+    fn new(contents: &[u8]) -> Self {
+        let layout = std::alloc::Layout::from_size_align(contents.len(), ALIGNMENT)
+            .expect("a test's buffer is small");
+        // SAFETY: the layout is not empty, since there are always guards; the copy fills it.
+        let start = unsafe {
+            let start = std::alloc::alloc(layout);
+            assert!(!start.is_null(), "out of memory");
+            start.copy_from_nonoverlapping(contents.as_ptr(), contents.len());
+            start
+        };
+        Self { start, layout }
+    }
+}
+
+impl Memory for HostMemory {
+    fn address(&self) -> u64 {
+        self.start as u64
+    }
+
+    fn read(&self, range: Range<usize>) -> Vec<u8> {
+        assert!(range.end <= self.layout.size());
+        // SAFETY: the range is inside the allocation, which was filled when it was made; no kernel is running.
+        unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.len()).to_vec() }
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { std::alloc::dealloc(self.start, self.layout) }
+    }
+}
+
+/// Runs `body` on the emulator in every way; every download must have the same bits each time.
+pub fn on_the_emulator(body: impl Fn(&DeviceUnderTest)) {
+    let mut first: Option<Vec<u64>> = None;
+    for emulator in Emulator::all() {
+        let device = DeviceUnderTest::new(emulator.clone());
+        body(&device);
+        let downloads = device.into_downloads();
+        let expected = first.get_or_insert_with(|| downloads.clone());
+        let differing = downloads
+            .iter()
+            .zip(expected.iter())
+            .position(|(got, expected)| got != expected);
+        assert_eq!(
+            differing, None,
+            "download number {differing:?} depends on the order of the threads: {emulator:?}"
+        );
+    }
+}
+
+/// Declares a test of a kernel; see the module.
 #[macro_export]
 macro_rules! kernel_test {
-    ($promise:ident, |$device:ident| $body:block) => {
-        mod $promise {
+    ($name:ident, |$device:ident| $body:block) => {
+        pub mod $name {
             #[allow(unused_imports)]
             use super::*;
 
-            fn body($device: &$crate::device_under_test::DeviceUnderTest) $body
+            pub fn body($device: &$crate::device_under_test::DeviceUnderTest) $body
 
             #[test]
             fn on_the_emulator() {
-                $crate::device_under_test::DeviceUnderTest::on_the_emulator(body);
+                $crate::device_under_test::on_the_emulator(body);
             }
 
             #[cfg(feature = "cuda")]
             #[test]
             #[ignore = "needs a GPU"]
             fn on_the_gpu() {
-                $crate::device_under_test::DeviceUnderTest::on_the_gpu(body);
+                $crate::gpu::on_the_gpu(body);
             }
         }
     };
@@ -173,41 +372,44 @@ macro_rules! kernel_test {
 /// Holds a kernel's result against `exact`, the same mathematics in f64.
 ///
 /// The worst error may be twice that of `low_precision`, the same mathematics in the kernel's own formats: f32 within, rounded to
-/// bf16 where the kernel stores bf16.
-///
-/// # Panics
-/// If it is larger, and if the bound is none: above a quarter of the root mean square of `exact`.
+/// bf16 where the kernel stores bf16. Panics also if that bound is no bound: above a quarter of the RMS of `exact`.
 #[track_caller]
 pub fn assert_kernel_close<T, L>(name: &str, got: &[T], exact: &[f64], low_precision: &[L])
 where
     T: Copy + Into<f64>,
     L: Copy + Into<f64>,
 {
-    assert_eq!(got.len(), exact.len(), "{name}: length");
-    assert_eq!(low_precision.len(), exact.len(), "{name}: length");
-    let (_, low_precision) = worst_error(low_precision, exact);
-    let bound = 2.0 * low_precision;
-    let rms = (exact.iter().map(|e| e * e).sum::<f64>() / exact.len() as f64).sqrt();
+    assert_eq!(got.len(), exact.len(), "{name}: the number of values");
+    assert_eq!(
+        low_precision.len(),
+        exact.len(),
+        "{name}: the number of values in low precision"
+    );
+    let bound = 2.0 * worst_error(low_precision, exact).1;
+    let rms = (exact.iter().map(|value| value * value).sum::<f64>() / exact.len() as f64).sqrt();
     assert!(
-        bound <= 0.25 * rms,
-        "{name}: a bound of {bound:e} for values around {rms:e} proves nothing"
+        bound <= rms / 4.0,
+        "{name}: an error of {bound:e} would be allowed where the values have an RMS of {rms:e}"
     );
     let (index, error) = worst_error(got, exact);
     assert!(
         error <= bound,
-        "{name}[{index}]: off by {error:e}, twice the error of low precision is {bound:e}"
+        "{name}[{index}] = {:e}, exactly {:e}: the error {error:e} is above {bound:e}, twice that of low precision",
+        got[index].into(),
+        exact[index],
     );
 }
 
-/// The index and size of the largest error; a NaN is an infinite one.
+/// The index and size of the largest error; a NaN is an infinite error.
 fn worst_error<T: Copy + Into<f64>>(values: &[T], exact: &[f64]) -> (usize, f64) {
-    let errors = values.iter().zip(exact).map(|(&value, exact)| {
-        let error = (value.into() - exact).abs();
-        if error.is_nan() { f64::INFINITY } else { error }
-    });
-    let worst = |worst: (usize, f64), found: (usize, f64)| match found.1 > worst.1 {
-        true => found,
-        false => worst,
-    };
-    errors.enumerate().fold((0, 0.0), worst)
+    let mut worst = (0, 0.0);
+    for (index, (&value, &exact)) in values.iter().zip(exact).enumerate() {
+        let value: f64 = value.into();
+        let error = (value - exact).abs();
+        let error = if error.is_nan() { f64::INFINITY } else { error };
+        if error > worst.1 {
+            worst = (index, error);
+        }
+    }
+    worst
 }

@@ -1,4 +1,5 @@
-//! Every kernel of `cuda/` against a plain reference: on the host emulator, and on a GPU where the tests are asked for one.
+//! Every CUDA kernel against the same mathematics in f64, on the emulator (`cargo test`) and on a GPU (`--features cuda`, ignored
+//! where there is none). `device_under_test` says how a test is written.
 
 #[path = "../emulated/mod.rs"]
 mod emulated;
@@ -6,6 +7,8 @@ mod emulated;
 mod oracle;
 
 mod device_under_test;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod random_values;
 
 mod adamw;

@@ -17,8 +17,38 @@ use qlora::ops::{embedding, gated_act, residual, rms_norm};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 
 use crate::device_under_test::assert_kernel_close;
-use crate::kernel_test;
+use crate::emulated;
 use crate::oracle::{Random, assert_close, f64s, oracle};
+
+/// `ops_test!(promise, |placement| { .. })`: the body as `promise::on_the_emulator`, in several orders of the threads, and,
+/// ignored, as `promise::on_the_gpu`.
+macro_rules! ops_test {
+    ($promise:ident, |$placement:ident| $body:block) => {
+        mod $promise {
+            #[allow(unused_imports)]
+            use super::*;
+
+            fn body($placement: &Placement) $body
+
+            #[test]
+            fn on_the_emulator() {
+                for order in emulated::ORDERS {
+                    emulated::use_order(order);
+                    body(&emulated::placement());
+                }
+            }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            #[ignore = "needs a GPU"]
+            fn on_the_gpu() {
+                use qlora::device::DeviceKind;
+
+                body(&Placement::open(DeviceKind::Cuda).unwrap());
+            }
+        }
+    };
+}
 
 /// A random tensor whose values bf16 holds exactly, in f64.
 fn random(random: &mut Random, shape: &[usize]) -> Tensor {
@@ -123,7 +153,7 @@ const NORM_SHAPES: [(usize, usize); 7] = [
     (2, 16_400),
 ];
 
-kernel_test!(rms_norm_equals_its_reference, |device| {
+ops_test!(rms_norm_equals_its_reference, |at| {
     let mut numbers = Random::new("rms_norm");
     for (n, d) in NORM_SHAPES {
         let [x, dy, before] = [(); 3].map(|()| random(&mut numbers, &[n, d]));
@@ -135,7 +165,6 @@ kernel_test!(rms_norm_equals_its_reference, |device| {
             &dy,
             |t| rms_norm::reference(&t[0], &like(&w, &t[0]), 1e-5).unwrap(),
         );
-        let at = device.placement();
         let (x, weight) = (place(&x, at), place_f32(&w, at));
         let y = rms_norm::forward(&x, &weight, 1e-5).unwrap();
         want.output.assert_close(&format!("y of {n} x {d}"), &y);
@@ -150,12 +179,11 @@ kernel_test!(rms_norm_equals_its_reference, |device| {
     }
 });
 
-kernel_test!(a_norm_after_a_residual_equals_the_two, |device| {
+ops_test!(a_norm_after_a_residual_equals_the_two, |at| {
     let mut numbers = Random::new("residual norm");
     for (n, d) in NORM_SHAPES {
         let (x, branch) = (random(&mut numbers, &[n, d]), random(&mut numbers, &[n, d]));
         let w = random(&mut numbers, &[d]);
-        let at = device.placement();
         let weight = place_f32(&w, at);
         let sum = residual::forward(&place(&x, at), place(&branch, at)).unwrap();
         let y = rms_norm::forward(&sum, &weight, 1e-5).unwrap();
@@ -166,7 +194,7 @@ kernel_test!(a_norm_after_a_residual_equals_the_two, |device| {
     }
 });
 
-kernel_test!(gated_act_equals_its_reference, |device| {
+ops_test!(gated_act_equals_its_reference, |at| {
     let mut numbers = Random::new("gated_act");
     for shape in [[42, 1000], [3, 37], [1, 1]] {
         let gate = (random(&mut numbers, &shape) * 8.0).unwrap();
@@ -175,7 +203,6 @@ kernel_test!(gated_act_equals_its_reference, |device| {
         let want = expected(&mut numbers, &inputs, &dy, |t| {
             gated_act::reference(&t[0], &t[1]).unwrap()
         });
-        let at = device.placement();
         let (gate, up) = (place(&gate, at), place(&up, at));
         let y = gated_act::forward(&gate, &up).unwrap();
         want.output.assert_close("y", &y);
@@ -185,25 +212,23 @@ kernel_test!(gated_act_equals_its_reference, |device| {
     }
 });
 
-kernel_test!(residual_is_rounded_once, |device| {
+ops_test!(residual_is_rounded_once, |at| {
     let mut numbers = Random::new("residual");
     for shape in [[30, 130], [1, 7]] {
         let (x, branch) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
-        let at = device.placement();
         let sum = residual::forward(&place(&x, at), place(&branch, at)).unwrap();
         let want = (x + branch).unwrap().to_dtype(DType::BF16).unwrap();
         assert!(f64s(&sum) == f64s(&want), "{shape:?}");
     }
 });
 
-kernel_test!(rope_equals_its_reference, |device| {
+ops_test!(rope_equals_its_reference, |at| {
     let mut numbers = Random::new("rope");
     let positions: Vec<u32> = (0..40).chain(0..27).collect();
     let n = positions.len();
     for (heads, kv_heads, half) in [(3, 1, 5), (4, 2, 8), (2, 2, 32)] {
         let frequencies: Vec<f32> = (0..half).map(|i| 0.7f32.powi(i)).collect();
         let half = half as usize;
-        let at = device.placement();
         let table = RopeTable::new(&frequencies, 40).on(&at.device).unwrap();
         let rows = Positions::new(&positions).on(&at.device).unwrap();
         let (cos, sin) = table.gather(&positions).unwrap();
@@ -240,10 +265,9 @@ fn quantized(w: &Tensor, placement: &Placement) -> (Weight, Tensor) {
     (weight, values.to_dtype(DType::F64).unwrap())
 }
 
-kernel_test!(linear_with_lora_equals_its_reference, |device| {
+ops_test!(linear_with_lora_equals_its_reference, |at| {
     let mut numbers = Random::new("linear");
     for (n, d_in, d_out, r) in [(5, 42, 30, 3), (37, 80, 130, 4), (1, 200, 7, 1)] {
-        let at = device.placement();
         let (x, dy) = (
             random(&mut numbers, &[n, d_in]),
             random(&mut numbers, &[n, d_out]),
@@ -289,22 +313,17 @@ kernel_test!(linear_with_lora_equals_its_reference, |device| {
     }
 });
 
-kernel_test!(
-    a_weight_is_dequantized_to_the_bits_of_the_library,
-    |device| {
-        let mut numbers = Random::new("weight");
-        let at = device.placement();
-        let (d_out, d_in) = (37, 42);
-        let (weight, w) = quantized(&random(&mut numbers, &[d_out, d_in]), at);
-        let identity = Tensor::eye(d_in, DType::F64, &Device::Cpu).unwrap();
-        let (columns, _) = linear::forward(&place(&identity, at), &weight, None, None).unwrap();
-        assert!(f64s(&columns.t().unwrap()) == f64s(&w));
-    }
-);
+ops_test!(a_weight_is_dequantized_to_the_bits_of_the_library, |at| {
+    let mut numbers = Random::new("weight");
+    let (d_out, d_in) = (37, 42);
+    let (weight, w) = quantized(&random(&mut numbers, &[d_out, d_in]), at);
+    let identity = Tensor::eye(d_in, DType::F64, &Device::Cpu).unwrap();
+    let (columns, _) = linear::forward(&place(&identity, at), &weight, None, None).unwrap();
+    assert!(f64s(&columns.t().unwrap()) == f64s(&w));
+});
 
-kernel_test!(embedding_gathers_rows, |device| {
+ops_test!(embedding_gathers_rows, |at| {
     let mut numbers = Random::new("embedding");
-    let at = device.placement();
     let table = random(&mut numbers, &[17, 10]);
     let values: Vec<bf16> = f64s(&table).into_iter().map(bf16::from_f64).collect();
     let dense = FrozenWeight::Dense(DenseTensor::from_bf16(vec![17, 10], &values));
@@ -331,7 +350,7 @@ fn segments(lengths: &[usize]) -> Vec<Segment> {
         .collect()
 }
 
-kernel_test!(attention_equals_its_reference, |device| {
+ops_test!(attention_equals_its_reference, |at| {
     let mut numbers = Random::new("attention");
     let heads = |num_heads, num_kv_heads, head_dim, window| Heads {
         num_heads,
@@ -354,7 +373,6 @@ kernel_test!(attention_equals_its_reference, |device| {
         let want = expected(&mut numbers, &inputs, &dy, |t| {
             attention::reference(&t[0], &t[1], &t[2], &list, heads).unwrap()
         });
-        let at = device.placement();
         let flat = |t: &Tensor| place(&t.flatten_from(1).unwrap(), at);
         let (q, keys, v, dy) = (flat(&q), flat(&keys), flat(&v), flat(&dy));
         let on_device = Segments::from(list.clone()).on(&at.device, e).unwrap();
@@ -368,7 +386,7 @@ kernel_test!(attention_equals_its_reference, |device| {
     }
 });
 
-kernel_test!(linear_cross_entropy_equals_its_reference, |device| {
+ops_test!(linear_cross_entropy_equals_its_reference, |at| {
     let mut numbers = Random::new("linear_cross_entropy");
     for (n, d, vocab) in [(21, 20, 301), (5, 8, 3001)] {
         let (x, head) = (
@@ -392,7 +410,6 @@ kernel_test!(linear_cross_entropy_equals_its_reference, |device| {
             let picked = t[0].index_select(&picked, 0).unwrap();
             lce::reference(&picked, &like(&head, &t[0]), &kept).unwrap()
         });
-        let at = device.placement();
         let values: Vec<bf16> = f64s(&head).into_iter().map(bf16::from_f64).collect();
         let dense = FrozenWeight::Dense(DenseTensor::from_bf16(vec![vocab, d], &values));
         let cache = DenseCache::new(&[], &at.device).unwrap();
@@ -423,10 +440,9 @@ kernel_test!(linear_cross_entropy_equals_its_reference, |device| {
     }
 });
 
-kernel_test!(adamw_updates_the_master_as_its_reference_does, |device| {
+ops_test!(adamw_updates_the_master_as_its_reference_does, |at| {
     let mut numbers = Random::new("adamw");
     let n = 700;
-    let at = device.placement();
     let upload = |t: &Tensor| place_f32(t, at);
     let (w, m) = (numbers.tensor(&[n]), numbers.tensor(&[n]));
     let v = numbers.tensor(&[n]).sqr().unwrap();

@@ -1,205 +1,225 @@
-//! Every fault of `cuda/emulator/src/planted_faults.rs` is noticed in some order of the threads; the kernel without it is the
-//! same in all.
+//! Would the kernel tests notice a fault? Each test here plants faults in the kernels of one file, one at a time, and expects
+//! that a test of that file fails: every barrier and every wait left out, and every mutant of `cuda/emulator/build/mutants.rs`.
 
-use std::cell::{Cell, OnceCell};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::rc::Rc;
 
-use bytemuck::Pod;
-use half::bf16;
-use qlora_emulator::planted_faults::FAULTS;
+use qlora_emulator::{Synchronization, mutants};
 
-use crate::device_under_test::{Arg, Buffer, DeviceUnderTest};
-use crate::random_values::{random, random_bf16};
+use crate::device_under_test::{Device, DeviceUnderTest, Emulator, Memory};
 
-/// A launch whose results a fault has to change.
-struct Case {
-    kernel: &'static str,
-    grid: [u32; 3],
-    shared_bytes: usize,
-    values: Vec<Value>,
+/// The body of a kernel test.
+type Body = fn(&DeviceUnderTest);
+
+/// A barrier that can be left out, for the reason that `why` gives.
+struct Unneeded {
+    file: &'static str,
+    /// The line of the source before it.
+    after: &'static str,
+    why: &'static str,
 }
 
-enum Value {
-    /// What a buffer holds before.
-    Bytes(Vec<u8>),
-    Null,
-    U32(u32),
-    U64(u64),
-    F32(f32),
-}
+const UNNEEDED: &[Unneeded] = &[Unneeded {
+    file: "nf4.cu",
+    after: "bounds[threadIdx.x] = lower_bounds[threadIdx.x];",
+    why: "block_max, between here and the first use of the bounds, has barriers too",
+}];
 
-fn bytes<T: Pod>(values: &[T]) -> Value {
-    Value::Bytes(bytemuck::cast_slice(values).to_vec())
-}
-
-fn poisoned<T>(len: usize) -> Value {
-    Value::Bytes(vec![0xff; len * size_of::<T>()])
-}
-
-impl Case {
-    fn of(fault: &str) -> Self {
-        match fault {
-            "table_without_barrier" => dequantize(),
-            "sum_without_barrier" => mean(),
-            "gradient_without_barrier" => gradient(),
-            "keys_without_wait" => attention(),
-            "last_vector_unbounded" => residual(),
-            "row_one_too_long" => gather(),
-            other => panic!("there is no case for the planted fault {other}"),
+/// Expects that each fault planted in `file` is noticed by one of the tests `bodies`.
+fn assert_faults_are_noticed(file: &str, bodies: &[Body]) {
+    let met = Met::default();
+    for body in bodies {
+        body(&DeviceUnderTest::new(Recorder(met.clone())));
+    }
+    for place in met.take() {
+        // Barriers within block_sum and block_max: the tests of the emulator see to them, by calls that follow one another.
+        if place.file == "common.cuh" {
+            continue;
+        }
+        let noticed = is_noticed(bodies, |emulator| Emulator {
+            without: Some(place.clone()),
+            ..emulator
+        });
+        let unneeded = UNNEEDED.iter().find(|unneeded| unneeded.is_at(&place));
+        let place = format!("{}:{}", place.file, place.line);
+        match unneeded {
+            None => assert!(
+                noticed,
+                "{place} can be left out, and no test of {file} fails"
+            ),
+            Some(Unneeded { why, .. }) => assert!(!noticed, "{place} is needed, although {why}"),
         }
     }
-
-    fn of_one_block(kernel: &'static str, values: Vec<Value>) -> Self {
-        Self {
-            kernel,
-            grid: [1, 1, 1],
-            shared_bytes: 0,
-            values,
-        }
-    }
-
-    /// Every buffer after a launch, or how the launch or a guard tells that something is wrong.
-    fn run(&self, device: &DeviceUnderTest, kernel: &str) -> Result<Vec<Vec<u8>>, String> {
-        let upload = |value: &Value| match value {
-            Value::Bytes(bytes) => Some(device.upload(bytes)),
-            _ => None,
-        };
-        let buffers: Vec<Option<Buffer>> = self.values.iter().map(upload).collect();
-        let arg = |(value, buffer)| match (value, buffer) {
-            (_, &Some(ref buffer)) => Arg::Buffer(buffer),
-            (&Value::U32(value), _) => Arg::U32(value),
-            (&Value::U64(value), _) => Arg::U64(value),
-            (&Value::F32(value), _) => Arg::F32(value),
-            (Value::Null | Value::Bytes(_), None) => Arg::Null,
-        };
-        let args: Vec<Arg> = self.values.iter().zip(&buffers).map(arg).collect();
-        device
-            .try_launch(kernel, self.grid, self.shared_bytes, &args)
-            .map_err(|fault| fault.to_string())?;
-        let read = |buffer: &Buffer| buffer.read().map_err(|()| "a damaged guard".to_string());
-        buffers.iter().flatten().map(read).collect()
+    for mutant in mutants().filter(|mutant| mutant.file == file) {
+        let noticed = is_noticed(bodies, |emulator| Emulator {
+            mutant: Some(mutant),
+            ..emulator
+        });
+        assert!(noticed, "no test of {file} fails if it {}", mutant.name);
     }
 }
 
-fn dequantize() -> Case {
-    let n = 8192;
-    let packed: Vec<u8> = (0..n / 2).map(|i| (i * 37) as u8).collect();
-    Case::of_one_block(
-        "nf4_dequantize_bf16",
-        vec![
-            bytes(&packed),
-            Value::Null,
-            bytes(&random(1, n / 64)),
-            Value::Null,
-            bytes(&random(2, 16)),
-            Value::F32(0.0),
-            Value::U32(6),
-            Value::U32(256),
-            Value::U64(n as u64),
-            poisoned::<bf16>(n),
-        ],
-    )
-}
-
-fn mean() -> Case {
-    let values = random(1, 3000);
-    Case::of_one_block(
-        "nf4_absmax_mean",
-        vec![
-            bytes(&values),
-            Value::U64(values.len() as u64),
-            poisoned::<f32>(1),
-        ],
-    )
-}
-
-fn gradient() -> Case {
-    let logits = random(1, 8196);
-    Case::of_one_block(
-        "linear_cross_entropy_backward_f32",
-        vec![
-            bytes(&logits),
-            bytes(&[5u32]),
-            Value::U32(1),
-            Value::U32(logits.len() as u32),
-            Value::F32(1.0),
-            poisoned::<f32>(1),
-            poisoned::<f32>(1),
-            poisoned::<u32>(1),
-        ],
-    )
-}
-
-/// One head of 64 columns and 42 positions.
-fn attention() -> Case {
-    let (positions, head_dim) = (42, 64);
-    let matrix = |stream| bytes(&random_bf16(stream, positions * head_dim));
-    let tile = [0, positions as u32, 0, positions as u32, 0];
-    Case {
-        shared_bytes: 49_152,
-        ..Case::of_one_block(
-            "attention_forward_bf16_64",
-            vec![
-                matrix(1),
-                matrix(2),
-                matrix(3),
-                bytes(&tile),
-                Value::U32(1),
-                Value::U32(1),
-                Value::U32(head_dim as u32),
-                Value::F32(0.125),
-                Value::U32(0),
-                Value::F32(0.0),
-                poisoned::<bf16>(positions * head_dim),
-                poisoned::<f32>(positions),
-            ],
-        )
+impl Unneeded {
+    fn is_at(&self, place: &Synchronization) -> bool {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("cuda")
+            .join(self.file);
+        let source = std::fs::read_to_string(path).expect("the kernels lie in cuda/");
+        let line_before = source.lines().nth(place.line as usize - 2);
+        self.file == place.file && line_before.is_some_and(|line| line.trim() == self.after)
     }
 }
 
-fn residual() -> Case {
-    let n = 42;
-    Case::of_one_block(
-        "residual_forward_bf16",
-        vec![
-            bytes(&random_bf16(1, n)),
-            bytes(&random_bf16(2, n)),
-            Value::U64(n as u64),
-        ],
-    )
+/// Whether some test fails on the emulator with a fault planted; watched first, since that finds most.
+fn is_noticed(bodies: &[Body], plant: impl Fn(Emulator) -> Emulator) -> bool {
+    Emulator::all()
+        .into_iter()
+        .rev()
+        .map(plant)
+        .any(|emulator| {
+            bodies.iter().any(|body| {
+                let device = DeviceUnderTest::new(emulator.clone());
+                catch_unwind(AssertUnwindSafe(|| body(&device))).is_err()
+            })
+        })
 }
 
-fn gather() -> Case {
-    let (rows, d) = (2, 37);
-    Case {
-        grid: [rows as u32, 1, 1],
-        ..Case::of_one_block(
-            "embedding_gather_bf16",
-            vec![
-                bytes(&random_bf16(1, 3 * d)),
-                bytes(&[1u32, 0]),
-                Value::U32(rows as u32),
-                Value::U32(d as u32),
-                poisoned::<bf16>(rows * d),
-            ],
-        )
+/// The places where kernels synchronized.
+type Met = Rc<RefCell<BTreeSet<Synchronization>>>;
+
+/// The emulator, noting where kernels synchronize.
+struct Recorder(Met);
+
+impl Recorder {
+    fn emulator() -> Emulator {
+        let [first, ..] = Emulator::all();
+        first
+    }
+}
+
+impl Device for Recorder {
+    fn allocate(&self, contents: &[u8]) -> Box<dyn Memory> {
+        Self::emulator().allocate(contents)
+    }
+
+    fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        shared_bytes: usize,
+        arguments: &[Vec<u8>],
+        buffers: &[Range<usize>],
+    ) -> Result<(), String> {
+        let met = Self::emulator().run(kernel, grid, shared_bytes, arguments, buffers);
+        self.0
+            .borrow_mut()
+            .extend(met.map_err(|fault| fault.to_string())?);
+        Ok(())
     }
 }
 
 #[test]
-fn every_planted_fault_is_noticed() {
-    for fault in FAULTS {
-        let case = Case::of(fault.name);
-        let mutant = format!("{}@{}", case.kernel, fault.name);
-        let right = OnceCell::new();
-        let is_noticed = Cell::new(false);
-        DeviceUnderTest::on_the_emulator(|device| {
-            let result = case.run(device, case.kernel).unwrap();
-            let right = right.get_or_init(|| result.clone());
-            assert!(result == *right, "{} depends on the order", case.kernel);
-            if case.run(device, &mutant).as_ref() != Ok(right) {
-                is_noticed.set(true);
-            }
-        });
-        assert!(is_noticed.get(), "{} went unnoticed", fault.name);
-    }
+fn in_adamw() {
+    use crate::{adamw, adamw_8bit};
+    assert_faults_are_noticed(
+        "adamw",
+        &[
+            adamw::any_number_of_partial_sums_is_added::body,
+            adamw::the_squared_norm_is_exact_to_the_last_digits::body,
+            adamw_8bit::moments_in_8_bits_follow_the_plain_formula::body,
+        ],
+    );
+}
+
+#[test]
+fn in_embedding() {
+    use crate::embedding;
+    assert_faults_are_noticed(
+        "embedding",
+        &[
+            embedding::each_token_gathers_its_row::body,
+            embedding::scattered_rows_leave_the_others_alone::body,
+        ],
+    );
+}
+
+#[test]
+fn in_linear_cross_entropy() {
+    use crate::linear_cross_entropy;
+    assert_faults_are_noticed(
+        "linear_cross_entropy",
+        &[
+            linear_cross_entropy::forward_is_the_loss_of_each_row::body,
+            linear_cross_entropy::backward_leaves_the_gradient_in_the_place_of_the_logits::body,
+        ],
+    );
+}
+
+#[test]
+fn in_lora() {
+    use crate::lora;
+    assert_faults_are_noticed(
+        "lora",
+        &[
+            lora::down_multiplies_what_dropout_leaves_of_x::body,
+            lora::grad_a_adds_the_product_with_what_dropout_leaves_of_x::body,
+            lora::up_adds_what_dropout_leaves_of_the_product::body,
+        ],
+    );
+}
+
+#[test]
+fn in_nf4() {
+    use crate::nf4;
+    assert_faults_are_noticed(
+        "nf4",
+        &[
+            nf4::dequantized_weights_have_the_bits_of_the_library::body,
+            nf4::quantized_weights_have_the_bits_of_the_library::body,
+            nf4::scales_have_the_codes_of_the_library::body,
+        ],
+    );
+}
+
+#[test]
+fn in_rms_norm() {
+    use crate::rms_norm;
+    assert_faults_are_noticed(
+        "rms_norm",
+        &[
+            rms_norm::forward_divides_each_row_by_its_rms::body,
+            rms_norm::the_sum_with_the_branch_is_normalized_as_it_is_stored::body,
+            rms_norm::backward_adds_the_gradient_to_dx::body,
+        ],
+    );
+}
+
+#[test]
+fn in_rope() {
+    use crate::rope;
+    assert_faults_are_noticed(
+        "rope",
+        &[rope::every_head_turns_by_the_angle_of_its_position::body],
+    );
+}
+
+#[test]
+fn every_mutant_has_its_test() {
+    const FILES: [&str; 7] = [
+        "adamw",
+        "embedding",
+        "linear_cross_entropy",
+        "lora",
+        "nf4",
+        "rms_norm",
+        "rope",
+    ];
+    let without: Vec<_> = mutants()
+        .filter(|mutant| !FILES.contains(&mutant.file))
+        .collect();
+    assert!(without.is_empty(), "{without:?}");
 }

@@ -1,219 +1,256 @@
-// The CUDA spellings that kernels use, for a host compiler.
+// The part of CUDA C++ that our kernels use, for a host compiler: kernel files that include common.cuh compile as C++17.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#include "block.h"
+#include "machine.h"
 #include "vector_types.h"
 
+// --- Declarations ---------------------------------------------------------------------------------------------------------
+
+// build.rs finds the kernels of a file by the `threads_of_` constants, after the preprocessor.
+#define KERNEL(threads, name)                       \
+    constexpr unsigned threads_of_##name = threads; \
+    __attribute__((noinline)) void name
+
+// The address of a function's own static variable tells its shared arrays apart, also between instances of a template.
+#define SHARED(type, name, count)                \
+    static const char declaration_of_##name = 0; \
+    type(&name)[count] =                         \
+        *static_cast<type(*)[count]>(emulator::shared_array(&declaration_of_##name, #name, sizeof(type) * (count)))
+
+#define SHARED_DYNAMIC(type, name) type* const name = static_cast<type*>(emulator::dynamic_shared())
+
+#define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline __attribute__((always_inline))
-#define __restrict__ __restrict
+#define __constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
+#define __restrict__ __restrict
 
-// A kernel is a function, with its number of threads beside it for the table of kernels.
-#define KERNEL(threads, name)                     \
-    static constexpr unsigned name##_threads = threads; \
-    static void name
+#define threadIdx (emulator::thread_index())
+#define blockIdx (emulator::block_index())
+#define blockDim (emulator::block_size())
+#define gridDim (emulator::grid_size())
 
-// Each declaration is a place of its own in the shared memory of the block.
-#define SHARED(type, name, count)                                                                           \
-    static const char name##_site = 0;                                                                      \
-    auto& name = *static_cast<type(*)[count]>(emulator::shared_array(&name##_site, sizeof(type[count])))
+// --- Barriers and warp operations -----------------------------------------------------------------------------------------
 
-#define SHARED_DYNAMIC(type, name) type* const name = static_cast<type*>(emulator::dynamic_shared_memory())
+inline void __syncthreads(emulator::Site site = emulator::here()) { emulator::block_barrier(site); }
 
-#define threadIdx (emulator::current_thread->thread_idx)
-#define blockIdx (emulator::current_block_idx)
-#define blockDim (emulator::current_block_dim)
-#define gridDim (emulator::current_grid_dim)
-
-using std::max;
-using std::min;
-
-inline void __syncthreads() { emulator::wait_at_barrier(); }
-
-inline void __syncwarp(unsigned lanes = 0xffffffffu) {
-    emulator::join_warp_operation(lanes, [](void* const*, unsigned) {}, nullptr);
-}
+inline void __syncwarp(unsigned mask = ~0u, emulator::Site site = emulator::here()) { emulator::warp_barrier(mask, site); }
 
 namespace emulator {
 
-inline unsigned current_lane() { return current_thread->index % 32; }
-
-template <typename To, typename From>
-inline To bit_cast(From from) {
-    static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps the size");
-    To to;
-    std::memcpy(&to, &from, sizeof(to));
-    return to;
-}
-
 template <typename T>
-struct Shuffle {
-    T value;
-    unsigned source_lane;
-    T result;
-};
-
-// Each lane gets the value of the lane it names.
-template <typename T>
-inline T shuffle(unsigned lanes, T value, unsigned source_lane) {
-    Shuffle<T> mine{value, source_lane, value};
-    const auto exchange = [](void* const* operands, unsigned lanes) {
-        for (unsigned lane = 0; lane < 32; lane++) {
-            if ((lanes >> lane & 1) == 0) {
-                continue;
-            }
-            auto& shuffle = *static_cast<Shuffle<T>*>(operands[lane]);
-            if ((lanes >> shuffle.source_lane & 1) == 0) {
-                fault("a shuffle reads a lane outside its mask");
-            }
-            shuffle.result = static_cast<Shuffle<T>*>(operands[shuffle.source_lane])->value;
-        }
-    };
-    join_warp_operation(lanes, exchange, &mine);
-    return mine.result;
+T shuffle_value(Shuffle kind, unsigned mask, T value, int operand, int width, Site site) {
+    static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "a shuffle moves 4 or 8 bytes");
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof value);
+    bits = shuffle(kind, mask, bits, operand, width, site);
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
-
-struct Ballot {
-    bool predicate;
-    unsigned result;
-};
-
-inline unsigned ballot(unsigned lanes, bool predicate) {
-    Ballot mine{predicate, 0};
-    const auto count_votes = [](void* const* operands, unsigned lanes) {
-        unsigned result = 0;
-        for (unsigned lane = 0; lane < 32; lane++) {
-            if (lanes >> lane & 1) {
-                result |= static_cast<unsigned>(static_cast<Ballot*>(operands[lane])->predicate) << lane;
-            }
-        }
-        for (unsigned lane = 0; lane < 32; lane++) {
-            if (lanes >> lane & 1) {
-                static_cast<Ballot*>(operands[lane])->result = result;
-            }
-        }
-    };
-    join_warp_operation(lanes, count_votes, &mine);
-    return mine.result;
-}
-
-inline uint16_t bf16_bits_from_float(float value) {
-    const auto bits = bit_cast<uint32_t>(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return 0x7fff;  // as cvt.rn.bf16.f32 gives for a NaN
-    }
-    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
-inline float float_from_f16_bits(uint16_t bits) { return static_cast<float>(bit_cast<_Float16>(bits)); }
-
-inline uint16_t f16_bits_from_float(float value) { return bit_cast<uint16_t>(static_cast<_Float16>(value)); }
 
 }  // namespace emulator
 
 template <typename T>
-inline T __shfl_sync(unsigned lanes, T value, unsigned source_lane) {
-    return emulator::shuffle(lanes, value, source_lane % 32);
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, emulator::Site site = emulator::here()) {
+    return emulator::shuffle_value(emulator::Shuffle::FromLane, mask, value, source, width, site);
 }
 
 template <typename T>
-inline T __shfl_xor_sync(unsigned lanes, T value, unsigned distance) {
-    return emulator::shuffle(lanes, value, (emulator::current_lane() ^ distance) % 32);
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, emulator::Site site = emulator::here()) {
+    return emulator::shuffle_value(emulator::Shuffle::Up, mask, value, static_cast<int>(distance), width, site);
 }
 
 template <typename T>
-inline T __shfl_up_sync(unsigned lanes, T value, unsigned distance) {
-    const unsigned lane = emulator::current_lane();
-    return emulator::shuffle(lanes, value, lane < distance ? lane : lane - distance);
+T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, emulator::Site site = emulator::here()) {
+    return emulator::shuffle_value(emulator::Shuffle::Down, mask, value, static_cast<int>(distance), width, site);
 }
 
 template <typename T>
-inline T __shfl_down_sync(unsigned lanes, T value, unsigned distance) {
-    const unsigned lane = emulator::current_lane();
-    return emulator::shuffle(lanes, value, lane + distance > 31 ? lane : lane + distance);
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, emulator::Site site = emulator::here()) {
+    return emulator::shuffle_value(emulator::Shuffle::Xor, mask, value, lane_mask, width, site);
 }
 
-inline unsigned __ballot_sync(unsigned lanes, bool predicate) { return emulator::ballot(lanes, predicate); }
-inline bool __any_sync(unsigned lanes, bool predicate) { return emulator::ballot(lanes, predicate) != 0; }
-inline bool __all_sync(unsigned lanes, bool predicate) { return emulator::ballot(lanes, !predicate) == 0; }
+inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Site site = emulator::here()) {
+    return emulator::ballot(mask, predicate != 0, site);
+}
+
+inline int __any_sync(unsigned mask, int predicate, emulator::Site site = emulator::here()) {
+    return emulator::ballot(mask, predicate != 0, site) != 0;
+}
+
+inline int __all_sync(unsigned mask, int predicate, emulator::Site site = emulator::here()) {
+    return emulator::ballot(mask, predicate == 0, site) == 0;
+}
+
+// --- Memory ---------------------------------------------------------------------------------------------------------------
+
+// Never a function of its own, which watched kernels would share with others: the linker keeps one of each.
+template <typename T>
+__attribute__((always_inline)) inline T __ldg(const T* pointer) {
+    return *pointer;
+}
+
+// A thread is never interrupted within one of these, so that nothing has to be locked. The emulator watches them itself: the
+// compiler would report them as plain accesses.
+#define EMULATOR_ATOMIC __attribute__((noinline, no_sanitize("thread")))
 
 template <typename T>
-inline T __ldg(const T* address) {
-    return *address;
+EMULATOR_ATOMIC T atomicAdd(T* address, typename std::common_type<T>::type value) {
+    static_assert(std::is_integral<T>::value, "no floating-point atomics: their order is not fixed");
+    emulator::watch_access(emulator::Access::Atomic, address, sizeof(T));
+    const T old = *address;
+    *address = old + value;
+    return old;
 }
 
-inline unsigned __float_as_uint(float value) { return emulator::bit_cast<unsigned>(value); }
-inline float __uint_as_float(unsigned bits) { return emulator::bit_cast<float>(bits); }
-inline int __float_as_int(float value) { return emulator::bit_cast<int>(value); }
-inline float __int_as_float(int bits) { return emulator::bit_cast<float>(bits); }
+template <typename T>
+EMULATOR_ATOMIC T atomicMin(T* address, typename std::common_type<T>::type value) {
+    emulator::watch_access(emulator::Access::Atomic, address, sizeof(T));
+    const T old = *address;
+    *address = value < old ? value : old;
+    return old;
+}
 
-// The host is compiled without contraction, so that each of these rounds once.
-inline float __fmul_rn(float a, float b) { return a * b; }
+template <typename T>
+EMULATOR_ATOMIC T atomicMax(T* address, typename std::common_type<T>::type value) {
+    emulator::watch_access(emulator::Access::Atomic, address, sizeof(T));
+    const T old = *address;
+    *address = old < value ? value : old;
+    return old;
+}
+
+// --- Arithmetic -----------------------------------------------------------------------------------------------------------
+
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
+
+// The host compiles with -ffp-contract=off, so that plain operators round once each, as these do.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
-inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
+inline double __ddiv_rn(double a, double b) { return a / b; }
+inline int __float2int_rn(float a) { return static_cast<int>(std::nearbyint(a)); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float a) { return 1.0f / std::sqrt(a); }
 
-// glibc has functions of these names that headers do not declare as CUDA's.
+// The C library declares functions of these names.
 #define __expf expf
 #define __logf logf
+#define __sinf sinf
+#define __cosf cosf
+#define __powf powf
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __clz(unsigned bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
-inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __popc(unsigned a) { return __builtin_popcount(a); }
+inline int __popcll(unsigned long long a) { return __builtin_popcountll(a); }
+inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(static_cast<unsigned>(a)); }
+inline int __clzll(long long a) { return a == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(a)); }
+inline int __ffs(int a) { return __builtin_ffs(a); }
 
-inline unsigned __brev(unsigned bits) {
+inline unsigned __brev(unsigned a) {
     unsigned reversed = 0;
     for (int i = 0; i < 32; i++) {
-        reversed |= (bits >> i & 1) << (31 - i);
+        reversed |= (a >> i & 1) << (31 - i);
     }
     return reversed;
 }
 
-// Four bytes chosen out of the eight of `high:low` by the nibbles of `selector`.
+// Each hexadecimal digit of `selector` picks one of the 8 bytes of (high, low); its bit 3 spreads that byte's sign.
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
     unsigned result = 0;
     for (int i = 0; i < 4; i++) {
-        const unsigned source = selector >> (4 * i) & 7;
-        result |= static_cast<unsigned>(bytes >> (8 * source) & 0xff) << (8 * i);
+        const unsigned digit = selector >> (4 * i) & 0xf;
+        unsigned byte = bytes >> (8 * (digit & 7)) & 0xff;
+        if (digit & 8) {
+            byte = byte & 0x80 ? 0xff : 0;
+        }
+        result |= byte << (8 * i);
     }
     return result;
 }
 
-// A launch runs on one thread of the host, so that nothing comes between the read and the write.
-template <typename T>
-inline T atomicAdd(T* address, T value) {
-    const T before = *address;
-    *address = before + value;
-    return before;
+template <typename A, typename B>
+constexpr typename std::common_type<A, B>::type min(A a, B b) {
+    using T = typename std::common_type<A, B>::type;
+    return static_cast<T>(b) < static_cast<T>(a) ? static_cast<T>(b) : static_cast<T>(a);
 }
 
-template <typename T>
-inline T atomicMin(T* address, T value) {
-    const T before = *address;
-    *address = std::min(before, value);
-    return before;
+template <typename A, typename B>
+constexpr typename std::common_type<A, B>::type max(A a, B b) {
+    using T = typename std::common_type<A, B>::type;
+    return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
 
-template <typename T>
-inline T atomicMax(T* address, T value) {
-    const T before = *address;
-    *address = std::max(before, value);
-    return before;
+// --- 16-bit floats --------------------------------------------------------------------------------------------------------
+
+namespace emulator {
+
+inline uint16_t bf16_bits_from_float(float value) {
+    const unsigned bits = __float_as_uint(value);
+    if (value != value) {
+        return 0x7fff;  // the NaN that the GPU's conversion gives
+    }
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+inline float float_from_f16_bits(uint16_t half) {
+    const unsigned sign = static_cast<unsigned>(half & 0x8000) << 16;
+    const unsigned exponent = half >> 10 & 0x1f;
+    const unsigned mantissa = half & 0x3ff;
+    if (exponent == 0x1f) {
+        return __uint_as_float(sign | 0x7f800000 | mantissa << 13);
+    }
+    if (exponent == 0) {
+        const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
+        return sign ? -magnitude : magnitude;
+    }
+    return __uint_as_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+inline uint16_t f16_bits_from_float(float value) {
+    const unsigned bits = __float_as_uint(value);
+    const unsigned sign = bits >> 16 & 0x8000;
+    const float magnitude = __uint_as_float(bits & 0x7fffffff);
+    if (value != value) {
+        return 0x7fff;
+    }
+    if (magnitude >= 65520.0f) {
+        return static_cast<uint16_t>(sign | 0x7c00);
+    }
+    if (magnitude < 6.103515625e-05f) {
+        // A subnormal is a multiple of 2^-24; the default rounding mode takes ties to even.
+        return static_cast<uint16_t>(sign | static_cast<unsigned>(std::nearbyint(std::ldexp(magnitude, 24))));
+    }
+    const unsigned rebased = __float_as_uint(magnitude) - (112u << 23);
+    return static_cast<uint16_t>(sign | (rebased + 0xfff + (rebased >> 13 & 1)) >> 13);
+}
+
+}  // namespace emulator

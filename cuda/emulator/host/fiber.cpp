@@ -76,11 +76,16 @@ void Stacks::reserve(size_t count) {
 
 char* Stacks::bottom(size_t index) const { return memory_ + index * (GUARD_BYTES + BYTES) + GUARD_BYTES; }
 
-void prepare_fiber(ExecutionState& fiber, char* stack_bottom, void (*entry)()) {
+void Stacks::forget_frames() {
 #ifdef __SANITIZE_ADDRESS__
-    ASAN_UNPOISON_MEMORY_REGION(stack_bottom, Stacks::BYTES);
-    fiber.sanitizer_stack = nullptr;
+    for (size_t i = 0; i < count_; i++) {
+        ASAN_UNPOISON_MEMORY_REGION(bottom(i), BYTES);
+    }
 #endif
+}
+
+void prepare_fiber(ExecutionState& fiber, char* stack_bottom, void (*entry)()) {
+    fiber.sanitizer_stack = nullptr;
 #ifdef EMULATOR_ASM_SWITCH
     // The stack looks as if `entry` had been about to run: below a zero return address lie its address and the registers.
     void** top = reinterpret_cast<void**>(stack_bottom + Stacks::BYTES);

@@ -39,6 +39,14 @@ class Stacks {
     void reserve(size_t count);
     char* bottom(size_t index) const;
 
+    // To be called when fibers have been abandoned within functions: AddressSanitizer guards the variables of those still.
+    void forget_frames();
+
+    bool contain(const void* address) const {
+        const char* byte = static_cast<const char*>(address);
+        return byte >= memory_ && byte < memory_ + count_ * (GUARD_BYTES + BYTES);
+    }
+
  private:
     static constexpr size_t GUARD_BYTES = 4096;
     char* memory_ = nullptr;

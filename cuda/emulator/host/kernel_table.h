@@ -1,42 +1,46 @@
-// The table of kernels by name, and the call of a kernel from a list of pointers to its arguments.
+// What the Rust side knows of a kernel. build.rs writes one table for each kernel file, with ENTRY for each kernel in it.
 #pragma once
 
-#include <type_traits>
 #include <utility>
-#include <vector>
 
-#include "block.h"
+#include "machine.h"
 
 namespace emulator {
 
-class KernelTable {
- public:
-    template <auto FUNCTION>
-    void add(const char* name, unsigned threads) {
-        add(name, threads, std::integral_constant<decltype(FUNCTION), FUNCTION>{}, FUNCTION);
-    }
-
-    const std::vector<Kernel>& kernels() const { return kernels_; }
-
- private:
-    template <typename Function, typename... Arguments>
-    void add(const char* name, unsigned threads, Function function, void (*)(Arguments...)) {
-        (void)function;
-        kernels_.push_back({name, threads, sizeof...(Arguments), [](const void* const* arguments) {
-                                invoke<Function, Arguments...>(arguments, std::index_sequence_for<Arguments...>{});
-                            }});
-    }
-
-    template <typename Function, typename... Arguments, size_t... INDEX>
-    static void invoke(const void* const* arguments, std::index_sequence<INDEX...>) {
-        (void)arguments;
-        Function::value(*static_cast<const std::remove_cv_t<Arguments>*>(arguments[INDEX])...);
-    }
-
-    std::vector<Kernel> kernels_;
+// The layout is that of `Entry` in src/kernels.rs.
+struct Entry {
+    const char* name;
+    unsigned threads;
+    unsigned argument_count;
+    const unsigned char* argument_bytes;
+    // Runs one thread; `arguments` points to an array of pointers, one to each argument's value, as cuLaunchKernel takes them.
+    void (*body)(const void* arguments);
 };
 
-// Generated from the kernel files: adds every kernel.
-void add_kernels(KernelTable& table);
+template <auto kernel>
+struct Signature;
+
+template <typename... Arguments, void (*kernel)(Arguments...)>
+struct Signature<kernel> {
+    static constexpr unsigned COUNT = sizeof...(Arguments);
+    static constexpr unsigned char BYTES[COUNT + 1] = {sizeof(Arguments)..., 0};
+
+    __attribute__((no_sanitize("thread"))) static void run(const void* arguments) {
+        call(static_cast<const void* const*>(arguments), std::index_sequence_for<Arguments...>());
+    }
+
+ private:
+    // The arguments are the host's own memory, which a watched kernel may not touch.
+    template <size_t... I>
+    __attribute__((no_sanitize("thread"))) static void call(const void* const* arguments, std::index_sequence<I...>) {
+        kernel(*static_cast<const Arguments*>(arguments[I])...);
+    }
+};
 
 }  // namespace emulator
+
+#define ENTRY(kernel)                                                                                              \
+    emulator::Entry {                                                                                              \
+        #kernel, threads_of_##kernel, emulator::Signature<kernel>::COUNT, emulator::Signature<kernel>::BYTES,      \
+            emulator::Signature<kernel>::run                                                                       \
+    }

@@ -1,147 +1,250 @@
-//! Runs the CUDA kernels of `cuda/` on the CPU: the same source, one fiber for each CUDA thread.
-//!
-//! See the README beside this crate for what that proves and what it does not.
+//! Runs the CUDA kernels of `cuda/*.cu` on the CPU: one fiber per CUDA thread, barriers, warp operations, shared memory,
+//! asynchronous copies and tensor-core instructions, in a chosen order of threads. What breaks a rule of the machine comes back
+//! as a [`Fault`]. `README.md` says what this proves and what it does not.
 
-pub mod planted_faults;
+mod fault;
+mod kernels;
 
-use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::fmt;
-use std::sync::LazyLock;
+pub use fault::{Fault, FaultKind, ThreadCounts};
+pub use kernels::{Kernel, Mutant, find, kernels, mutants};
 
-/// How the threads of a block take turns; a kernel must give the same in any order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+use std::ffi::{CString, c_char, c_void};
+use std::ops::Range;
+
+/// Which thread runs when several could; blocks follow the same direction.
+///
+/// An asynchronous copy lands at its wait in `Forward`, at once in `Reverse`, and by chance at either in `Random`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     Forward,
     Reverse,
-    /// Shuffled anew each time round, by this seed.
     Random(u64),
 }
 
-/// A kernel and the blocks to run it with; the threads of a block are the kernel's own.
-#[derive(Debug, Clone, Copy)]
+/// A place in a kernel file where threads synchronize: a barrier, or a commit or wait of asynchronous copies.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Synchronization {
+    /// The name of the file, without folders.
+    pub file: String,
+    pub line: u32,
+}
+
+/// How to run a kernel. The threads of a block are the kernel's own.
+#[derive(Clone, Debug)]
 pub struct Launch<'a> {
     pub kernel: &'a str,
     pub grid: [u32; 3],
-    /// Dynamic shared memory of a block.
+    /// Bytes of dynamic shared memory.
     pub shared_bytes: usize,
     pub order: Order,
+    /// Follow every access to memory and report races, reads of unwritten shared memory, and global accesses outside these
+    /// ranges of addresses. Several times slower; without effect in a build with sanitizers.
+    pub watch: Option<&'a [Range<usize>]>,
+    /// Do not synchronize at this place: tests show with it that its absence would be noticed.
+    pub without: Option<&'a Synchronization>,
+    /// Run the kernel as it is in this mutant of its file.
+    pub mutant: Option<Mutant>,
 }
 
-/// Why a launch did not run to its end.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault(String);
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Fault {}
-
-/// A kernel of the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Kernel {
-    pub name: &'static str,
-    pub threads: u32,
-    pub argument_count: usize,
-}
-
-unsafe extern "C" {
-    fn qlora_emulator_kernel_count() -> usize;
-    fn qlora_emulator_kernel(
-        index: usize,
-        threads: *mut c_uint,
-        argument_count: *mut c_uint,
-    ) -> *const c_char;
-    fn qlora_emulator_launch(
-        index: usize,
-        grid: *const c_uint,
-        shared_bytes: usize,
-        order: c_int,
-        seed: u64,
-        arguments: *const *const c_void,
-        fault: *mut c_char,
-        fault_bytes: usize,
-    ) -> bool;
-}
-
-/// Every kernel, in the order of the files.
-pub fn kernels() -> &'static [Kernel] {
-    static KERNELS: LazyLock<Vec<Kernel>> = LazyLock::new(|| {
-        // SAFETY: takes nothing.
-        let count = unsafe { qlora_emulator_kernel_count() };
-        (0..count).map(read_kernel).collect()
-    });
-    &KERNELS
-}
-
-fn read_kernel(index: usize) -> Kernel {
-    let (mut threads, mut argument_count) = (0, 0);
-    // SAFETY: the index is below the count; the name lives as long as the process.
-    let name = unsafe {
-        CStr::from_ptr(qlora_emulator_kernel(
-            index,
-            &mut threads,
-            &mut argument_count,
-        ))
-    };
-    Kernel {
-        name: name.to_str().expect("kernel names are ASCII"),
-        threads,
-        argument_count: argument_count as usize,
-    }
-}
-
-/// Runs a kernel to its end.
+/// Runs a kernel to its end and returns the places where it synchronized.
+///
+/// Each of `arguments` points to the value of one argument, as `cuLaunchKernel` takes them.
 ///
 /// # Errors
-/// [`Fault`] for a kernel that is not there, another number of arguments than it has, a deadlock, a barrier or warp
-/// operation that not all threads reach, a misaligned access by a matrix load or asynchronous copy, or a shared array
-/// written past its end.
+/// The [`Fault`] that ended the launch. What the kernel had written until then stays written.
 ///
 /// # Safety
-/// `arguments` point to values of the kernel's argument types, and the pointers among those cover what it accesses.
-pub unsafe fn launch(launch: &Launch<'_>, arguments: &[*const c_void]) -> Result<(), Fault> {
-    static INDICES: LazyLock<HashMap<&'static str, usize>> = LazyLock::new(|| {
-        let names = kernels().iter().map(|kernel| kernel.name);
-        names.zip(0..).collect()
-    });
-    let Some(&index) = INDICES.get(launch.kernel) else {
-        return Err(Fault(format!("there is no kernel {}", launch.kernel)));
+/// Each argument must point to a value of the type that the kernel declares, and pointers among them to memory that the kernel
+/// may use as it does.
+pub unsafe fn launch(
+    launch: &Launch,
+    arguments: &[*const c_void],
+) -> Result<Vec<Synchronization>, Fault> {
+    let refuse = |kind, message| Fault {
+        kind,
+        kernel: launch.kernel.to_owned(),
+        block: [0; 3],
+        thread: 0,
+        threads: ThreadCounts::default(),
+        message,
     };
-    let expected = kernels()[index].argument_count;
-    if arguments.len() != expected {
-        return Err(Fault(format!(
-            "{} takes {expected} arguments, not {}",
-            launch.kernel,
-            arguments.len()
-        )));
+    let kernel = find(launch.kernel).ok_or_else(|| {
+        refuse(
+            FaultKind::UnknownKernel,
+            "no kernel has this name".to_owned(),
+        )
+    })?;
+    let count = kernel.argument_bytes.len();
+    if arguments.len() != count {
+        return Err(refuse(
+            FaultKind::ArgumentCount,
+            format!("takes {count} arguments, got {}", arguments.len()),
+        ));
     }
-    let (order, seed) = match launch.order {
+
+    let mutant_body = launch
+        .mutant
+        .and_then(|mutant| kernels::body_in_mutant(mutant, kernel.name));
+    let watched_body = mutant_body
+        .or(kernel.watched_body)
+        .filter(|_| launch.watch.is_some());
+    let body = watched_body.or(mutant_body).unwrap_or(kernel.body);
+    let memory: Vec<RawRange> = launch
+        .watch
+        .iter()
+        .copied()
+        .flatten()
+        .map(|range| RawRange {
+            begin: range.start,
+            bytes: range.len(),
+        })
+        .collect();
+    let removed_file = launch
+        .without
+        .map(|removed| CString::new(removed.file.as_str()).unwrap_or_default());
+    let (order_kind, order_seed) = match launch.order {
         Order::Forward => (0, 0),
         Order::Reverse => (1, 0),
         Order::Random(seed) => (2, seed),
     };
-    let mut fault = [0; 512];
-    // SAFETY: the kernel is there and has so many arguments; the rest is the caller's promise.
-    let is_done = unsafe {
-        qlora_emulator_launch(
-            index,
-            launch.grid.as_ptr(),
-            launch.shared_bytes,
-            order,
-            seed,
-            arguments.as_ptr(),
-            fault.as_mut_ptr(),
-            fault.len(),
+    let raw = RawLaunch {
+        body,
+        arguments: arguments.as_ptr(),
+        threads: kernel.threads,
+        grid: launch.grid,
+        shared_bytes: launch.shared_bytes,
+        order_seed,
+        order_kind,
+        removed_line: launch.without.map_or(0, |removed| removed.line),
+        removed_file: removed_file
+            .as_ref()
+            .map_or(std::ptr::null(), |file| file.as_ptr()),
+        memory: memory.as_ptr(),
+        memory_count: memory.len(),
+        watched: watched_body.is_some(),
+    };
+    let mut fault = RawFault::default();
+    let mut met: Vec<Synchronization> = Vec::new();
+    // SAFETY: the structs are those of `host/`, and all that they point to outlives the call. The caller vouches for the arguments.
+    let succeeded = unsafe {
+        qlora_emulator_run(
+            &raw,
+            &mut fault,
+            note_synchronization,
+            (&raw mut met).cast(),
         )
     };
-    if is_done {
-        return Ok(());
+    if succeeded {
+        Ok(met)
+    } else {
+        Err(fault.into_fault(launch.kernel))
     }
-    // SAFETY: the emulator ends its report with a zero within the buffer.
-    let report = unsafe { CStr::from_ptr(fault.as_ptr()) };
-    Err(Fault(report.to_string_lossy().into_owned()))
+}
+
+unsafe extern "C" {
+    fn qlora_emulator_run(
+        launch: *const RawLaunch,
+        fault: *mut RawFault,
+        visit: unsafe extern "C" fn(*mut c_void, RawSite),
+        context: *mut c_void,
+    ) -> bool;
+}
+
+/// The layout is that of `RawLaunch` in `host/rust_interface.cpp`.
+#[repr(C)]
+struct RawLaunch {
+    body: kernels::Body,
+    arguments: *const *const c_void,
+    threads: u32,
+    grid: [u32; 3],
+    shared_bytes: usize,
+    order_seed: u64,
+    order_kind: u32,
+    removed_line: u32,
+    removed_file: *const c_char,
+    memory: *const RawRange,
+    memory_count: usize,
+    watched: bool,
+}
+
+/// The layout is that of `MemoryRange` in `host/machine.h`.
+#[repr(C)]
+struct RawRange {
+    begin: usize,
+    bytes: usize,
+}
+
+/// The layout is that of `Site` in `host/fault.h`.
+#[repr(C)]
+struct RawSite {
+    file: *const c_char,
+    line: u32,
+}
+
+unsafe extern "C" fn note_synchronization(context: *mut c_void, site: RawSite) {
+    // SAFETY: `launch` passes its list as the context, and the file is a string literal of the kernel.
+    let (met, path) = unsafe {
+        (
+            &mut *context.cast::<Vec<Synchronization>>(),
+            std::ffi::CStr::from_ptr(site.file),
+        )
+    };
+    let path = path.to_string_lossy();
+    let file = path.rsplit('/').next().unwrap_or_default().to_owned();
+    met.push(Synchronization {
+        file,
+        line: site.line,
+    });
+}
+
+/// The layout is that of `Fault` in `host/fault.h`.
+#[repr(C)]
+struct RawFault {
+    kind: u32,
+    block: [u32; 3],
+    thread: u32,
+    ready: u32,
+    in_warp_operation: u32,
+    at_barrier: u32,
+    exited: u32,
+    message: [u8; 512],
+}
+
+impl Default for RawFault {
+    fn default() -> Self {
+        Self {
+            kind: 0,
+            block: [0; 3],
+            thread: 0,
+            ready: 0,
+            in_warp_operation: 0,
+            at_barrier: 0,
+            exited: 0,
+            message: [0; 512],
+        }
+    }
+}
+
+impl RawFault {
+    fn into_fault(self, kernel: &str) -> Fault {
+        let message = self
+            .message
+            .split(|&byte| byte == 0)
+            .next()
+            .unwrap_or_default();
+        Fault {
+            kind: FaultKind::from_number(self.kind)
+                .expect("host/fault.h and src/fault.rs number the faults alike"),
+            kernel: kernel.to_owned(),
+            block: self.block,
+            thread: self.thread,
+            threads: ThreadCounts {
+                ready: self.ready,
+                in_warp_operation: self.in_warp_operation,
+                at_barrier: self.at_barrier,
+                exited: self.exited,
+            },
+            message: String::from_utf8_lossy(message).into_owned(),
+        }
+    }
 }
