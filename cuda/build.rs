@@ -28,10 +28,11 @@ const LIBRARIES: [(&str, &str, &str, u32); 5] = [
 ];
 
 fn main() {
-    println!("cargo::rerun-if-changed=cuda");
+    println!("cargo::rerun-if-changed=cuda/build.rs");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
+    println!("cargo::rerun-if-changed=cuda");
     for variable in ["CUDA_PATH", "CUDA_HOME", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
@@ -170,9 +171,13 @@ fn compile_loader(toolkit: &Path, out: &Path) {
         }
     }
     fs::write(out.join("cuda_functions.inc"), list).expect("OUT_DIR is writable");
+    let libraries = toolkit.join("lib64");
+    let libraries = libraries.canonicalize().unwrap_or(libraries);
+    let libraries = format!("{:?}", libraries.display().to_string());
     cc::Build::new()
         .file("cuda/loader.c")
         .include(out)
+        .define("TOOLKIT_LIBRARIES", libraries.as_str())
         .flag("-fno-builtin")
         .cargo_metadata(false)
         .compile("qlora_cuda_loader");

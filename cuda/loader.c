@@ -66,14 +66,30 @@ static const struct entry entries[] = {
 #undef FUNCTION
 };
 
-// Loads the libraries. Returns 1 and leaves `problem` empty, or 0 and why the first one that cannot be loaded cannot.
+// Where the libraries lie if the system does not find them by their names: in the toolkit that this was built with, or in the
+// usual one.
+static const char* const folders[] = {TOOLKIT_LIBRARIES, "/usr/local/cuda/lib64"};
+
+// The library, or NULL and why the system did not find it.
+static void* open_library(const char* file, char* problem, size_t capacity) {
+    void* library = dlopen(file, RTLD_NOW | RTLD_GLOBAL);
+    if (library == NULL) {
+        snprintf(problem, capacity, "%s", dlerror());
+    }
+    for (size_t i = 0; library == NULL && i < sizeof(folders) / sizeof(folders[0]); i++) {
+        char path[4096];
+        snprintf(path, sizeof(path), "%s/%s", folders[i], file);
+        library = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+    }
+    return library;
+}
+
+// Loads the libraries. Returns 1, or 0 and why the first one that cannot be loaded cannot.
 int qlora_load_cuda(char* problem, size_t capacity) {
     void* libraries[LIBRARY_COUNT];
-    problem[0] = '\0';
     for (int i = 0; i < LIBRARY_COUNT; i++) {
-        libraries[i] = dlopen(files[i], RTLD_NOW | RTLD_GLOBAL);
+        libraries[i] = open_library(files[i], problem, capacity);
         if (libraries[i] == NULL) {
-            snprintf(problem, capacity, "%s", dlerror());
             return 0;
         }
     }

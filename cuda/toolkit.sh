@@ -51,6 +51,4 @@ if [ $# -eq 0 ]; then
 fi
 export CUDA_PATH=$root CUDA_HOME=$root PATH=$root/bin:$PATH
 export LIBRARY_PATH=$root/lib:$root/lib/stubs${LIBRARY_PATH:+:$LIBRARY_PATH}
-# candle's own kernels: 90 would make PTX that runs on nothing newer.
-export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-80}
 exec "$@"
