@@ -3,9 +3,7 @@
 //! A tile of the result, up to 12 rows by 32 columns, stays in 24 vector registers while k runs: each step loads 2 vectors
 //! of the right-hand side and broadcasts 12 numbers of the left for 24 multiply-adds, so that loads never are the limit.
 //!
-//! ```text
-//! lhs  [ROWS][LHS_STRIDE]   rows as they are, at a fixed distance        rhs  [k][16 VECS]   a panel, one row after the other
-//! ```
+//! The left-hand side is read where it lies, by its strides; the right-hand side from a panel `[k][16 VECS]`.
 
 use std::arch::x86_64::*;
 
@@ -38,22 +36,24 @@ pub(super) struct Tile {
     pub add: bool,
 }
 
-type Kernel = unsafe fn(usize, *const f32, *const f32, Tile, Ahead);
+/// Rows of a left-hand side for `k` steps, by the distances of its elements.
+#[derive(Clone, Copy)]
+pub(super) struct Lhs {
+    pub at: *const f32,
+    pub row_stride: usize,
+    pub k_stride: usize,
+    pub k: usize,
+}
 
-/// `tile = lhs rhs` over `k` steps, or the same added, for `rows` rows.
+type Kernel = unsafe fn(&[Lhs], *const f32, Tile, Ahead);
+
+/// `tile = lhs rhs` over the steps of one `lhs` after the other, or the same added, for `rows` rows.
 ///
 /// # Safety
-/// The processor has AVX-512 F; `1 <= rows <= ROWS`, `1 <= tile.cols <= 32`, `lhs` holds `rows` rows of `k` numbers at
-/// [`LHS_STRIDE`], `rhs` holds `k` rows of 16 or, for more than 16 columns, 32 numbers, and `tile` is ours to write.
+/// The processor has AVX-512 F; `1 <= rows <= ROWS`, `1 <= tile.cols <= 32`, each `lhs` holds `rows` rows, `rhs` holds 16
+/// or, for more than 16 columns, 32 numbers for each of their steps, and `tile` is ours to write.
 #[inline]
-pub(super) unsafe fn multiply(
-    rows: usize,
-    k: usize,
-    lhs: *const f32,
-    rhs: *const f32,
-    tile: Tile,
-    ahead: Ahead,
-) {
+pub(super) unsafe fn multiply(rows: usize, lhs: &[Lhs], rhs: *const f32, tile: Tile, ahead: Ahead) {
     const KERNELS: [[Kernel; ROWS]; VECS] = {
         macro_rules! kernels {
             ($vecs:literal: $($rows:literal)*) => { [$(kernel::<$rows, $vecs>),*] };
@@ -65,13 +65,12 @@ pub(super) unsafe fn multiply(
     };
     let kernel = KERNELS[tile.cols.div_ceil(LANES) - 1][rows - 1];
     // SAFETY: as the caller promises.
-    unsafe { kernel(k, lhs, rhs, tile, ahead) }
+    unsafe { kernel(lhs, rhs, tile, ahead) }
 }
 
 #[target_feature(enable = "avx512f")]
 unsafe fn kernel<const ROWS: usize, const VECS: usize>(
-    k: usize,
-    mut lhs: *const f32,
+    lhs: &[Lhs],
     mut rhs: *const f32,
     tile: Tile,
     mut ahead: Ahead,
@@ -83,28 +82,34 @@ unsafe fn kernel<const ROWS: usize, const VECS: usize>(
         }
     }
     let mut acc = [[_mm512_setzero_ps(); VECS]; ROWS];
-    let mut left = k;
-    while left > 0 {
-        // A cache line of each row ahead in the time of 16 steps: seldom enough to cost nothing.
-        for row in 0..ahead.rows {
-            _mm_prefetch::<_MM_HINT_T1>(ahead.at.wrapping_add(row * ahead.stride).cast());
-        }
-        ahead.at = ahead.at.wrapping_add(LANES);
-        let steps = left.min(LANES);
-        left -= steps;
-        for _ in 0..steps {
-            // SAFETY: `lhs` and `rhs` hold `k` steps.
-            unsafe {
-                let b: [__m512; VECS] =
-                    std::array::from_fn(|v| _mm512_loadu_ps(rhs.add(v * LANES)));
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let a = _mm512_set1_ps(*lhs.add(r * LHS_STRIDE));
-                    for (acc, &b) in acc.iter_mut().zip(&b) {
-                        *acc = _mm512_fmadd_ps(a, b, *acc);
+    for lhs in lhs {
+        // One pointer for 3 rows: an address reaches 0, 1 or 2 strides far.
+        let mut threes: [*const f32; 4] =
+            std::array::from_fn(|i| lhs.at.wrapping_add(3 * i * lhs.row_stride));
+        let mut left = lhs.k;
+        while left > 0 {
+            // A cache line of each row ahead in the time of 16 steps: seldom enough to cost nothing.
+            for row in 0..ahead.rows {
+                _mm_prefetch::<_MM_HINT_T1>(ahead.at.wrapping_add(row * ahead.stride).cast());
+            }
+            ahead.at = ahead.at.wrapping_add(LANES);
+            let steps = left.min(LANES);
+            left -= steps;
+            for _ in 0..steps {
+                // SAFETY: `lhs` and `rhs` hold `k` steps.
+                unsafe {
+                    let b: [__m512; VECS] =
+                        std::array::from_fn(|v| _mm512_loadu_ps(rhs.add(v * LANES)));
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let a = threes[r / 3].wrapping_add(r % 3 * lhs.row_stride);
+                        let a = _mm512_set1_ps(*a);
+                        for (acc, &b) in acc.iter_mut().zip(&b) {
+                            *acc = _mm512_fmadd_ps(a, b, *acc);
+                        }
                     }
+                    rhs = rhs.add(VECS * LANES);
                 }
-                lhs = lhs.add(1);
-                rhs = rhs.add(VECS * LANES);
+                threes = threes.map(|at| at.wrapping_add(lhs.k_stride));
             }
         }
     }

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::kernel::{Ahead, LANES, LHS_STRIDE, MAX_K, ROWS, Tile, VECS, multiply, transpose};
+use super::kernel::{Ahead, LANES, LHS_STRIDE, Lhs, MAX_K, ROWS, Tile, VECS, multiply, transpose};
 use super::{Into, Mat, MatMut, Rhs, Scratch, Term};
 
 /// Columns of a block: with 768 steps of k, 3/4 of the L2 cache of a Zen 4.
@@ -86,15 +86,17 @@ fn block(
         );
         at += len;
     }
-    let lhs = buffers.lhs.take(ROWS * LHS_STRIDE);
+    let mut lhs = Vec::with_capacity(terms.len());
+    let copies = buffers.lhs.take(ROWS * LHS_STRIDE);
     let panels = cols.len().div_ceil(PANEL);
     for row in (0..dst.rows).step_by(ROWS) {
         let rows = ROWS.min(dst.rows - row);
+        lhs.clear();
         let mut at = 0;
         for (term, within) in parts(terms, &steps) {
-            let len = within.len();
-            pack_lhs(term.lhs.rows(row..row + rows).cols(within), &mut lhs[at..]);
-            at += len;
+            let part = term.lhs.rows(row..row + rows).cols(within);
+            lhs.push(readable(part, &mut copies[at..]));
+            at += part.cols;
         }
         let mut ahead = rows_ahead(&terms[0], &steps, row + rows);
         let rows_left = ahead.rows;
@@ -113,14 +115,7 @@ fn block(
                     cols: end - start,
                     add,
                 };
-                multiply(
-                    rows,
-                    k,
-                    lhs.as_ptr(),
-                    rhs.panel(panel).0.as_ptr(),
-                    tile,
-                    ahead,
-                );
+                multiply(rows, &lhs, rhs.panel(panel).0.as_ptr(), tile, ahead);
             }
         }
     }
@@ -155,19 +150,23 @@ fn rows_ahead(term: &Term<'_>, steps: &Range<usize>, row: usize) -> Ahead {
     }
 }
 
-/// Copies up to [`ROWS`] rows to where the kernel reads them.
-#[target_feature(enable = "avx512f")]
-fn pack_lhs(lhs: Mat<'_>, dst: &mut [f32]) {
-    if lhs.col_stride == 1 {
+/// Where the kernel reads up to [`ROWS`] rows: where they are, or from `copies` at [`LHS_STRIDE`].
+fn readable(lhs: Mat<'_>, copies: &mut [f32]) -> Lhs {
+    /// Rows at multiples of this distance share so few sets of the L1 cache that they drive each other out.
+    const CROWDED: usize = 2048 / size_of::<f32>();
+    let (mut at, mut row_stride) = (lhs.data.as_ptr(), lhs.row_stride);
+    if lhs.col_stride == 1 && lhs.rows > 1 && lhs.row_stride.is_multiple_of(CROWDED) {
         for row in 0..lhs.rows {
             let from = &lhs.data[row * lhs.row_stride..][..lhs.cols];
-            dst[row * LHS_STRIDE..][..lhs.cols].copy_from_slice(from);
+            copies[row * LHS_STRIDE..][..lhs.cols].copy_from_slice(from);
         }
-        return;
+        (at, row_stride) = (copies.as_ptr(), LHS_STRIDE);
     }
-    for start in (0..lhs.cols).step_by(LANES) {
-        let steps = start..lhs.cols.min(start + LANES);
-        transpose_block(lhs.t().rows(steps), 1.0, &mut dst[start..], LHS_STRIDE);
+    Lhs {
+        at,
+        row_stride,
+        k_stride: lhs.col_stride,
+        k: lhs.cols,
     }
 }
 
