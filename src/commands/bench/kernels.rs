@@ -88,8 +88,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     bench.limits(&args)?;
     bench.weights(&args)?;
     bench.elementwise(&args)?;
-    for segment in [2048, 8192] {
-        bench.attention(&args, segment.min(args.tokens))?;
+    let mut segments = [2048, 8192]
+        .map(|segment| segment.min(args.tokens))
+        .to_vec();
+    segments.dedup();
+    for segment in segments {
+        bench.attention(&args, segment)?;
     }
     bench.optimizer()?;
     bench.print(args.json);
@@ -344,7 +348,7 @@ impl Bench {
         println!("{device}, median of {ROUNDS} rounds, share of the copy or of the product");
         for m in &self.measured {
             println!(
-                "{:40} {:10.3} ms {:10.1} {:8} {:4.0} %",
+                "{:40} {:10.3} ms {:10.2} {:8} {:4.0} %",
                 m.name,
                 m.seconds * 1e3,
                 m.rate(),
