@@ -6,9 +6,10 @@ use std::hint::black_box;
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use qlora::ops::attention::{self, Heads, Segment};
+use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::philox::Uniform;
+use qlora::ops::weight::Weight;
 use qlora::ops::{gated_act, linear_cross_entropy, residual, rms_norm};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 
@@ -44,7 +45,7 @@ fn linears(c: &mut Criterion) {
     for (d_in, d_out) in [(D, D), (D, F), (F, D)] {
         let dense = DenseTensor::from_f32(vec![d_out, d_in], &random(&[d_out, d_in]));
         let params = Params4bit::quantize("w", &dense, QuantizeOptions::default()).unwrap();
-        let weight = FrozenWeight::Quantized(params);
+        let weight = Weight::from(FrozenWeight::Quantized(params));
         let (x, dy) = (tensor(&[N, d_in]), tensor(&[N, d_out]));
         let (a, b) = (tensor(&[R, d_in]), tensor(&[d_out, R]));
         let lora = Lora {
@@ -97,13 +98,14 @@ fn attention(c: &mut Criterion) {
         head_dim: 64,
         window: None,
     };
-    let segments: Vec<Segment> = (0..SEQUENCES)
+    let segments: Vec<_> = (0..SEQUENCES)
         .map(|s| s * TOKENS..(s + 1) * TOKENS)
         .map(|rows| Segment {
             queries: rows.clone(),
             keys: rows,
         })
         .collect();
+    let segments = Segments::from(segments);
     let (q, k, v, d_out) = (
         tensor(&[N, D]),
         tensor(&[N, D]),
@@ -133,6 +135,7 @@ fn head_and_loss(c: &mut Criterion) {
         .map(half::bf16::from_f32)
         .collect();
     let head = FrozenWeight::Dense(DenseTensor::from_bf16(dense.shape, &values));
+    let head = Weight::from(head);
     let x = tensor(&[N, D]);
     let labels: Vec<i64> = (0..N as i64).collect();
     let mut group = c.benchmark_group("linear_cross_entropy");

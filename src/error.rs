@@ -82,8 +82,25 @@ pub enum Error {
     #[error("{0}")]
     Train(String),
 
+    /// The device has no memory left for a tensor.
+    #[error(
+        "out of device memory; lower per_device_train_batch_size or max_seq_len, or set gradient_checkpointing ({detail})"
+    )]
+    OutOfDeviceMemory { detail: String },
+
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(candle_core::Error),
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        let detail = error.to_string();
+        // The driver's code for it, which candle carries as text alone.
+        if detail.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+            return Self::OutOfDeviceMemory { detail };
+        }
+        Self::Candle(error)
+    }
 }
 
 impl Error {

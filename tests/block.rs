@@ -6,8 +6,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use oracle::{Random, assert_close, f32, f64s, oracle};
+use qlora::device::Placement;
 use qlora::model::{ActivationPolicy, Decoder, InputGrad, Layout, Module};
-use qlora::ops::attention::{self, Heads, Segment};
+use qlora::ops::attention::{self, Heads, Segment, Segments};
+use qlora::ops::rope::Positions;
 use qlora::ops::{gated_act, linear, residual, rms_norm, rope};
 use qlora::store::{Adapter, Checkpoint};
 
@@ -103,7 +105,7 @@ fn check(case: &str) {
         .join("tests/fixtures/engine")
         .join(case);
     let checkpoint = Checkpoint::open(&dir).unwrap();
-    let mut decoder = Decoder::load(&checkpoint, None).unwrap();
+    let mut decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
     decoder
         .load_adapter(&Adapter::read(dir.join("adapter")).unwrap())
         .unwrap();
@@ -116,12 +118,13 @@ fn check(case: &str) {
     };
     let mut random = Random::new(case);
     let n = LENGTHS.iter().sum();
-    let segments = [0..LENGTHS[0], LENGTHS[0]..n].map(|r| Segment {
+    let segment = |r: std::ops::Range<usize>| Segment {
         queries: r.clone(),
         keys: r,
-    });
+    };
+    let segments = Segments::from(vec![segment(0..LENGTHS[0]), segment(LENGTHS[0]..n)]);
     let positions: Vec<u32> = LENGTHS.iter().flat_map(|&len| 0..len as u32).collect();
-    let rope = decoder.rope_table(LENGTHS[0]);
+    let rope = decoder.rope_table(LENGTHS[0]).unwrap();
     let (cos, sin) = rope.gather(&positions).unwrap();
     let (cos, sin) = (
         cos.to_dtype(DType::F64).unwrap(),
@@ -152,8 +155,9 @@ fn check(case: &str) {
         )
     });
 
+    let rows = Positions::new(&positions);
     let layout = Layout {
-        positions: &positions,
+        positions: &rows,
         segments: &segments,
         rope: &rope,
     };

@@ -167,6 +167,35 @@ fn help_of_train_lists_every_key_with_its_default() {
 }
 
 #[test]
+fn bench_kernels_measures_every_operation() {
+    let arguments =
+        "bench kernels --device cpu --tokens 64 --hidden_size 128 --num_attention_heads 1 --json";
+    let output = assert_cmd::Command::cargo_bin("qlora")
+        .unwrap()
+        .args(arguments.split(' '))
+        .output()
+        .unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let kernels = report["kernels"].as_array().unwrap();
+    for name in [
+        "copy",
+        "rms_norm",
+        "gated_act",
+        "rope",
+        "attention",
+        "adamw",
+    ] {
+        let of_name =
+            |kernel: &&serde_json::Value| kernel["name"].as_str().unwrap().starts_with(name);
+        let measured = kernels
+            .iter()
+            .find(of_name)
+            .unwrap_or_else(|| panic!("no {name}"));
+        assert!(measured["rate"].as_f64().unwrap() > 0.0);
+    }
+}
+
+#[test]
 fn a_closed_pipe_is_no_panic() {
     let binary = assert_cmd::cargo::cargo_bin("qlora");
     let script = format!("'{}' train --help | head -n 1", binary.display());
@@ -184,7 +213,7 @@ fn readme_shows_the_help_texts_as_they_are() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(&path).unwrap();
     let mut updated = readme.clone();
-    let names = ["qlora".to_string(), "bench speed".to_string()];
+    let names = ["qlora", "bench speed", "bench kernels"].map(str::to_string);
     for name in names.into_iter().chain(commands()) {
         let arguments: Vec<&str> = name.split(' ').filter(|word| *word != "qlora").collect();
         let block = format!("\n```text\n{}```\n", help(&arguments));

@@ -22,6 +22,8 @@ fn gradients(
     let d_loss = 1.0 / targets as f32;
     let losses = decoder
         .backward(sequences(&batch), &batch.labels, d_loss, policies)
+        .unwrap()
+        .read()
         .unwrap();
     let loss = losses.iter().map(|l| f64::from(l.loss)).sum::<f64>() / targets as f64;
     (loss, sorted_gradients(&decoder))

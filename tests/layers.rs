@@ -9,7 +9,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("quant", &["device"]),
     ("ops", &["device", "quant"]),
     ("store", &["quant"]),
-    ("model", &["ops", "quant", "store"]),
+    // `device` for the placement that a model is loaded to and hands on; what that means, operations decide.
+    ("model", &["ops", "quant", "store", "device"]),
     ("data", &[]),
     // `quant` for the code that the configuration asks for; `infer` because evaluation between steps is that of `qlora eval`.
     (

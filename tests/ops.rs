@@ -6,10 +6,11 @@ use candle_core::{DType, Device, Tensor};
 use oracle::{Random, assert_close, f32, f64s, oracle};
 use qlora::IGNORE_INDEX;
 use qlora::ops::adamw::{self, AdamW};
-use qlora::ops::attention::{self, Heads, Segment};
+use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::linear_cross_entropy as lce;
-use qlora::ops::rope::{self, RopeTable};
+use qlora::ops::rope::{self, Positions, RopeTable};
+use qlora::ops::weight::Weight;
 use qlora::ops::{embedding, gated_act, residual, rms_norm};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 
@@ -20,22 +21,24 @@ fn zeros_like(t: &Tensor) -> Tensor {
     Tensor::zeros(t.shape(), DType::F32, &Device::Cpu).unwrap()
 }
 
-fn dense(t: &Tensor) -> FrozenWeight {
+fn stored(t: &Tensor) -> DenseTensor {
     let values: Vec<f32> = f64s(t).into_iter().map(|v| v as f32).collect();
-    FrozenWeight::Dense(DenseTensor::from_f32(t.dims().to_vec(), &values))
+    DenseTensor::from_f32(t.dims().to_vec(), &values)
+}
+
+fn dense(t: &Tensor) -> Weight {
+    FrozenWeight::Dense(stored(t)).into()
 }
 
 /// A weight whose rows are no multiple of the block, in 4 bits, and its values.
-fn quantized(t: &Tensor) -> (FrozenWeight, Tensor) {
-    let FrozenWeight::Dense(weight) = dense(t) else {
-        unreachable!()
-    };
+fn quantized(t: &Tensor) -> (Weight, Tensor) {
+    let weight = stored(t);
     let params = Params4bit::quantize("w", &weight, QuantizeOptions::default()).unwrap();
     let mut values = vec![0f32; weight.numel()];
     params.dequantize(&mut values);
     let values = Tensor::from_vec(values, t.dims(), &Device::Cpu).unwrap();
     (
-        FrozenWeight::Quantized(params),
+        FrozenWeight::Quantized(params).into(),
         values.to_dtype(DType::F64).unwrap(),
     )
 }
@@ -189,19 +192,24 @@ fn rope_equals_its_reference() {
     });
     let flat = |t: &Tensor| f32(t).reshape((n, heads * e)).unwrap();
     let (x, dy) = (flat(&x), flat(&dy));
-    rope::forward(&x, &positions, &table).unwrap();
-    assert_close("y", &x, &want, TOLERANCE);
-    rope::backward(&dy, &positions, &table).unwrap();
-    assert_close("dx", &dy, &grads[0], TOLERANCE);
+    let (rows, past_end) = (Positions::new(&positions), Positions::new(&[40; 67]));
+    let keys = x.copy().unwrap();
+    rope::forward(&x, &keys, &rows, &table).unwrap();
+    assert_close("q", &x, &want, TOLERANCE);
+    assert_close("k", &keys, &want, TOLERANCE);
+    let d_keys = dy.copy().unwrap();
+    rope::backward(&dy, &d_keys, &rows, &table).unwrap();
+    assert_close("dq", &dy, &grads[0], TOLERANCE);
+    assert_close("dk", &d_keys, &grads[0], TOLERANCE);
     assert!(
-        rope::forward(&x, &[40; 67], &table).is_err(),
+        rope::forward(&x, &keys, &past_end, &table).is_err(),
         "a position past the table is refused"
     );
 }
 
-fn segments(lengths: &[usize]) -> Vec<Segment> {
+fn segments(lengths: &[usize]) -> Segments {
     let mut start = 0;
-    lengths
+    let list: Vec<_> = lengths
         .iter()
         .map(|len| {
             let range = start..start + len;
@@ -211,7 +219,8 @@ fn segments(lengths: &[usize]) -> Vec<Segment> {
                 keys: range,
             }
         })
-        .collect()
+        .collect();
+    list.into()
 }
 
 #[test]
@@ -271,7 +280,7 @@ fn attention_with_a_cache_equals_the_last_rows_of_the_whole() {
         queries: 0..3,
         keys: 0..n,
     };
-    let cached = attention::forward(&last, &k, &v, &[segment], heads)
+    let cached = attention::forward(&last, &k, &v, &vec![segment].into(), heads)
         .unwrap()
         .out;
     assert_close("out", &cached, &whole.narrow(0, n - 3, 3).unwrap(), 1e-6);
@@ -302,6 +311,7 @@ fn linear_cross_entropy_equals_its_reference() {
             lce::reference(&t[0].index_select(&picked, 0).unwrap(), &head, &kept).unwrap()
         });
         let (losses, dx) = lce::backward(&f32(&x), &dense(&head), &labels, 0.25).unwrap();
+        let losses = losses.read().unwrap();
         let total = lce::total(&losses);
         let want = want.to_scalar::<f64>().unwrap();
         assert!(
@@ -314,7 +324,10 @@ fn linear_cross_entropy_equals_its_reference() {
             rows
         );
         assert_eq!(
-            lce::forward(&f32(&x), &dense(&head), &labels).unwrap(),
+            lce::forward(&f32(&x), &dense(&head), &labels)
+                .unwrap()
+                .read()
+                .unwrap(),
             losses
         );
     }
@@ -353,7 +366,11 @@ fn adamw_equals_its_reference() {
         let g = random.tensor(&shape);
         let want = adamw::reference(&update, &w, &g, &m, &v).unwrap();
         let (w, m, v) = (f32(&w), f32(&m), f32(&v));
-        adamw::forward(&update, &w, &f32(&g), &m, &v).unwrap();
+        let weight = adamw::Weight {
+            value: &w,
+            low: None,
+        };
+        adamw::forward(&update, weight, &f32(&g), &m, &v).unwrap();
         for (name, got, want) in [
             ("weight", &w, &want[0]),
             ("m", &m, &want[1]),
@@ -361,7 +378,7 @@ fn adamw_equals_its_reference() {
         ] {
             assert_close(name, got, want, TOLERANCE);
         }
-        let norm = adamw::squared_norm(&f32(&g)).unwrap().sqrt();
+        let norm = adamw::squared_norm(&w, &f32(&g)).unwrap().sqrt();
         assert!((norm - f64s(&g).iter().map(|g| g * g).sum::<f64>().sqrt()).abs() < 1e-12);
     }
 }

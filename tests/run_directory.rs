@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use qlora::device::Placement;
 use qlora::store::Adapter;
 use qlora::train::config::Resume;
 use qlora::train::{Event, Outcome, TrainConfig, Trainer};
@@ -28,7 +29,7 @@ fn config(output_dir: &Path) -> TrainConfig {
 }
 
 fn run(config: TrainConfig) -> qlora::Result<Outcome> {
-    Trainer::new(config)?.run(&AtomicBool::new(false), |_| ())
+    Trainer::new(config, &Placement::cpu())?.run(&AtomicBool::new(false), |_| ())
 }
 
 fn bytes(dir: &Path, file: &str) -> Vec<u8> {
@@ -117,7 +118,7 @@ fn resume_equals_uninterrupted_run() {
 
     let parts = tempfile::tempdir().unwrap();
     let stop = AtomicBool::new(false);
-    let stopped = Trainer::new(config(parts.path()))
+    let stopped = Trainer::new(config(parts.path()), &Placement::cpu())
         .unwrap()
         .run(&stop, |event| {
             if let Event::Step(record) = event {

@@ -5,6 +5,7 @@ mod reference_case;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use qlora::device::Placement;
 use qlora::train::schedule::SchedulerType;
 use qlora::train::{Outcome, TrainConfig, Trainer};
 use reference_case::{ReferenceCase, TRAINED_CASES, decoder_with_adapter, relative_error, values};
@@ -59,7 +60,7 @@ fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
 
 fn run(config: TrainConfig) -> PathBuf {
     let dir = config.output_dir.clone();
-    let outcome = Trainer::new(config)
+    let outcome = Trainer::new(config, &Placement::cpu())
         .unwrap()
         .run(&AtomicBool::new(false), |_| ());
     assert_eq!(outcome.unwrap(), Outcome::Finished);
@@ -112,9 +113,17 @@ fn twenty_steps_are_those_of_torch() {
                 &what("learning_rate"),
             );
         }
-        let trained = decoder_with_adapter(&case.dir, &dir);
-        let reference = decoder_with_adapter(&case.dir, &case.dir.join("train/adapter"));
-        let start = decoder_with_adapter(&case.dir, &case.dir.join("train/init_adapter"));
+        let trained = decoder_with_adapter(&case.dir, &dir, &Placement::cpu());
+        let reference = decoder_with_adapter(
+            &case.dir,
+            &case.dir.join("train/adapter"),
+            &Placement::cpu(),
+        );
+        let start = decoder_with_adapter(
+            &case.dir,
+            &case.dir.join("train/init_adapter"),
+            &Placement::cpu(),
+        );
         let mut compared = 0;
         for (((tensor, found), (_, expected)), (_, start)) in trained
             .trainables()
@@ -144,11 +153,14 @@ fn how_a_batch_is_divided_does_not_matter() {
         let case = ReferenceCase::read(name);
         let out = tempfile::tempdir().unwrap();
         let step = |micro_batch, accumulation| {
-            let mut trainer = Trainer::new(TrainConfig {
-                per_device_train_batch_size: micro_batch,
-                gradient_accumulation_steps: accumulation,
-                ..config(&case, out.path())
-            })
+            let mut trainer = Trainer::new(
+                TrainConfig {
+                    per_device_train_batch_size: micro_batch,
+                    gradient_accumulation_steps: accumulation,
+                    ..config(&case, out.path())
+                },
+                &Placement::cpu(),
+            )
             .unwrap();
             let record = trainer.step().unwrap();
             let grads: Vec<_> = trainer
@@ -232,15 +244,18 @@ fn every_adapter_tensor_gets_a_gradient_and_moves() {
         // A starts with B = 0, so it has no gradient in the first step.
         let data = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("tests/fixtures/engine/qwen3/train/data.jsonl");
-        let mut trainer = Trainer::new(TrainConfig {
-            model_name_or_path: case.dir.clone(),
-            output_dir: out.path().to_path_buf(),
-            dataset: data,
-            lora_r: 4,
-            gradient_accumulation_steps: 2,
-            max_steps: 3,
-            ..TrainConfig::default()
-        })
+        let mut trainer = Trainer::new(
+            TrainConfig {
+                model_name_or_path: case.dir.clone(),
+                output_dir: out.path().to_path_buf(),
+                dataset: data,
+                lora_r: 4,
+                gradient_accumulation_steps: 2,
+                max_steps: 3,
+                ..TrainConfig::default()
+            },
+            &Placement::cpu(),
+        )
         .unwrap();
         let start: Vec<_> = trainer
             .decoder()

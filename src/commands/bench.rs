@@ -1,9 +1,11 @@
 //! `qlora bench`: how fast this machine trains, measured on synthetic weights.
 
+mod kernels;
+
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use qlora::device::{anonymous_memory_bytes, peak_memory_bytes, reset_peak_memory};
+use qlora::device::{Placement, anonymous_memory_bytes};
 use qlora::model::ActivationPolicy;
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
 use serde_json::json;
@@ -66,6 +68,8 @@ pub struct Args {
 enum Bench {
     /// Tokens per second and memory of optimizer steps at full length
     Speed(Box<SpeedArgs>),
+    /// The rate of each operation, as a share of what the device can copy and multiply
+    Kernels(kernels::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -144,6 +148,7 @@ fn parse_shape(name: &str) -> Result<Shape, String> {
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.bench {
         Bench::Speed(args) => speed(*args),
+        Bench::Kernels(args) => kernels::run(args),
     }
 }
 
@@ -185,7 +190,7 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
-    qlora::device::open(config.device)?;
+    let placement = Placement::open(config.device)?;
     let Ok(counted) = usize::try_from(config.max_steps) else {
         bail!("a benchmark needs --max_steps of at least 1");
     };
@@ -205,8 +210,8 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
     config.output_dir = synthetic.output_dir();
     config.max_steps = (WARM_UP_STEPS + counted) as i64;
 
-    let mut trainer = Trainer::new(config)?;
-    reset_peak_memory();
+    let mut trainer = Trainer::new(config, &placement)?;
+    placement.reset_peak_memory()?;
     let mut step_seconds = Vec::with_capacity(counted);
     let mut tokens = 0;
     for step in 0..WARM_UP_STEPS + counted {
@@ -229,7 +234,7 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
             "tokens_per_second": tokens_per_second,
             "step_seconds": step_seconds,
             "tokens_per_step": tokens,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": placement.peak_memory_bytes(),
             "anonymous_memory_bytes": anonymous_memory_bytes(),
             "activations": policy,
             "threads": rayon::current_num_threads(),
@@ -239,9 +244,11 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
         });
         println!("{report}");
     } else {
-        let peak = peak_memory_bytes().map_or("unknown".into(), |bytes| {
-            format!("{:.2} GB", bytes as f64 / 1e9)
-        });
+        let peak = placement
+            .peak_memory_bytes()
+            .map_or("unknown".into(), |bytes| {
+                format!("{:.2} GB", bytes as f64 / 1e9)
+            });
         println!(
             "{tokens_per_second:.1} tokens/s (median of {counted} steps of {tokens} tokens), peak memory {peak}, activations: {policy}, {} threads",
             rayon::current_num_threads()

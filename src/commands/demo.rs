@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::data::Tokenizer;
+use qlora::device::{DeviceKind, Placement};
 use qlora::model::Decoder;
 use qlora::quant::QuantizeOptions;
 use qlora::store::{Adapter, Checkpoint, Existing, QuantizeJob, QuantizeReport, quantize};
@@ -30,6 +31,10 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = "qlora-demo")]
     out: PathBuf,
 
+    /// cpu or cuda
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = super::model_args::parse_device)]
+    device: DeviceKind,
+
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -37,15 +42,16 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
+    let placement = Placement::open(args.device)?;
     let files = DemoFiles::write(&args.out)?;
     let quantized = quantize_base(&files)?;
 
     let tokenizer = Tokenizer::from_dir(&files.quantized)?;
     let questions = Question::read_all(&files.heldout)?;
-    let mut model = Decoder::load(&Checkpoint::open(&files.quantized)?, None)?;
+    let mut model = Decoder::load(&Checkpoint::open(&files.quantized)?, None, &placement)?;
     let before = answer_all(&model, &tokenizer, &questions, "asking before")?;
 
-    let training = train(&files)?;
+    let training = train(&files, args.device, &placement)?;
 
     model.load_adapter(&Adapter::read(&files.adapter)?)?;
     let after = answer_all(&model, &tokenizer, &questions, "asking after")?;
@@ -88,16 +94,18 @@ fn quantize_base(files: &DemoFiles) -> anyhow::Result<QuantizeReport> {
 }
 
 /// Runs `qlora train` with the files' configuration.
-fn train(files: &DemoFiles) -> anyhow::Result<Training> {
+fn train(files: &DemoFiles, device: DeviceKind, placement: &Placement) -> anyhow::Result<Training> {
     let text = |path: &Path| path.display().to_string();
     let overrides = [
         ("model_name_or_path", text(&files.quantized)),
         ("dataset", text(&files.train)),
         ("eval_dataset", text(&files.heldout)),
         ("output_dir", text(&files.adapter)),
+        ("device", device.name().to_string()),
     ]
     .map(|(key, value)| (key.to_string(), value));
-    let mut trainer = Trainer::new(TrainConfig::load(Some(&files.config), &overrides)?)?;
+    let config = TrainConfig::load(Some(&files.config), &overrides)?;
+    let mut trainer = Trainer::new(config, placement)?;
     let started = Instant::now();
     if let Outcome::Stopped(checkpoint) = super::train::train(&mut trainer)? {
         return Err(Interrupted(format!("; saved {}", checkpoint.display())).into());

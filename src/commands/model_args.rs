@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use qlora::data::Tokenizer;
+use qlora::device::{DeviceKind, Placement};
 use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
 use qlora::store::{Adapter, Checkpoint};
@@ -21,11 +22,16 @@ pub struct ModelArgs {
     /// Quantize weights that are not in 4 bits yet, as training does, to nf4 or fp4; unset: as stored
     #[arg(long = "quant_type", alias = "quant-type", value_name = "TYPE", value_parser = parse_quant_type)]
     quant_type: Option<QuantType>,
+
+    /// cpu or cuda
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = parse_device)]
+    device: DeviceKind,
 }
 
 impl ModelArgs {
     /// The model with its adapter, if one is given.
     pub fn load(&self) -> anyhow::Result<Decoder> {
+        let placement = Placement::open(self.device)?;
         let checkpoint = Checkpoint::open(&self.model)?;
         if self.adapter.is_some() && self.quant_type.is_none() && !checkpoint.is_quantized() {
             eprintln!(
@@ -37,7 +43,7 @@ impl ModelArgs {
             quant_type,
             ..QuantizeOptions::default()
         });
-        let mut decoder = Decoder::load(&checkpoint, quantize)?;
+        let mut decoder = Decoder::load(&checkpoint, quantize, &placement)?;
         if let Some(dir) = &self.adapter {
             decoder
                 .load_adapter(&Adapter::read(dir)?)
@@ -58,4 +64,9 @@ fn parse_quant_type(text: &str) -> Result<QuantType, String> {
         "fp4" => Ok(QuantType::Fp4),
         _ => Err("expected nf4 or fp4".to_string()),
     }
+}
+
+/// A device by the name that the configuration has for it.
+pub fn parse_device(text: &str) -> Result<DeviceKind, String> {
+    DeviceKind::named(text).ok_or_else(|| "expected cpu or cuda".to_string())
 }

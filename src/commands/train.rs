@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use qlora::device::Placement;
 use qlora::model::ActivationPolicy;
 use qlora::train::{Event, Outcome, TrainConfig, Trainer};
 
@@ -25,8 +26,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
-    qlora::device::open(config.device)?;
-    let mut trainer = Trainer::new(config)?;
+    let placement = Placement::open(config.device)?;
+    let mut trainer = Trainer::new(config, &placement)?;
     let outcome = train(&mut trainer)?;
     let output_dir = &trainer.config().output_dir;
     match outcome {

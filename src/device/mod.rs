@@ -1,12 +1,18 @@
-//! Where tensors live: the choice of device, and what the system says about memory.
+//! Where tensors live: the choice of device, the launching of kernels there, and what the system says about memory.
 
+mod address;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod memory;
+mod runtime;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
+pub use address::{address, address_mut};
 pub use memory::{
     anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes, reset_peak_memory,
 };
+pub use runtime::{Argument, DeviceMemory, Gemm, Launch, Matrix, Runtime, install, runtime};
 
 use crate::{Error, Result};
 
@@ -18,16 +24,105 @@ pub enum DeviceKind {
     Cuda,
 }
 
-/// Opens the device.
-///
-/// # Errors
-/// [`Error::Config`] for a device that this build does not have.
-pub fn open(kind: DeviceKind) -> Result<Device> {
-    match kind {
-        DeviceKind::Cpu => Ok(Device::Cpu),
-        DeviceKind::Cuda => Err(Error::config(
-            "device",
-            "this build has no CUDA back end; use --device cpu",
-        )),
+impl DeviceKind {
+    /// The name that users write.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Cuda => "cuda",
+        }
     }
+
+    /// The device called `name`.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::Cpu, Self::Cuda]
+            .into_iter()
+            .find(|kind| kind.name() == name)
+    }
+}
+
+/// Where a model computes, and the type of its activations: f32 by the CPU's own code, bf16 by kernels.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    pub device: Device,
+    pub dtype: DType,
+}
+
+impl Placement {
+    /// In f32 on the CPU.
+    pub fn cpu() -> Self {
+        Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
+        }
+    }
+
+    /// Whether operations launch kernels there.
+    pub fn uses_kernels(&self) -> bool {
+        self.dtype != DType::F32
+    }
+
+    /// Opens the device and loads its kernels.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a device that this build or this machine does not have.
+    pub fn open(kind: DeviceKind) -> Result<Self> {
+        match kind {
+            DeviceKind::Cpu => Ok(Self::cpu()),
+            DeviceKind::Cuda => Ok(Self {
+                device: open_cuda()?,
+                dtype: DType::BF16,
+            }),
+        }
+    }
+
+    /// Bytes that new tensors can take.
+    pub fn free_memory_bytes(&self) -> Option<u64> {
+        match self.runtime_memory() {
+            Some(memory) => Some(memory.free_bytes),
+            None => available_memory_bytes(),
+        }
+    }
+
+    /// The most memory in use so far: of the device, or of this process where that is the CPU.
+    pub fn peak_memory_bytes(&self) -> Option<u64> {
+        match self.runtime_memory() {
+            Some(memory) => Some(memory.peak_bytes),
+            None => peak_memory_bytes(),
+        }
+    }
+
+    /// Starts [`peak_memory_bytes`](Self::peak_memory_bytes) anew.
+    ///
+    /// # Errors
+    /// What the device's driver reports.
+    pub fn reset_peak_memory(&self) -> Result<()> {
+        reset_peak_memory();
+        match runtime(&self.device).filter(|_| !self.device.is_cpu()) {
+            Some(runtime) => runtime.reset_peak_memory(),
+            None => Ok(()),
+        }
+    }
+
+    fn runtime_memory(&self) -> Option<DeviceMemory> {
+        if self.device.is_cpu() {
+            return None;
+        }
+        runtime(&self.device)?.memory().ok()
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda() -> Result<Device> {
+    cuda::open()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda() -> Result<Device> {
+    Err(no_cuda("this program was built without the feature `cuda`"))
+}
+
+/// Why there is no GPU to be used, with what can be done instead.
+fn no_cuda(reason: &str) -> Error {
+    Error::config("device", format!("{reason}; use --device cpu"))
 }

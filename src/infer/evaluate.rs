@@ -58,14 +58,14 @@ pub fn evaluate(
             LogProbs::Omit => batch.labels.clone(),
             LogProbs::EveryToken => next_tokens(&batch),
         };
-        let scores = decoder.losses(sequences(&batch), &targets)?;
+        let scores = decoder.losses(sequences(&batch), &targets)?.read()?;
         if is_part_of(&batch.labels, &targets) {
             let labelled = scores
                 .iter()
                 .filter(|score| batch.labels[score.row] != IGNORE_INDEX);
             labelled.for_each(|score| totals.add(score));
         } else {
-            let labelled = decoder.losses(sequences(&batch), &batch.labels)?;
+            let labelled = decoder.losses(sequences(&batch), &batch.labels)?.read()?;
             labelled.iter().for_each(|score| totals.add(score));
         }
         let mut scores = scores.iter();

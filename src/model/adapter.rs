@@ -2,15 +2,22 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Device;
-
 use super::decoder::Decoder;
-use super::lora_linear::{LoraPair, Trainable};
+use super::lora_linear::LoraPair;
 use super::names::Module;
+use super::parameters::{NewParameter, Parameters, Trainable};
 use crate::ops::philox::Uniform;
 use crate::quant::DenseTensor;
 use crate::store::{Adapter, AdapterConfig};
 use crate::{Error, Result};
+
+/// The factors of one layer's adapter, row-major: `a: [R, in]`, `b: [out, R]`.
+struct Factors {
+    layer: usize,
+    module: Module,
+    a: Vec<f32>,
+    b: Vec<f32>,
+}
 
 impl Decoder {
     /// Puts a new adapter on every layer that `config` targets: A uniform in `±1/sqrt(in)` (Kaiming's with `a = sqrt(5)`,
@@ -19,42 +26,31 @@ impl Decoder {
     /// # Errors
     /// [`Error::Config`] if no layer is targeted.
     pub fn add_lora(&mut self, config: &AdapterConfig, seed: u64) -> Result<()> {
-        let mut targets = Vec::new();
-        for (layer, module, linear) in self.linears() {
-            if config.target_modules.matches(&module.path(layer)) {
-                targets.push((
-                    layer,
-                    module,
-                    linear.weight.out_features(),
-                    linear.weight.in_features(),
-                ));
+        let targets = self
+            .linears()
+            .filter(|(layer, module, _)| config.target_modules.matches(&module.path(*layer)));
+        let factors = targets.map(|(layer, module, linear)| {
+            let (d_out, d_in) = (linear.weight.out_features(), linear.weight.in_features());
+            let mut uniform = Uniform::new(seed, [layer as u32, module as u32]);
+            let bound = 1.0 / (d_in as f32).sqrt();
+            Factors {
+                layer,
+                module,
+                a: (0..config.r * d_in)
+                    .map(|_| (2.0 * uniform.next_f32() - 1.0) * bound)
+                    .collect(),
+                b: vec![0.0; d_out * config.r],
             }
-        }
-        if targets.is_empty() {
+        });
+        let factors: Vec<_> = factors.collect();
+        if factors.is_empty() {
             let names = Module::ALL.map(Module::name).join(", ");
             return Err(Error::config(
                 "lora_target_modules",
                 format!("no layer matches; the layers are {names}"),
             ));
         }
-        for (layer, module, d_out, d_in) in targets {
-            let mut uniform = Uniform::new(seed, [layer as u32, module as u32]);
-            let bound = 1.0 / (d_in as f32).sqrt();
-            let a = (0..config.r * d_in)
-                .map(|_| (2.0 * uniform.next_f32() - 1.0) * bound)
-                .collect();
-            let pair = LoraPair {
-                a: Trainable::from_vec(a, (config.r, d_in), &Device::Cpu)?,
-                b: Trainable::from_vec(
-                    vec![0.0; d_out * config.r],
-                    (d_out, config.r),
-                    &Device::Cpu,
-                )?,
-                scaling: config.scaling(),
-            };
-            self.set_lora(layer, module, Some(pair));
-        }
-        Ok(())
+        self.put_adapter(factors, config)
     }
 
     /// Puts a PEFT adapter on the decoder, in place of any it has.
@@ -68,7 +64,7 @@ impl Decoder {
             .map(|(name, t)| (name.as_str(), t))
             .collect();
         let r = adapter.config.r;
-        let mut pairs = Vec::new();
+        let mut factors = Vec::new();
         for (layer, module, linear) in self.linears() {
             let (a_name, b_name) = (
                 tensor_name(layer, module, "lora_A"),
@@ -76,15 +72,14 @@ impl Decoder {
             );
             let (Some(a), Some(b)) = (rest.remove(a_name.as_str()), rest.remove(b_name.as_str()))
             else {
-                pairs.push((layer, module, None));
                 continue;
             };
-            let pair = LoraPair {
-                a: trainable(&a_name, a, (r, linear.weight.in_features()))?,
-                b: trainable(&b_name, b, (linear.weight.out_features(), r))?,
-                scaling: adapter.config.scaling(),
-            };
-            pairs.push((layer, module, Some(pair)));
+            factors.push(Factors {
+                layer,
+                module,
+                a: stored_values(&a_name, a, [r, linear.weight.in_features()])?,
+                b: stored_values(&b_name, b, [linear.weight.out_features(), r])?,
+            });
         }
         if let Some((name, tensor)) = rest.first_key_value() {
             return Err(Error::TensorMismatch {
@@ -93,20 +88,53 @@ impl Decoder {
                 found: format!("{:?} for a layer it does not have", tensor.shape),
             });
         }
-        for (layer, module, pair) in pairs {
-            self.set_lora(layer, module, pair);
+        self.put_adapter(factors, &adapter.config)
+    }
+
+    /// Takes any adapter off and puts this one on, in the order of the forward pass.
+    fn put_adapter(&mut self, factors: Vec<Factors>, config: &AdapterConfig) -> Result<()> {
+        let mut places = Vec::with_capacity(factors.len());
+        let mut tensors = Vec::with_capacity(2 * factors.len());
+        for Factors {
+            layer,
+            module,
+            a,
+            b,
+        } in factors
+        {
+            let weight = &self.linear(layer, module).weight;
+            let (d_out, d_in) = (weight.out_features(), weight.in_features());
+            tensors.push(NewParameter {
+                name: tensor_name(layer, module, "lora_A"),
+                shape: (config.r, d_in),
+                values: a,
+            });
+            tensors.push(NewParameter {
+                name: tensor_name(layer, module, "lora_B"),
+                shape: (d_out, config.r),
+                values: b,
+            });
+            places.push((layer, module));
         }
+        let parameters = Parameters::new(tensors, self.placement())?;
+        let pairs = places.into_iter().enumerate().map(|(i, place)| {
+            let pair = LoraPair {
+                a: parameters.trainable(2 * i)?,
+                b: parameters.trainable(2 * i + 1)?,
+                scaling: config.scaling(),
+            };
+            Ok((place, pair))
+        });
+        let pairs = pairs.collect::<Result<_>>()?;
+        self.set_parameters(parameters, pairs);
         Ok(())
     }
 
-    /// The adapters as a PEFT adapter.
+    /// The adapters as a PEFT adapter, in f32.
     pub fn adapter(&self, config: &AdapterConfig) -> Result<Adapter> {
         let tensors = self.trainables().map(|(name, trainable)| {
-            let values: Vec<f32> = trainable.value.flatten_all()?.to_vec1()?;
-            Ok((
-                name,
-                DenseTensor::from_f32(trainable.value.dims().to_vec(), &values),
-            ))
+            let shape = trainable.value.dims().to_vec();
+            Ok((name, DenseTensor::from_f32(shape, &trainable.master()?)))
         });
         Ok(Adapter {
             config: config.clone(),
@@ -131,13 +159,13 @@ fn tensor_name(layer: usize, module: Module, factor: &str) -> String {
     format!("base_model.model.{}.{factor}.weight", module.path(layer))
 }
 
-fn trainable(name: &str, stored: &DenseTensor, shape: (usize, usize)) -> Result<Trainable> {
-    if stored.shape != [shape.0, shape.1] {
+fn stored_values(name: &str, stored: &DenseTensor, shape: [usize; 2]) -> Result<Vec<f32>> {
+    if stored.shape != shape {
         return Err(Error::TensorMismatch {
             tensor: name.to_string(),
-            expected: format!("{:?}", [shape.0, shape.1]),
+            expected: format!("{shape:?}"),
             found: format!("{:?}", stored.shape),
         });
     }
-    Trainable::from_vec(stored.to_f32_vec(), shape, &Device::Cpu)
+    Ok(stored.to_f32_vec())
 }

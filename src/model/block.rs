@@ -11,8 +11,8 @@ use super::kv_cache::LayerCache;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
 use crate::Result;
-use crate::ops::attention::{self, Heads, Segment};
-use crate::ops::rope::{self, RopeTable};
+use crate::ops::attention::{self, Heads, Segments};
+use crate::ops::rope::{self, Positions, RopeTable};
 use crate::ops::{gated_act, residual, rms_norm};
 
 /// What a block keeps from forward for backward.
@@ -36,8 +36,8 @@ pub enum InputGrad {
 #[derive(Debug)]
 pub struct Layout<'a> {
     /// Position of each row in its sequence, `[N]`.
-    pub positions: &'a [u32],
-    pub segments: &'a [Segment],
+    pub positions: &'a Positions,
+    pub segments: &'a Segments,
     pub rope: &'a RopeTable,
 }
 
@@ -149,8 +149,9 @@ impl Block {
         let qkv = self.attention_inputs(x, layout)?;
         let attention = attention::forward(&qkv.q, &qkv.k, &qkv.v, layout.segments, self.heads)?;
         let (attended, u_o) = self.o.forward(&attention.out)?;
-        let mid = residual::forward(x, attended)?;
-        let (y, mlp) = self.mlp(&mid)?;
+        let norm = &self.post_attention_norm;
+        let (mid, h) = rms_norm::forward_residual(x, attended, norm, self.eps)?;
+        let (y, mlp) = self.mlp(&mid, &h)?;
         let activations = Activations {
             x: x.clone(),
             qkv,
@@ -172,8 +173,10 @@ impl Block {
         let qkv = self.attention_inputs(x, layout)?;
         let (k, v) = cache.append(&qkv.k, &qkv.v)?;
         let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
-        let mid = residual::forward(x, self.o.forward(&attention.out)?.0)?;
-        Ok(self.mlp(&mid)?.0)
+        let attended = self.o.forward(&attention.out)?.0;
+        let norm = &self.post_attention_norm;
+        let (mid, h) = rms_norm::forward_residual(x, attended, norm, self.eps)?;
+        Ok(self.mlp(&mid, &h)?.0)
     }
 
     fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
@@ -190,8 +193,7 @@ impl Block {
                 (normed_q, normed_k, Some((raw_q, raw_k)))
             }
         };
-        rope::forward(&q, layout.positions, layout.rope)?;
-        rope::forward(&k, layout.positions, layout.rope)?;
+        rope::forward(&q, &k, layout.positions, layout.rope)?;
         let u = [u_q, u_k, u_v];
         Ok(Qkv { q, k, v, raw, u })
     }
@@ -201,10 +203,10 @@ impl Block {
         Ok(t.reshape(((), self.heads.head_dim))?)
     }
 
-    fn mlp(&self, mid: &Tensor) -> Result<(Tensor, Mlp)> {
-        let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
-        let (gate, u_gate) = self.gate.forward(&h)?;
-        let (up, u_up) = self.up.forward(&h)?;
+    /// `mid` with the MLP's output for its norm `h` added.
+    fn mlp(&self, mid: &Tensor, h: &Tensor) -> Result<(Tensor, Mlp)> {
+        let (gate, u_gate) = self.gate.forward(h)?;
+        let (up, u_up) = self.up.forward(h)?;
         let act = gated_act::forward(&gate, &up)?;
         let (out, u_down) = self.down.forward(&act)?;
         let y = residual::forward(mid, out)?;
@@ -286,8 +288,7 @@ impl Block {
         qkv: &Qkv,
         layout: &Layout<'_>,
     ) -> Result<[Tensor; 3]> {
-        rope::backward(&dq, layout.positions, layout.rope)?;
-        rope::backward(&dk, layout.positions, layout.rope)?;
+        rope::backward(&dq, &dk, layout.positions, layout.rope)?;
         let (Some((q_norm, k_norm)), Some((raw_q, raw_k))) = (&self.qk_norm, &qkv.raw) else {
             return Ok([dq, dk, dv]);
         };

@@ -1,5 +1,7 @@
 //! The decoder: embedding, blocks, final norm and head, over sequences laid one after another without padding.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_core::Tensor;
 
 use super::block::{ActivationPolicy, Block, InputGrad, Layout};
@@ -8,11 +10,14 @@ use super::kv_cache::KvCache;
 use super::load::Loader;
 use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
-use crate::ops::attention::Segment;
-use crate::ops::linear_cross_entropy::{self, TokenLoss};
-use crate::ops::rope::RopeTable;
-use crate::ops::{embedding, linear, rms_norm};
-use crate::quant::{FrozenWeight, QuantizeOptions};
+use super::parameters::Parameters;
+use crate::device::Placement;
+use crate::ops::attention::{Segment, Segments};
+use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::rope::{Positions, RopeTable};
+use crate::ops::weight::Weight;
+use crate::ops::{embedding, rms_norm};
+use crate::quant::QuantizeOptions;
 use crate::store::Checkpoint;
 use crate::{Error, Result};
 
@@ -31,31 +36,36 @@ pub struct Sequences<'a> {
 #[derive(Debug, Clone)]
 pub struct Decoder {
     config: DecoderConfig,
-    embedding: FrozenWeight,
+    placement: Placement,
+    embedding: Weight,
     blocks: Vec<Block>,
     norm: Tensor,
     /// The embedding again where the two are tied.
-    head: FrozenWeight,
+    head: Weight,
     inv_freq: Vec<f32>,
+    /// The longest rotary table so far.
+    rope: Arc<Mutex<Arc<RopeTable>>>,
+    parameters: Parameters,
 }
 
 impl Decoder {
-    /// Loads a checkpoint; weights of linear layers that are not in 4 bits are quantized if `quantize` says how.
+    /// Loads a checkpoint to where it is to compute; weights of linear layers that are not in 4 bits are quantized if
+    /// `quantize` says how.
     ///
     /// # Errors
     /// [`Error::UnsupportedModel`] for a config that is not understood, [`Error::MissingTensor`] and
-    /// [`Error::TensorMismatch`] for weights that do not fit it.
-    pub fn load(checkpoint: &Checkpoint, quantize: Option<QuantizeOptions>) -> Result<Self> {
+    /// [`Error::TensorMismatch`] for weights that do not fit it; [`Error::OutOfDeviceMemory`].
+    pub fn load(
+        checkpoint: &Checkpoint,
+        quantize: Option<QuantizeOptions>,
+        placement: &Placement,
+    ) -> Result<Self> {
         let config = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
-        let loader = Loader::new(checkpoint, &config, quantize);
-        let embedding = loader.weight(
-            "model.embed_tokens.weight",
-            config.vocab_size,
-            config.hidden_size,
-        )?;
+        let loader = Loader::new(checkpoint, &config, quantize, placement)?;
+        let embedding = loader.vocabulary("model.embed_tokens.weight")?;
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
-            false => loader.weight("lm_head.weight", config.vocab_size, config.hidden_size)?,
+            false => loader.vocabulary("lm_head.weight")?,
         };
         let blocks = (0..config.num_layers)
             .map(|layer| loader.block(layer))
@@ -63,6 +73,9 @@ impl Decoder {
         Ok(Self {
             norm: loader.vector("model.norm.weight", config.hidden_size)?,
             inv_freq: config.rope.inv_freq(config.head_dim),
+            rope: Arc::new(Mutex::new(Arc::new(RopeTable::new(&[], 0)))),
+            parameters: Parameters::none(&placement.device)?,
+            placement: placement.clone(),
             embedding,
             blocks,
             head,
@@ -94,24 +107,54 @@ impl Decoder {
         })
     }
 
-    /// Puts an adapter on a linear layer, or takes it off.
-    pub fn set_lora(&mut self, layer: usize, module: Module, lora: Option<LoraPair>) {
-        self.blocks[layer].linear_mut(module).lora = lora;
+    /// Where the model computes.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
-    /// The rotary table for positions `0..positions`.
-    pub fn rope_table(&self, positions: usize) -> RopeTable {
-        RopeTable::new(&self.inv_freq, positions)
+    /// All that is trained.
+    pub fn parameters(&self) -> &Parameters {
+        &self.parameters
     }
 
-    /// The logits of every row, `[N, V]`.
+    /// Takes every adapter off and puts these on, which are views into `parameters`.
+    pub(super) fn set_parameters(
+        &mut self,
+        parameters: Parameters,
+        pairs: Vec<((usize, Module), LoraPair)>,
+    ) {
+        for block in &mut self.blocks {
+            Module::ALL
+                .into_iter()
+                .for_each(|module| block.linear_mut(module).lora = None);
+        }
+        for ((layer, module), pair) in pairs {
+            self.blocks[layer].linear_mut(module).lora = Some(pair);
+        }
+        self.parameters = parameters;
+    }
+
+    /// A rotary table for positions `0..positions`, or more.
+    pub fn rope_table(&self, positions: usize) -> Result<Arc<RopeTable>> {
+        let mut longest = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
+        if longest.positions() < positions {
+            let table = RopeTable::new(&self.inv_freq, positions.next_power_of_two());
+            *longest = Arc::new(match self.placement.uses_kernels() {
+                true => table.on(&self.placement.device)?,
+                false => table,
+            });
+        }
+        Ok(Arc::clone(&longest))
+    }
+
+    /// The logits of every row in f32, `[N, V]`.
     pub fn logits(&self, sequences: Sequences<'_>) -> Result<Tensor> {
         let last = self.final_norm(&self.infer(sequences)?)?;
-        Ok(linear::forward(&last, &self.head, None, None)?.0)
+        linear_cross_entropy::logits(&last, &self.head)
     }
 
     /// The loss of each row whose label is not [`IGNORE_INDEX`](crate::IGNORE_INDEX); `labels: [N]`.
-    pub fn losses(&self, sequences: Sequences<'_>, labels: &[i64]) -> Result<Vec<TokenLoss>> {
+    pub fn losses(&self, sequences: Sequences<'_>, labels: &[i64]) -> Result<Losses> {
         let last = self.final_norm(&self.infer(sequences)?)?;
         linear_cross_entropy::forward(&last, &self.head, labels)
     }
@@ -120,23 +163,18 @@ impl Decoder {
     pub fn decode(&self, ids: &[u32], cache: &mut KvCache) -> Result<Tensor> {
         let rows = cache.advance(ids.len())?;
         let positions: Vec<u32> = rows.clone().map(|p| p as u32).collect();
-        let segments = [Segment {
+        let segment = Segment {
             queries: 0..ids.len(),
             keys: 0..rows.end,
-        }];
-        let layout = Layout {
-            positions: &positions,
-            segments: &segments,
-            rope: &cache.rope,
         };
+        let rows = Rows::new(self, &positions, vec![segment], Arc::clone(&cache.rope))?;
+        let layout = rows.layout();
         let mut x = embedding::forward(ids, &self.embedding)?;
         for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
             x = block.decode(&x, &layout, layer)?;
         }
         let last = self.final_norm(&x.narrow(0, ids.len() - 1, 1)?)?;
-        Ok(linear::forward(&last, &self.head, None, None)?
-            .0
-            .squeeze(0)?)
+        Ok(linear_cross_entropy::logits(&last, &self.head)?.squeeze(0)?)
     }
 
     /// Forward and backward: adds the gradient of `d_loss` times the summed loss to the adapters' gradients.
@@ -149,9 +187,9 @@ impl Decoder {
         labels: &[i64],
         d_loss: f32,
         policies: &[ActivationPolicy],
-    ) -> Result<Vec<TokenLoss>> {
-        let rows = Rows::new(self, sequences)?;
-        let layout = rows.layout(sequences);
+    ) -> Result<Losses> {
+        let rows = self.rows(sequences)?;
+        let layout = rows.layout();
         let lowest = self
             .blocks
             .iter()
@@ -192,8 +230,8 @@ impl Decoder {
 
     /// The last block's output, `[N, D]`, with nothing kept.
     fn infer(&self, sequences: Sequences<'_>) -> Result<Tensor> {
-        let rows = Rows::new(self, sequences)?;
-        let layout = rows.layout(sequences);
+        let rows = self.rows(sequences)?;
+        let layout = rows.layout();
         let mut x = embedding::forward(sequences.input_ids, &self.embedding)?;
         for block in &self.blocks {
             x = block.forward(&x, &layout, ActivationPolicy::Recompute)?.0;
@@ -204,16 +242,9 @@ impl Decoder {
     fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
         rms_norm::forward(x, &self.norm, self.config.rms_norm_eps)
     }
-}
 
-/// The rotary table and segments of a batch.
-struct Rows {
-    rope: RopeTable,
-    segments: Vec<Segment>,
-}
-
-impl Rows {
-    fn new(decoder: &Decoder, sequences: Sequences<'_>) -> Result<Self> {
+    /// Where the rows of a batch stand.
+    fn rows(&self, sequences: Sequences<'_>) -> Result<Rows> {
         let Sequences {
             input_ids,
             positions,
@@ -232,15 +263,44 @@ impl Rows {
             queries: bounds[0]..bounds[1],
             keys: bounds[0]..bounds[1],
         };
+        let segments = cu_seqlens.windows(2).map(segment).collect();
+        Rows::new(self, positions, segments, self.rope_table(last)?)
+    }
+}
+
+/// What a [`Layout`] borrows, on the device where kernels read it.
+struct Rows {
+    positions: Positions,
+    segments: Segments,
+    rope: Arc<RopeTable>,
+}
+
+impl Rows {
+    fn new(
+        decoder: &Decoder,
+        positions: &[u32],
+        segments: Vec<Segment>,
+        rope: Arc<RopeTable>,
+    ) -> Result<Self> {
+        let (positions, segments) = (Positions::new(positions), Segments::from(segments));
+        let Placement { device, .. } = &decoder.placement;
+        let (positions, segments) = match decoder.placement.uses_kernels() {
+            true => (
+                positions.on(device)?,
+                segments.on(device, decoder.config.head_dim)?,
+            ),
+            false => (positions, segments),
+        };
         Ok(Self {
-            rope: decoder.rope_table(last),
-            segments: cu_seqlens.windows(2).map(segment).collect(),
+            positions,
+            segments,
+            rope,
         })
     }
 
-    fn layout<'a>(&'a self, sequences: Sequences<'a>) -> Layout<'a> {
+    fn layout(&self) -> Layout<'_> {
         Layout {
-            positions: sequences.positions,
+            positions: &self.positions,
             segments: &self.segments,
             rope: &self.rope,
         }

@@ -1,6 +1,8 @@
 //! Keys and values of the tokens a sequence has so far, for generation.
 
-use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
+
+use candle_core::Tensor;
 
 use super::decoder::Decoder;
 use crate::ops::rope::RopeTable;
@@ -10,7 +12,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct KvCache {
     pub(super) layers: Vec<LayerCache>,
-    pub(super) rope: RopeTable,
+    pub(super) rope: Arc<RopeTable>,
     len: usize,
     capacity: usize,
 }
@@ -28,7 +30,8 @@ impl KvCache {
     pub fn new(decoder: &Decoder, capacity: usize) -> Result<Self> {
         let config = decoder.config();
         let width = config.num_kv_heads * config.head_dim;
-        let empty = || Tensor::zeros((capacity, width), DType::F32, &Device::Cpu);
+        let placement = decoder.placement();
+        let empty = || Tensor::zeros((capacity, width), placement.dtype, &placement.device);
         let layers = (0..config.num_layers)
             .map(|_| {
                 Ok(LayerCache {
@@ -40,7 +43,7 @@ impl KvCache {
             .collect::<Result<_>>()?;
         Ok(Self {
             layers,
-            rope: decoder.rope_table(capacity),
+            rope: decoder.rope_table(capacity)?,
             len: 0,
             capacity,
         })

@@ -1,13 +1,17 @@
 //! The weights of a decoder out of a checkpoint, checked against its config.
 
-use candle_core::{Device, Tensor};
+use std::sync::Arc;
+
+use candle_core::Tensor;
 
 use super::block::Block;
 use super::config::DecoderConfig;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
+use crate::device::Placement;
 use crate::ops::attention::Heads;
-use crate::quant::{FrozenWeight, Params4bit, QuantizeOptions};
+use crate::ops::weight::{DenseCache, Weight};
+use crate::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 use crate::store::Checkpoint;
 use crate::{Error, Result};
 
@@ -15,6 +19,9 @@ pub(super) struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a DecoderConfig,
     quantize: Option<QuantizeOptions>,
+    placement: &'a Placement,
+    /// Where the weights of a block are dequantized on a device; `None` for the CPU.
+    cache: Option<Arc<DenseCache>>,
 }
 
 impl<'a> Loader<'a> {
@@ -22,16 +29,50 @@ impl<'a> Loader<'a> {
         checkpoint: &'a Checkpoint,
         config: &'a DecoderConfig,
         quantize: Option<QuantizeOptions>,
-    ) -> Self {
-        Self {
+        placement: &'a Placement,
+    ) -> Result<Self> {
+        let cache = match placement.uses_kernels() {
+            false => None,
+            true => {
+                let elements = |module| {
+                    let (d_out, d_in) = config.linear_shape(module);
+                    d_out * d_in
+                };
+                let block = Module::ALL.map(elements);
+                Some(Arc::new(DenseCache::new(&block, &placement.device)?))
+            }
+        };
+        Ok(Self {
             checkpoint,
             config,
             quantize,
+            placement,
+            cache,
+        })
+    }
+
+    /// The embedding or the head.
+    pub(super) fn vocabulary(&self, name: &str) -> Result<Weight> {
+        let (rows, cols) = (self.config.vocab_size, self.config.hidden_size);
+        let mut weight = self.stored(name, rows, cols)?;
+        if let (FrozenWeight::Quantized(params), true) = (&weight, self.cache.is_some()) {
+            // Not one of the weights that the scratch buffer has room for.
+            let mut values = vec![half::bf16::ZERO; rows * cols];
+            params.dequantize(&mut values);
+            weight = FrozenWeight::Dense(DenseTensor::from_bf16(vec![rows, cols], &values));
+        }
+        self.place(weight)
+    }
+
+    fn place(&self, weight: FrozenWeight) -> Result<Weight> {
+        match &self.cache {
+            Some(cache) => Weight::on_device(weight, cache),
+            None => Ok(weight.into()),
         }
     }
 
     /// A matrix as stored.
-    pub(super) fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
+    fn stored(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
         let weight = self.checkpoint.weight(name)?;
         expect_shape(name, weight.shape(), &[rows, cols])?;
         Ok(weight)
@@ -41,7 +82,11 @@ impl<'a> Loader<'a> {
     pub(super) fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         let stored = self.checkpoint.tensor(name)?;
         expect_shape(name, &stored.shape, &[len])?;
-        Ok(Tensor::from_vec(stored.to_f32_vec(), len, &Device::Cpu)?)
+        Ok(Tensor::from_vec(
+            stored.to_f32_vec(),
+            len,
+            &self.placement.device,
+        )?)
     }
 
     pub(super) fn block(&self, layer: usize) -> Result<Block> {
@@ -80,7 +125,7 @@ impl<'a> Loader<'a> {
         let (d_out, d_in) = self.config.linear_shape(module);
         let path = module.path(layer);
         let name = format!("{path}.weight");
-        let weight = match (self.weight(&name, d_out, d_in)?, self.quantize) {
+        let weight = match (self.stored(&name, d_out, d_in)?, self.quantize) {
             (FrozenWeight::Dense(weight), Some(options)) => {
                 FrozenWeight::Quantized(Params4bit::quantize(&name, &weight, options)?)
             }
@@ -92,7 +137,7 @@ impl<'a> Loader<'a> {
             .then(|| self.vector(&format!("{path}.bias"), d_out))
             .transpose()?;
         Ok(LoraLinear {
-            weight,
+            weight: self.place(weight)?,
             bias,
             lora: None,
         })

@@ -1,30 +1,11 @@
 //! A linear layer of the base with the adapter on top of it, if it has one.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
+use super::parameters::Trainable;
 use crate::Result;
 use crate::ops::linear::{self, Lora, LoraGrad};
-use crate::quant::FrozenWeight;
-
-/// A tensor that is trained, with the gradient that backward adds to.
-#[derive(Debug, Clone)]
-pub struct Trainable {
-    pub value: Tensor,
-    pub grad: Tensor,
-}
-
-impl Trainable {
-    /// With a gradient of zero.
-    pub fn new(value: Tensor) -> Result<Self> {
-        let grad = Tensor::zeros(value.shape(), value.dtype(), value.device())?;
-        Ok(Self { value, grad })
-    }
-
-    /// From row-major data.
-    pub fn from_vec(data: Vec<f32>, shape: (usize, usize), device: &Device) -> Result<Self> {
-        Self::new(Tensor::from_vec(data, shape, device)?)
-    }
-}
+use crate::ops::weight::Weight;
 
 /// The two factors of an adapter, `a: [R, in]`, `b: [out, R]`.
 #[derive(Debug, Clone)]
@@ -47,7 +28,7 @@ impl LoraPair {
 /// A frozen weight, its bias, and its adapter.
 #[derive(Debug, Clone)]
 pub struct LoraLinear {
-    pub weight: FrozenWeight,
+    pub weight: Weight,
     pub bias: Option<Tensor>,
     pub lora: Option<LoraPair>,
 }

@@ -8,13 +8,15 @@ mod kv_cache;
 mod load;
 mod lora_linear;
 mod names;
+mod parameters;
 mod rope_frequencies;
 
 pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, Saved};
 pub use config::*;
 pub use decoder::{Decoder, Sequences};
 pub use kv_cache::KvCache;
-pub use lora_linear::{LoraLinear, LoraPair, Trainable};
+pub use lora_linear::{LoraLinear, LoraPair};
 pub use names::Module;
+pub use parameters::{Parameters, Slot, Trainable};
 
 pub use crate::ops::linear_cross_entropy::TokenLoss;

@@ -3,17 +3,26 @@
 //!
 //! The decay is decoupled and comes first, and `eps` stands outside the corrected root, as in torch.
 //!
+//! On a device a weight is two halves, which together are an f32 master: the products read the upper half, which is the
+//! master rounded to bf16.
+//!
 //! Source: arXiv:1711.05101.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
+use super::launcher::{Grid, Launcher, Operand};
 use super::simd::vectorized;
-use crate::Result;
+use crate::{Error, Result};
 
 const OP: &str = "adamw";
 const ELEMENTS_PER_TASK: usize = 1 << 14;
+/// Elements that a thread of the kernel takes at a time.
+const PER_THREAD: usize = 4;
+/// Partial sums of the norm on a device: a constant, so that no result depends on its size.
+const NORM_BLOCKS: usize = 256;
 
 /// The settings of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -29,27 +38,89 @@ pub struct AdamW {
     pub grad_scale: f32,
 }
 
+/// What is trained: f32, or in bf16 the upper half of an f32 master with its lower half.
+#[derive(Debug, Clone, Copy)]
+pub struct Weight<'a> {
+    pub value: &'a Tensor,
+    /// As i16, where `value` is bf16.
+    pub low: Option<&'a Tensor>,
+}
+
+/// The two halves of a master: bf16, rounded to the nearest, and what is missing to the exact value.
+pub fn split_master(master: f32) -> (bf16, i16) {
+    let bits = master.to_bits();
+    let high = bits.wrapping_add(0x8000) >> 16;
+    (
+        bf16::from_bits(high as u16),
+        bits.wrapping_sub(high << 16) as i16,
+    )
+}
+
+/// The master whose halves [`split_master`] gave.
+pub fn join_master(high: bf16, low: i16) -> f32 {
+    f32::from_bits((u32::from(high.to_bits()) << 16).wrapping_add(i32::from(low) as u32))
+}
+
+/// The numbers of an update that are the same for every element.
+#[derive(Clone, Copy)]
+struct Scalars {
+    beta1: f32,
+    rest1: f32,
+    beta2: f32,
+    rest2: f32,
+    decay: f32,
+    step_size: f32,
+    root_correction: f32,
+    epsilon: f32,
+    grad_scale: f32,
+}
+
+impl From<&AdamW> for Scalars {
+    fn from(update: &AdamW) -> Self {
+        let step = update.step as i32;
+        Self {
+            beta1: update.beta1 as f32,
+            rest1: (1.0 - update.beta1) as f32,
+            beta2: update.beta2 as f32,
+            rest2: (1.0 - update.beta2) as f32,
+            decay: (1.0 - update.learning_rate * update.weight_decay) as f32,
+            step_size: (update.learning_rate / (1.0 - update.beta1.powi(step))) as f32,
+            root_correction: (1.0 - update.beta2.powi(step)).sqrt() as f32,
+            epsilon: update.epsilon as f32,
+            grad_scale: update.grad_scale,
+        }
+    }
+}
+
 /// Updates `weight` and its moments in place.
 ///
 /// # Shapes
-/// All four tensors alike.
+/// All tensors alike.
 pub fn forward(
     update: &AdamW,
-    weight: &Tensor,
+    weight: Weight<'_>,
     grad: &Tensor,
     m: &Tensor,
     v: &Tensor,
 ) -> Result<()> {
     for (name, t) in [("grad", grad), ("m", m), ("v", v)] {
-        expect_dims(OP, name, t, weight.dims())?;
+        expect_dims(OP, name, t, weight.value.dims())?;
+    }
+    if let Some(launcher) = Launcher::of(OP, weight.value)? {
+        return forward_on_device(&launcher, update, weight, [grad, m, v]);
     }
     let grad = read(OP, grad)?;
-    let (beta1, beta2) = (update.beta1 as f32, update.beta2 as f32);
-    let (rest1, rest2) = ((1.0 - update.beta1) as f32, (1.0 - update.beta2) as f32);
-    let decay = (1.0 - update.learning_rate * update.weight_decay) as f32;
-    let step_size = (update.learning_rate / (1.0 - update.beta1.powi(update.step as i32))) as f32;
-    let root_correction = (1.0 - update.beta2.powi(update.step as i32)).sqrt() as f32;
-    let (epsilon, grad_scale) = (update.epsilon as f32, update.grad_scale);
+    let Scalars {
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        decay,
+        step_size,
+        root_correction,
+        epsilon,
+        grad_scale,
+    } = Scalars::from(update);
     let apply = |((w, m), v): ((&mut [f32], &mut [f32]), &mut [f32]), g: &[f32]| {
         vectorized(
             #[inline(always)]
@@ -63,7 +134,7 @@ pub fn forward(
             },
         );
     };
-    cpu::write(OP, weight, |w| {
+    cpu::write(OP, weight.value, |w| {
         cpu::write(OP, m, |m| {
             cpu::write(OP, v, |v| {
                 let tasks = w
@@ -79,8 +150,47 @@ pub fn forward(
     Ok(())
 }
 
-/// The squared norm of a gradient, in f64 and in a fixed order.
-pub fn squared_norm(grad: &Tensor) -> Result<f64> {
+fn forward_on_device(
+    launcher: &Launcher,
+    update: &AdamW,
+    weight: Weight<'_>,
+    [grad, m, v]: [&Tensor; 3],
+) -> Result<()> {
+    let low = weight.low.ok_or_else(|| Error::Shape {
+        op: OP,
+        expected: "the lower half of a bf16 weight".into(),
+        found: "none".into(),
+    })?;
+    expect_dims(OP, "low", low, weight.value.dims())?;
+    let n = grad.elem_count();
+    let scalars = Scalars::from(update);
+    let operands = [
+        Operand::Write(weight.value),
+        Operand::Write(low),
+        Operand::Read(grad),
+        Operand::Write(m),
+        Operand::Write(v),
+        Operand::U64(n),
+        Operand::F32(scalars.beta1),
+        Operand::F32(scalars.rest1),
+        Operand::F32(scalars.beta2),
+        Operand::F32(scalars.rest2),
+        Operand::F32(scalars.decay),
+        Operand::F32(scalars.step_size),
+        Operand::F32(scalars.root_correction),
+        Operand::F32(scalars.epsilon),
+        Operand::F32(scalars.grad_scale),
+    ];
+    let grid = launcher.grid_stride(n, PER_THREAD);
+    // SAFETY: all tensors have n elements.
+    unsafe { launcher.launch("adamw_f32_moments", grid, &operands) }
+}
+
+/// The squared norm of the gradient of `weight`, in f64 and in a fixed order. Waits for the device.
+pub fn squared_norm(weight: &Tensor, grad: &Tensor) -> Result<f64> {
+    if let Some(launcher) = Launcher::of(OP, weight)? {
+        return squared_norm_on_device(&launcher, grad);
+    }
     let grad = read(OP, grad)?;
     let partial: Vec<f64> = grad
         .par_chunks(ELEMENTS_PER_TASK)
@@ -89,9 +199,32 @@ pub fn squared_norm(grad: &Tensor) -> Result<f64> {
     Ok(partial.iter().sum())
 }
 
+fn squared_norm_on_device(launcher: &Launcher, grad: &Tensor) -> Result<f64> {
+    let device = grad.device();
+    let partial = Tensor::zeros(NORM_BLOCKS, DType::F64, device)?;
+    let total = Tensor::zeros(1, DType::F64, device)?;
+    let partial_sums = [
+        Operand::Read(grad),
+        Operand::U64(grad.elem_count()),
+        Operand::Write(&partial),
+    ];
+    let sum = [
+        Operand::Read(&partial),
+        Operand::U32(NORM_BLOCKS),
+        Operand::Write(&total),
+    ];
+    let (blocks, one) = (Grid::blocks(NORM_BLOCKS, 1), Grid::blocks(1, 1));
+    // SAFETY: a partial sum for each block, and a place for the total.
+    unsafe {
+        launcher.launch("adamw_squared_norm", blocks, &partial_sums)?;
+        launcher.launch("adamw_sum", one, &sum)?;
+    }
+    Ok(total.to_vec1::<f64>()?[0])
+}
+
 /// Sets every element of a gradient to zero.
 pub fn zero(grad: &Tensor) -> Result<()> {
-    cpu::write(OP, grad, |grad| grad.fill(0.0))
+    Ok(grad.zero_set()?)
 }
 
 /// The same from candle primitives: the new weight and moments.

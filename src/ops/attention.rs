@@ -7,13 +7,16 @@
 //!
 //! Source: arXiv:2205.14135, backward as in arXiv:2307.08691.
 
-use std::ops::Range;
+mod kernels;
+
+use std::ops::{Deref, Range};
 
 use candle_core::{D, Device, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{expect_dims, read};
 use super::gemm::{Into, Mat, MatMut, Shared, matmul};
+use super::launcher::Launcher;
 use super::simd::{exp, max, sum, vectorized};
 use crate::{Error, Result};
 
@@ -29,6 +32,46 @@ const QUERY_TILE: usize = 64;
 pub struct Segment {
     pub queries: Range<usize>,
     pub keys: Range<usize>,
+}
+
+/// The sequences of a batch, in order and apart.
+#[derive(Debug, Clone)]
+pub struct Segments {
+    list: Vec<Segment>,
+    on_device: Option<kernels::Tiles>,
+}
+
+impl From<Vec<Segment>> for Segments {
+    fn from(list: Vec<Segment>) -> Self {
+        Self {
+            list,
+            on_device: None,
+        }
+    }
+}
+
+impl Segments {
+    /// The segments with what the kernels of `device` need to know of them, for heads of `head_dim` columns.
+    pub fn on(mut self, device: &Device, head_dim: usize) -> Result<Self> {
+        self.on_device = Some(kernels::Tiles::new(&self.list, head_dim, device)?);
+        Ok(self)
+    }
+
+    fn tiles(&self) -> Result<&kernels::Tiles> {
+        self.on_device.as_ref().ok_or_else(|| Error::Shape {
+            op: OP,
+            expected: "segments on the device".into(),
+            found: "them on the CPU alone".into(),
+        })
+    }
+}
+
+impl Deref for Segments {
+    type Target = [Segment];
+
+    fn deref(&self) -> &[Segment] {
+        &self.list
+    }
 }
 
 /// The heads and what a query sees.
@@ -87,10 +130,13 @@ pub fn forward(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    segments: &[Segment],
+    segments: &Segments,
     heads: Heads,
 ) -> Result<Saved> {
     check(q, k, v, segments, &heads)?;
+    if let Some(launcher) = Launcher::of(OP, q)? {
+        return kernels::forward(&launcher, (q, k, v), segments.tiles()?, &heads);
+    }
     let n = q.dim(0)?;
     let (width, num_heads) = (heads.query_width(), heads.num_heads);
     let mut out = vec![0f32; n * width];
@@ -137,11 +183,15 @@ pub fn backward(
     d_out: &Tensor,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     saved: &Saved,
-    segments: &[Segment],
+    segments: &Segments,
     heads: Heads,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     check(q, k, v, segments, &heads)?;
     expect_dims(OP, "d_out", d_out, q.dims())?;
+    if let Some(launcher) = Launcher::of(OP, q)? {
+        let tiles = segments.tiles()?;
+        return kernels::backward(&launcher, d_out, (q, k, v), saved, tiles, &heads);
+    }
     let (width, key_width) = (heads.query_width(), heads.key_width());
     let mut dq = vec![0f32; q.elem_count()];
     let mut dk = vec![0f32; k.elem_count()];

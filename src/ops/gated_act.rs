@@ -4,15 +4,18 @@
 //!
 //! Source: arXiv:2002.05202.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
+use super::launcher::{Launcher, Operand};
 use super::simd::{exp, vectorized};
 use crate::Result;
 
 const OP: &str = "gated_act";
 const ELEMENTS_PER_TASK: usize = 1 << 14;
+/// Elements that a thread of the kernel takes at a time.
+const PER_THREAD: usize = 8;
 
 #[inline(always)]
 fn sigmoid(z: f32) -> f32 {
@@ -25,6 +28,20 @@ fn sigmoid(z: f32) -> f32 {
 /// `gate`, `up: [N, F]` -> `[N, F]`.
 pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     expect_dims(OP, "up", up, gate.dims())?;
+    if let Some(launcher) = Launcher::of(OP, gate)? {
+        let n = gate.elem_count();
+        let y = launcher.empty(gate.shape(), DType::BF16)?;
+        let operands = [
+            Operand::Read(gate),
+            Operand::Read(up),
+            Operand::U64(n),
+            Operand::Write(&y),
+        ];
+        let grid = launcher.grid_stride(n, PER_THREAD);
+        // SAFETY: all have n elements.
+        unsafe { launcher.launch("gated_act_forward_bf16", grid, &operands)? };
+        return Ok(y);
+    }
     let (gates, ups) = (read(OP, gate)?, read(OP, up)?);
     cpu::build(gate.shape(), |y| {
         let tasks = y.par_chunks_mut(ELEMENTS_PER_TASK);
@@ -51,6 +68,18 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 pub fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
     expect_dims(OP, "gate", gate, dy.dims())?;
     expect_dims(OP, "up", up, dy.dims())?;
+    if let Some(launcher) = Launcher::of(OP, dy)? {
+        let n = dy.elem_count();
+        let operands = [
+            Operand::Read(dy),
+            Operand::Write(gate),
+            Operand::Write(up),
+            Operand::U64(n),
+        ];
+        let grid = launcher.grid_stride(n, PER_THREAD);
+        // SAFETY: all have n elements.
+        return unsafe { launcher.launch("gated_act_backward_bf16", grid, &operands) };
+    }
     let dy = read(OP, dy)?;
     cpu::write(OP, gate, |gate| {
         cpu::write(OP, up, |up| {

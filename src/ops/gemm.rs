@@ -1,4 +1,11 @@
-//! Matrix products on the CPU: checked views, and tiles of a result handed to threads.
+//! Matrix products on the CPU: checked views, sums of products, and tiles of a result handed to threads.
+//!
+//! With AVX-512 our own kernel makes them (`kernel`, `packed`), elsewhere the crate `gemm`.
+
+#[cfg(target_arch = "x86_64")]
+mod kernel;
+#[cfg(target_arch = "x86_64")]
+mod packed;
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -7,6 +14,8 @@ use std::ops::Range;
 
 use gemm::Parallelism;
 use rayon::prelude::*;
+
+use crate::quant::FrozenWeight;
 
 /// A matrix inside a slice of f32, by its strides in elements.
 #[derive(Clone, Copy)]
@@ -113,17 +122,99 @@ pub(super) enum Into {
     Add,
 }
 
+/// A window of a frozen weight, read where it is needed.
+#[derive(Clone)]
+pub(super) struct Window<'a> {
+    pub(super) weight: &'a FrozenWeight,
+    pub(super) outs: Range<usize>,
+    pub(super) ins: Range<usize>,
+}
+
+/// The right-hand side of a product.
+#[derive(Clone)]
+pub(super) enum Rhs<'a> {
+    Mat(Mat<'a>),
+    /// `[outs, ins]`.
+    Weight(Window<'a>),
+    /// `[ins, outs]`.
+    Transposed(Window<'a>),
+}
+
+impl<'a> From<Mat<'a>> for Rhs<'a> {
+    fn from(mat: Mat<'a>) -> Self {
+        Self::Mat(mat)
+    }
+}
+
+impl Rhs<'_> {
+    fn dims(&self) -> (usize, usize) {
+        match self {
+            Self::Mat(mat) => (mat.rows, mat.cols),
+            Self::Weight(w) => (w.outs.len(), w.ins.len()),
+            Self::Transposed(w) => (w.ins.len(), w.outs.len()),
+        }
+    }
+}
+
+/// `factor * lhs rhs`.
+#[derive(Clone)]
+pub(super) struct Term<'a> {
+    pub(super) lhs: Mat<'a>,
+    pub(super) rhs: Rhs<'a>,
+    pub(super) factor: f32,
+}
+
 /// `dst = factor * lhs rhs`, or the same added to `dst`, on this thread.
-pub(super) fn matmul(dst: &mut MatMut<'_>, into: Into, lhs: Mat<'_>, rhs: Mat<'_>, factor: f32) {
-    assert_eq!(
-        (dst.rows, dst.cols, lhs.cols),
-        (lhs.rows, rhs.cols, rhs.rows),
-        "matmul shapes"
-    );
+pub(super) fn matmul<'a>(
+    dst: &mut MatMut<'_>,
+    into: Into,
+    lhs: Mat<'a>,
+    rhs: impl std::convert::Into<Rhs<'a>>,
+    factor: f32,
+) {
+    let rhs = rhs.into();
+    matmul_sum(dst, into, &[Term { lhs, rhs, factor }]);
+}
+
+/// `dst` = the sum of the terms, or the same added to `dst`, on this thread.
+pub(super) fn matmul_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
+    /// Fewer are a matter of reading the right-hand side once; packing it would cost more than it saves.
+    const MIN_PACKED_ROWS: usize = 32;
+    for Term { lhs, rhs, .. } in terms {
+        assert_eq!(
+            ((dst.rows, dst.cols), lhs.cols),
+            ((lhs.rows, rhs.dims().1), rhs.dims().0),
+            "matmul shapes"
+        );
+    }
+    assert!(!terms.is_empty(), "a sum of no products");
     if dst.rows == 0 || dst.cols == 0 {
         return;
     }
-    // SAFETY: the views were checked against their data when they were made, and the shapes agree.
+    #[cfg(target_arch = "x86_64")]
+    if dst.rows >= MIN_PACKED_ROWS && packed::is_available() {
+        // SAFETY: just checked.
+        return unsafe { packed::product(dst, into, terms) };
+    }
+    for (i, term) in terms.iter().enumerate() {
+        let into = if i == 0 { into } else { Into::Add };
+        match &term.rhs {
+            Rhs::Mat(rhs) => matmul_by_crate(dst, into, term.lhs, *rhs, term.factor),
+            Rhs::Weight(w) | Rhs::Transposed(w) => with_scratch(|scratch| {
+                let (outs, ins) = (w.outs.len(), w.ins.len());
+                let tile = scratch.take(outs * ins);
+                w.weight.read_tile(w.outs.clone(), w.ins.clone(), tile);
+                let tile = Mat::new(tile, outs, ins);
+                let is_transposed = matches!(term.rhs, Rhs::Transposed(_));
+                let rhs = if is_transposed { tile.t() } else { tile };
+                matmul_by_crate(dst, into, term.lhs, rhs, term.factor);
+            }),
+        }
+    }
+}
+
+fn matmul_by_crate(dst: &mut MatMut<'_>, into: Into, lhs: Mat<'_>, rhs: Mat<'_>, factor: f32) {
+    // SAFETY: the views were checked against their data when they were made, and the caller checked that they fit.
     unsafe {
         gemm::gemm(
             dst.rows,
@@ -208,11 +299,11 @@ impl<'a> Shared<'a> {
 
 /// Memory for intermediate values, as long as the longest use of it so far.
 #[derive(Default)]
-pub(super) struct Scratch(Vec<f32>);
+struct Scratch(Vec<f32>);
 
 impl Scratch {
     /// The first `len` values, which are whatever was left there.
-    pub(super) fn take(&mut self, len: usize) -> &mut [f32] {
+    fn take(&mut self, len: usize) -> &mut [f32] {
         if self.0.len() < len {
             self.0.resize(len, 0.0);
         }
@@ -226,26 +317,26 @@ thread_local! {
 }
 
 /// Lends `f` the scratch of this thread.
-pub(super) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
+fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
     let mut scratch = SCRATCH.take();
     let result = f(&mut scratch);
     SCRATCH.set(scratch);
     result
 }
 
-/// Gives `f` the tiles of `width` columns of the row-major `dst: [rows, cols]`, in parallel, each with scratch of its thread.
+/// Gives `f` the tiles of `width` columns of the row-major `dst: [rows, cols]`, in parallel.
 pub(super) fn for_each_column_tile(
     dst: Shared<'_>,
     (rows, cols): (usize, usize),
     width: usize,
-    f: impl Fn(MatMut<'_>, Range<usize>, &mut Scratch) + Sync,
+    f: impl Fn(MatMut<'_>, Range<usize>) + Sync,
 ) {
     assert_eq!(dst.len, rows * cols, "tiles of a matrix");
     (0..cols.div_ceil(width)).into_par_iter().for_each(|tile| {
         let range = tile * width..cols.min((tile + 1) * width);
         // SAFETY: tiles are disjoint ranges of columns.
         let tile = unsafe { dst.mat(range.start, rows, range.len(), cols) };
-        with_scratch(|scratch| f(tile, range, scratch));
+        f(tile, range);
     });
 }
 

@@ -1,16 +1,20 @@
 //! A frozen linear layer with a LoRA adapter: `y = x W^T + bias + scaling (x A^T) B^T`.
 //!
 //! Backward, with `du = scaling dy B`: `dB += scaling dy^T u`, `dA += du^T x`, `dx = dy W + du A`; the frozen weight and
-//! the bias get none. The weight is never held in full: a tile of it is dequantized into scratch and multiplied at once.
+//! the bias get none. On the CPU the weight is never held in full: a tile of it is dequantized into scratch and multiplied
+//! at once. On a device it is dequantized into the scratch of [`Weight`], and sums are taken up by the products themselves.
 //!
 //! Source: arXiv:2305.14314 equation 5, arXiv:2106.09685.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::cpu::{self, expect_dims, read};
-use super::gemm::{Into, Mat, Shared, for_each_column_tile, matmul, matmul_by_rows};
+use super::gemm::{
+    Into, Mat, Rhs, Shared, Term, Window, for_each_column_tile, matmul, matmul_by_rows, matmul_sum,
+};
+use super::launcher::{Factor, Grid, Launcher, Operand};
+use super::weight::Weight;
 use crate::Result;
-use crate::quant::FrozenWeight;
 
 const OP: &str = "linear";
 
@@ -18,7 +22,7 @@ const OP: &str = "linear";
 ///
 /// Wide tiles read the other operand less often; narrow results still give every thread its share.
 fn tile_width(features: usize) -> usize {
-    if features >= 1024 { 256 } else { 128 }
+    if features >= 1024 { 256 } else { 192 }
 }
 
 /// An adapter's factors, `a: [R, in]`, `b: [out, R]`.
@@ -42,16 +46,22 @@ pub struct LoraGrad<'a> {
 /// `x: [N, in]`, `bias: [out]` -> `y: [N, out]`, `u: [N, R]`.
 pub fn forward(
     x: &Tensor,
-    weight: &FrozenWeight,
+    weight: &Weight,
     bias: Option<&Tensor>,
     lora: Option<Lora<'_>>,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let (n, d_in) = x.dims2()?;
     let d_out = weight.out_features();
     expect_dims(OP, "x", x, &[n, weight.in_features()])?;
+    if let Some(lora) = &lora {
+        expect_factors(lora, d_in, d_out)?;
+    }
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        return forward_on_device(&launcher, x, weight, bias, lora);
+    }
     let x = read(OP, x)?;
     let x = Mat::new(&x, n, d_in);
-    let u = lora.map(|lora| down_project(x, &lora, d_out)).transpose()?;
+    let u = lora.map(|lora| down_project(x, &lora)).transpose()?;
     let lora_data = match (&lora, &u) {
         (Some(lora), Some(u)) => Some((
             read(OP, u)?,
@@ -64,15 +74,23 @@ pub fn forward(
     let bias = bias.map(|bias| read(OP, bias)).transpose()?;
     let fill = |y: Shared<'_>| {
         let width = tile_width(d_out);
-        for_each_column_tile(y, (n, d_out), width, |mut tile, outs, scratch| {
-            let w = scratch.take(outs.len() * d_in);
-            weight.read_tile(outs.clone(), 0..d_in, w);
-            let w = Mat::new(w, outs.len(), d_in);
-            matmul(&mut tile, Into::Overwrite, x, w.t(), 1.0);
-            if let Some((u, b, r, scaling)) = &lora_data {
-                let b = Mat::new(b, d_out, *r).rows(outs.clone());
-                matmul(&mut tile, Into::Add, Mat::new(u, n, *r), b.t(), *scaling);
-            }
+        for_each_column_tile(y, (n, d_out), width, |mut tile, outs| {
+            let base = Term {
+                lhs: x,
+                rhs: Rhs::Transposed(Window {
+                    weight,
+                    outs: outs.clone(),
+                    ins: 0..d_in,
+                }),
+                factor: 1.0,
+            };
+            let adapter = lora_data.as_ref().map(|(u, b, r, scaling)| Term {
+                lhs: Mat::new(u, n, *r),
+                rhs: Rhs::Mat(Mat::new(b, d_out, *r).rows(outs.clone()).t()),
+                factor: *scaling,
+            });
+            let terms: Vec<_> = [base].into_iter().chain(adapter).collect();
+            matmul_sum(&mut tile, Into::Overwrite, &terms);
             if let Some(bias) = &bias {
                 for row in 0..n {
                     for (y, bias) in tile.row(row).iter_mut().zip(&bias[outs.clone()]) {
@@ -88,11 +106,52 @@ pub fn forward(
     Ok((y, u))
 }
 
-/// `u = x A^T`, for factors that fit a layer with `d_out` outputs.
-fn down_project(x: Mat<'_>, lora: &Lora<'_>, d_out: usize) -> Result<Tensor> {
+fn expect_factors(lora: &Lora<'_>, d_in: usize, d_out: usize) -> Result<()> {
+    let r = lora.a.dim(0)?;
+    expect_dims(OP, "lora_a", lora.a, &[r, d_in])?;
+    expect_dims(OP, "lora_b", lora.b, &[d_out, r])
+}
+
+fn forward_on_device(
+    launcher: &Launcher,
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+    lora: Option<Lora<'_>>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let (n, d_out) = (x.dim(0)?, weight.out_features());
+    let y = launcher.empty((n, d_out), DType::BF16)?;
+    let w = weight.dense(launcher)?;
+    launcher.gemm(OP, (Factor::new(x), Factor::transposed(&w)), &y, 1.0, 0.0)?;
+    if let Some(bias) = bias {
+        expect_dims(OP, "bias", bias, &[d_out])?;
+        let operands = [
+            Operand::Write(&y),
+            Operand::Read(bias),
+            Operand::U32(n),
+            Operand::U32(d_out),
+        ];
+        // SAFETY: y has rows of d_out elements, the bias has one.
+        unsafe { launcher.launch("linear_add_bias_bf16", Grid::blocks(n, 1), &operands)? };
+    }
+    let Some(Lora { a, b, scaling }) = lora else {
+        return Ok((y, None));
+    };
+    let u = launcher.empty((n, a.dim(0)?), DType::BF16)?;
+    launcher.gemm(OP, (Factor::new(x), Factor::transposed(a)), &u, 1.0, 0.0)?;
+    launcher.gemm(
+        OP,
+        (Factor::new(&u), Factor::transposed(b)),
+        &y,
+        scaling,
+        1.0,
+    )?;
+    Ok((y, Some(u)))
+}
+
+/// `u = x A^T`.
+fn down_project(x: Mat<'_>, lora: &Lora<'_>) -> Result<Tensor> {
     let r = lora.a.dims2()?.0;
-    expect_dims(OP, "lora_a", lora.a, &[r, x.cols])?;
-    expect_dims(OP, "lora_b", lora.b, &[d_out, r])?;
     let a = read(OP, lora.a)?;
     cpu::build((x.rows, r), |u| {
         matmul_by_rows(u, Into::Overwrite, x, Mat::new(&a, r, x.cols).t(), 1.0);
@@ -118,6 +177,15 @@ pub fn backward_lora(
     expect_dims(OP, "lora_b", lora.b, &[d_out, r])?;
     expect_dims(OP, "d_lora_a", grad.d_a, &[r, d_in])?;
     expect_dims(OP, "d_lora_b", grad.d_b, &[d_out, r])?;
+    if let Some(launcher) = Launcher::of(OP, dy)? {
+        let du = launcher.empty((n, r), DType::BF16)?;
+        let (dy, by_row) = (Factor::new(dy), Factor::transposed(dy));
+        launcher.gemm(OP, (dy, Factor::new(lora.b)), &du, lora.scaling, 0.0)?;
+        launcher.gemm(OP, (by_row, Factor::new(u)), grad.d_b, lora.scaling, 1.0)?;
+        let factors = (Factor::transposed(&du), Factor::new(x));
+        launcher.gemm(OP, factors, grad.d_a, 1.0, 1.0)?;
+        return Ok(du);
+    }
     let (dy, x, u, b) = (read(OP, dy)?, read(OP, x)?, read(OP, u)?, read(OP, lora.b)?);
     let dy = Mat::new(&dy, n, d_out);
     let du = cpu::build((n, r), |du| {
@@ -135,7 +203,7 @@ pub fn backward_lora(
         Shared::new(&mut d_b_transposed),
         (r, d_out),
         tile_width(d_out),
-        |mut tile, outs, _| {
+        |mut tile, outs| {
             matmul(
                 &mut tile,
                 Into::Overwrite,
@@ -158,7 +226,7 @@ pub fn backward_lora(
             Shared::new(d_a),
             (r, d_in),
             tile_width(d_in),
-            |mut tile, ins, _| {
+            |mut tile, ins| {
                 matmul(
                     &mut tile,
                     Into::Add,
@@ -179,13 +247,19 @@ pub fn backward_lora(
 /// `dy: [N, out]`, `du: [N, R]` with `a: [R, in]` -> `dx: [N, in]`.
 pub fn backward_input(
     dy: &Tensor,
-    weight: &FrozenWeight,
+    weight: &Weight,
     lora: Option<(&Tensor, &Tensor)>,
     sum: Option<Tensor>,
 ) -> Result<Tensor> {
     let (n, d_out) = dy.dims2()?;
     let d_in = weight.in_features();
     expect_dims(OP, "dy", dy, &[n, weight.out_features()])?;
+    if let Some(sum) = &sum {
+        expect_dims(OP, "dx", sum, &[n, d_in])?;
+    }
+    if let Some(launcher) = Launcher::of(OP, dy)? {
+        return backward_input_on_device(&launcher, dy, weight, lora, sum);
+    }
     let dy = read(OP, dy)?;
     let dy = Mat::new(&dy, n, d_out);
     let lora_data = match lora {
@@ -194,19 +268,27 @@ pub fn backward_input(
     };
     let add = |dx: Shared<'_>, into: Into| {
         let width = tile_width(d_in);
-        for_each_column_tile(dx, (n, d_in), width, |mut tile, ins, scratch| {
-            let w = scratch.take(d_out * ins.len());
-            weight.read_tile(0..d_out, ins.clone(), w);
-            matmul(&mut tile, into, dy, Mat::new(w, d_out, ins.len()), 1.0);
-            if let Some((du, a, r)) = &lora_data {
-                let a = Mat::new(a, *r, d_in).cols(ins);
-                matmul(&mut tile, Into::Add, Mat::new(du, n, *r), a, 1.0);
-            }
+        for_each_column_tile(dx, (n, d_in), width, |mut tile, ins| {
+            let base = Term {
+                lhs: dy,
+                rhs: Rhs::Weight(Window {
+                    weight,
+                    outs: 0..d_out,
+                    ins: ins.clone(),
+                }),
+                factor: 1.0,
+            };
+            let adapter = lora_data.as_ref().map(|(du, a, r)| Term {
+                lhs: Mat::new(du, n, *r),
+                rhs: Rhs::Mat(Mat::new(a, *r, d_in).cols(ins)),
+                factor: 1.0,
+            });
+            let terms: Vec<_> = [base].into_iter().chain(adapter).collect();
+            matmul_sum(&mut tile, into, &terms);
         });
     };
     match sum {
         Some(sum) => {
-            expect_dims(OP, "dx", &sum, &[n, d_in])?;
             cpu::write(OP, &sum, |dx| add(Shared::new(dx), Into::Add))?;
             Ok(sum)
         }
@@ -215,6 +297,28 @@ pub fn backward_input(
             cpu::build_uninit((n, d_in), |dx| add(Shared::uninit(dx), Into::Overwrite))
         },
     }
+}
+
+fn backward_input_on_device(
+    launcher: &Launcher,
+    dy: &Tensor,
+    weight: &Weight,
+    lora: Option<(&Tensor, &Tensor)>,
+    sum: Option<Tensor>,
+) -> Result<Tensor> {
+    let (dx, beta) = match sum {
+        Some(sum) => (sum, 1.0),
+        None => {
+            let shape = (dy.dim(0)?, weight.in_features());
+            (launcher.empty(shape, DType::BF16)?, 0.0)
+        }
+    };
+    let w = weight.dense(launcher)?;
+    launcher.gemm(OP, (Factor::new(dy), Factor::new(&w)), &dx, 1.0, beta)?;
+    if let Some((du, a)) = lora {
+        launcher.gemm(OP, (Factor::new(du), Factor::new(a)), &dx, 1.0, 1.0)?;
+    }
+    Ok(dx)
 }
 
 /// The same from differentiable primitives, with the weight as a tensor `w: [out, in]`.

@@ -5,14 +5,19 @@
 //!
 //! Source: arXiv:2411.09009.
 
+mod kernels;
+
 use std::ops::Range;
 
 use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
-use super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul, with_scratch};
+use super::gemm::{Into, Mat, MatMut, Rhs, Shared, Window, for_each_column_tile, matmul};
+use super::launcher::Launcher;
+use super::linear;
 use super::simd::{exp, max, sum, vectorized};
+use super::weight::Weight;
 use crate::quant::FrozenWeight;
 use crate::{Error, IGNORE_INDEX, Result};
 
@@ -38,6 +43,26 @@ pub struct TokenLoss {
     pub prediction: u32,
 }
 
+/// The losses of a batch, in row order; on a device they stay there until they are read.
+#[derive(Debug)]
+pub struct Losses(Origin);
+
+#[derive(Debug)]
+enum Origin {
+    Host(Vec<TokenLoss>),
+    Device(Vec<(usize, u32)>, kernels::DeviceLosses),
+}
+
+impl Losses {
+    /// Waits for the device, where they are on one.
+    pub fn read(self) -> Result<Vec<TokenLoss>> {
+        match self.0 {
+            Origin::Host(losses) => Ok(losses),
+            Origin::Device(rows, losses) => losses.read(&rows),
+        }
+    }
+}
+
 /// The sum of losses, in row order and f64.
 pub fn total(losses: &[TokenLoss]) -> f64 {
     losses.iter().map(|t| f64::from(t.loss)).sum()
@@ -50,12 +75,16 @@ pub fn total(losses: &[TokenLoss]) -> f64 {
 ///
 /// # Errors
 /// [`Error::Shape`] for a label that is not below V.
-pub fn forward(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<TokenLoss>> {
+pub fn forward(x: &Tensor, head: &Weight, labels: &[i64]) -> Result<Losses> {
     let rows = labelled_rows(x, head, labels)?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        let (losses, _) = kernels::losses(&launcher, x, head, &rows, None)?;
+        return Ok(Losses(Origin::Device(rows, losses)));
+    }
     let x = read(OP, x)?;
     let mut losses = Vec::with_capacity(rows.len());
     for_each_chunk(&x, head, &rows, |chunk, _| losses.extend_from_slice(chunk));
-    Ok(losses)
+    Ok(Losses(Origin::Host(losses)))
 }
 
 /// The losses, and `dx` for the gradient `d_loss` of each.
@@ -64,11 +93,16 @@ pub fn forward(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<To
 /// As [`forward`]; `dx: [N, D]`, zero in rows without a label.
 pub fn backward(
     x: &Tensor,
-    head: &FrozenWeight,
+    head: &Weight,
     labels: &[i64],
     d_loss: f32,
-) -> Result<(Vec<TokenLoss>, Tensor)> {
+) -> Result<(Losses, Tensor)> {
     let rows = labelled_rows(x, head, labels)?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        let (losses, dx) = kernels::losses(&launcher, x, head, &rows, Some(d_loss))?;
+        let dx = dx.expect("it was asked for by its factor");
+        return Ok((Losses(Origin::Device(rows, losses)), dx));
+    }
     let x_data = read(OP, x)?;
     let d = head.in_features();
     let mut losses = Vec::with_capacity(rows.len());
@@ -84,36 +118,36 @@ pub fn backward(
             losses.extend_from_slice(chunk);
         });
     })?;
-    Ok((losses, dx))
+    Ok((Losses(Origin::Host(losses)), dx))
+}
+
+/// The logits of every row in f32, `[N, V]`.
+pub fn logits(x: &Tensor, head: &Weight) -> Result<Tensor> {
+    match Launcher::of(OP, x)? {
+        Some(launcher) => kernels::logits(&launcher, x, head),
+        None => Ok(linear::forward(x, head, None, None)?.0),
+    }
 }
 
 /// `dx = dz W` for a chunk.
 fn hidden_backward(dz: &Logits, head: &FrozenWeight, dx: &mut [f32]) {
     let shape = (dz.rows, head.in_features());
-    for_each_column_tile(
-        Shared::new(dx),
-        shape,
-        HIDDEN_TILE,
-        |mut tile, cols, scratch| {
-            for (words, dz) in dz.tiles() {
-                let weight = scratch.take(words.len() * cols.len());
-                head.read_tile(words.clone(), cols.clone(), weight);
-                let into = if words.start == 0 {
-                    Into::Overwrite
-                } else {
-                    Into::Add
-                };
-                let dz = Mat::new(dz, tile.rows, words.len());
-                matmul(
-                    &mut tile,
-                    into,
-                    dz,
-                    Mat::new(weight, words.len(), cols.len()),
-                    1.0,
-                );
-            }
-        },
-    );
+    for_each_column_tile(Shared::new(dx), shape, HIDDEN_TILE, |mut tile, cols| {
+        for (words, dz) in dz.tiles() {
+            let into = if words.start == 0 {
+                Into::Overwrite
+            } else {
+                Into::Add
+            };
+            let dz = Mat::new(dz, tile.rows, words.len());
+            let weight = Rhs::Weight(Window {
+                weight: head,
+                outs: words,
+                ins: cols.clone(),
+            });
+            matmul(&mut tile, into, dz, weight, 1.0);
+        }
+    });
 }
 
 /// The logits of a chunk of rows, [`VOCAB_TILE`] words at a time: tile after tile, each row-major.
@@ -209,18 +243,18 @@ fn logits_forward(x: Mat<'_>, head: &FrozenWeight, logits: &mut Logits) -> Vec<V
     let peaks = tiles.map(|(tile, z)| {
         let start = tile * VOCAB_TILE;
         let words = z.len() / rows;
-        with_scratch(|scratch| {
-            let weight = scratch.take(words * d);
-            head.read_tile(start..start + words, 0..d, weight);
-            let weight = Mat::new(weight, words, d);
-            matmul(
-                &mut MatMut::new(z, rows, words),
-                Into::Overwrite,
-                x,
-                weight.t(),
-                1.0,
-            );
+        let weight = Rhs::Transposed(Window {
+            weight: head,
+            outs: start..start + words,
+            ins: 0..d,
         });
+        matmul(
+            &mut MatMut::new(z, rows, words),
+            Into::Overwrite,
+            x,
+            weight,
+            1.0,
+        );
         let peak = |z: &[f32]| {
             vectorized(
                 #[inline(always)]

@@ -1,7 +1,8 @@
 //! One operation, one file: its formula, `forward`, `backward`, and a `reference` of differentiable candle primitives.
 //!
-//! Operations take and give candle tensors; which device does the work is decided here and nowhere above. On the CPU
-//! they compute in f32, over all threads of the rayon pool, in an order that does not depend on how many there are.
+//! Operations take and give candle tensors; which device does the work is decided here and nowhere above. In f32 on the
+//! CPU they compute over all threads of the rayon pool, in an order that does not depend on how many there are. In bf16
+//! they launch the kernels of `cuda/`, which have the stem of their operation, on the device of the tensors.
 //! The `reference` of an operation works in any float type and is what tests hold `forward` and `backward` against.
 
 pub mod adamw;
@@ -14,7 +15,9 @@ pub mod philox;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
+pub mod weight;
 
 mod cpu;
 mod gemm;
+mod launcher;
 mod simd;

@@ -4,10 +4,12 @@
 //!
 //! Source: arXiv:1910.07467.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, ROWS_PER_TASK, expect_dims, read};
+use super::launcher::{Grid, Launcher, Operand};
+use super::residual;
 use super::simd::{sum, vectorized};
 use crate::Result;
 
@@ -16,10 +18,24 @@ const OP: &str = "rms_norm";
 /// `y = w x / rms(x)`.
 ///
 /// # Shapes
-/// `x: [.., D]`, `weight: [D]` -> `y` as `x`.
+/// `x: [.., D]`, `weight: [D]` in f32 -> `y` as `x`.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let d = weight.dims1()?;
     expect_dims(OP, "weight", weight, &[x.dim(D::Minus1)?])?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        let y = launcher.empty(x.shape(), DType::BF16)?;
+        let operands = [
+            Operand::Read(x),
+            Operand::Read(weight),
+            Operand::U32(x.elem_count() / d),
+            Operand::U32(d),
+            Operand::F32(eps as f32),
+            Operand::Write(&y),
+        ];
+        // SAFETY: x and y have rows of d elements, the weight has one.
+        unsafe { launcher.launch("rms_norm_forward_bf16", grid(x, d), &operands)? };
+        return Ok(y);
+    }
     let (xs, w) = (read(OP, x)?, read(OP, weight)?);
     cpu::build(x.shape(), |y| {
         let tasks = y
@@ -41,6 +57,40 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     })
 }
 
+/// The residual connection and the norm after it: `sum = x + branch` in the memory of `branch`, and `y = w sum / rms(sum)`.
+///
+/// # Shapes
+/// `x`, `branch: [.., D]`, `weight: [D]` -> `sum` and `y` as `x`.
+pub fn forward_residual(
+    x: &Tensor,
+    branch: Tensor,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    let Some(launcher) = Launcher::of(OP, x)? else {
+        let sum = residual::forward(x, branch)?;
+        let y = forward(&sum, weight, eps)?;
+        return Ok((sum, y));
+    };
+    let d = weight.dims1()?;
+    expect_dims(OP, "weight", weight, &[x.dim(D::Minus1)?])?;
+    expect_dims(OP, "branch", &branch, x.dims())?;
+    let y = launcher.empty(x.shape(), DType::BF16)?;
+    let operands = [
+        Operand::Read(x),
+        Operand::Read(&branch),
+        Operand::Read(weight),
+        Operand::U32(x.elem_count() / d),
+        Operand::U32(d),
+        Operand::F32(eps as f32),
+        Operand::Write(&branch),
+        Operand::Write(&y),
+    ];
+    // SAFETY: x, branch and y have rows of d elements, the weight has one.
+    unsafe { launcher.launch("rms_norm_forward_residual_bf16", grid(x, d), &operands)? };
+    Ok((branch, y))
+}
+
 /// Adds the gradient for `x` to `dx`, which may hold that of a residual connection.
 ///
 /// # Shapes
@@ -49,6 +99,20 @@ pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, dx: &Tensor)
     let d = weight.dims1()?;
     expect_dims(OP, "dy", dy, x.dims())?;
     expect_dims(OP, "dx", dx, x.dims())?;
+    expect_dims(OP, "weight", weight, &[x.dim(D::Minus1)?])?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        let operands = [
+            Operand::Read(dy),
+            Operand::Read(x),
+            Operand::Read(weight),
+            Operand::U32(x.elem_count() / d),
+            Operand::U32(d),
+            Operand::F32(eps as f32),
+            Operand::Write(dx),
+        ];
+        // SAFETY: dy, x and dx have rows of d elements, the weight has one.
+        return unsafe { launcher.launch("rms_norm_backward_bf16", grid(x, d), &operands) };
+    }
     let (dy, x, w) = (read(OP, dy)?, read(OP, x)?, read(OP, weight)?);
     cpu::write(OP, dx, |dx| {
         let chunk = ROWS_PER_TASK * d;
@@ -77,6 +141,21 @@ pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, dx: &Tensor)
             );
         });
     })
+}
+
+/// The blocks of a kernel: one takes eight short rows, a warp each, or one long row.
+fn grid(x: &Tensor, d: usize) -> Grid {
+    const SHORT: usize = 1024;
+    const WARPS: usize = 8;
+    let rows = x.elem_count() / d;
+    Grid::blocks(
+        if d <= SHORT {
+            rows.div_ceil(WARPS)
+        } else {
+            rows
+        },
+        1,
+    )
 }
 
 #[inline(always)]

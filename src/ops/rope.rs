@@ -5,13 +5,18 @@
 //!
 //! Source: arXiv:2104.09864, in the layout of transformers (`rotate_half`).
 
+use std::ops::Deref;
+
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, ROWS_PER_TASK};
+use super::launcher::{Launcher, Operand};
 use crate::{Error, Result};
 
 const OP: &str = "rope";
+/// Pairs of elements that a thread of the kernel takes at a time.
+const PER_THREAD: usize = 1;
 
 /// Cosine and sine for each position, `[P, E/2]` each, in f32 as transformers computes them.
 #[derive(Debug, Clone)]
@@ -19,6 +24,8 @@ pub struct RopeTable {
     cos: Vec<f32>,
     sin: Vec<f32>,
     half: usize,
+    /// The same two where kernels read them.
+    on_device: Option<[Tensor; 2]>,
 }
 
 impl RopeTable {
@@ -34,7 +41,15 @@ impl RopeTable {
             cos: table(f64::cos),
             sin: table(f64::sin),
             half: inv_freq.len(),
+            on_device: None,
         }
+    }
+
+    /// The table with a copy for the kernels of `device`.
+    pub fn on(mut self, device: &Device) -> Result<Self> {
+        let copy = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
+        self.on_device = Some([copy(&self.cos)?, copy(&self.sin)?]);
+        Ok(self)
     }
 
     /// Positions the table holds.
@@ -59,6 +74,37 @@ impl RopeTable {
     }
 }
 
+/// The position of each row of a batch, `[N]`.
+#[derive(Debug, Clone)]
+pub struct Positions {
+    values: Vec<u32>,
+    on_device: Option<Tensor>,
+}
+
+impl Positions {
+    pub fn new(values: &[u32]) -> Self {
+        Self {
+            values: values.to_vec(),
+            on_device: None,
+        }
+    }
+
+    /// The positions with a copy for the kernels of `device`.
+    pub fn on(mut self, device: &Device) -> Result<Self> {
+        let copy = Tensor::from_slice(&self.values, self.values.len(), device)?;
+        self.on_device = Some(copy);
+        Ok(self)
+    }
+}
+
+impl Deref for Positions {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        &self.values
+    }
+}
+
 /// Which way to turn.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
@@ -66,45 +112,111 @@ enum Direction {
     Backward,
 }
 
-/// Rotates every head of `x` in place.
-///
-/// # Shapes
-/// `x: [N, heads * E]`, `positions: [N]`.
-pub fn forward(x: &Tensor, positions: &[u32], table: &RopeTable) -> Result<()> {
-    rotate(x, positions, table, Direction::Forward)
+impl Direction {
+    fn sign(self) -> f32 {
+        match self {
+            Self::Forward => 1.0,
+            Self::Backward => -1.0,
+        }
+    }
 }
 
-/// Turns the gradient of the rotated heads into that of the heads before, in place.
+/// Rotates every head of the queries and the keys in place.
+///
+/// # Shapes
+/// `q: [N, H * E]`, `k: [N, K * E]`; a position for each row.
+pub fn forward(q: &Tensor, k: &Tensor, positions: &Positions, table: &RopeTable) -> Result<()> {
+    rotate([q, k], positions, table, Direction::Forward)
+}
+
+/// Turns the gradients of the rotated heads into those of the heads before, in place.
 ///
 /// # Shapes
 /// As [`forward`].
-pub fn backward(dx: &Tensor, positions: &[u32], table: &RopeTable) -> Result<()> {
-    rotate(dx, positions, table, Direction::Backward)
+pub fn backward(dq: &Tensor, dk: &Tensor, positions: &Positions, table: &RopeTable) -> Result<()> {
+    rotate([dq, dk], positions, table, Direction::Backward)
 }
 
-fn rotate(x: &Tensor, positions: &[u32], table: &RopeTable, direction: Direction) -> Result<()> {
+fn rotate(
+    heads: [&Tensor; 2],
+    positions: &Positions,
+    table: &RopeTable,
+    direction: Direction,
+) -> Result<()> {
+    for x in heads {
+        check(x, positions, table)?;
+    }
+    match Launcher::of(OP, heads[0])? {
+        Some(launcher) => rotate_on_device(&launcher, heads, positions, table, direction),
+        None => heads
+            .into_iter()
+            .try_for_each(|x| rotate_on_cpu(x, positions, table, direction)),
+    }
+}
+
+fn check(x: &Tensor, positions: &[u32], table: &RopeTable) -> Result<()> {
     let (n, width) = x.dims2()?;
     let past_end = positions.iter().find(|&&p| p as usize >= table.positions());
-    if n != positions.len() || width % (2 * table.half) != 0 || past_end.is_some() {
+    if n == positions.len() && width.is_multiple_of(2 * table.half) && past_end.is_none() {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        op: OP,
+        expected: format!(
+            "[{n}, heads * {}] at positions below {}",
+            2 * table.half,
+            table.positions()
+        ),
+        found: format!(
+            "{:?} at {} positions, {past_end:?} past the table",
+            x.dims(),
+            positions.len()
+        ),
+    })
+}
+
+fn rotate_on_device(
+    launcher: &Launcher,
+    [q, k]: [&Tensor; 2],
+    positions: &Positions,
+    table: &RopeTable,
+    direction: Direction,
+) -> Result<()> {
+    let (Some(rows), Some([cos, sin])) = (&positions.on_device, &table.on_device) else {
         return Err(Error::Shape {
             op: OP,
-            expected: format!(
-                "[{n}, heads * {}] at positions below {}",
-                2 * table.half,
-                table.positions()
-            ),
-            found: format!(
-                "{:?} at {} positions, {past_end:?} past the table",
-                x.dims(),
-                positions.len()
-            ),
+            expected: "positions and a table on the device".into(),
+            found: "them on the CPU alone".into(),
         });
-    }
-    let sign = if direction == Direction::Forward {
-        1.0
-    } else {
-        -1.0
     };
+    let n = positions.len();
+    let heads = |x: &Tensor| x.elem_count() / (n * 2 * table.half).max(1);
+    let operands = [
+        Operand::Write(q),
+        Operand::Write(k),
+        Operand::Read(rows),
+        Operand::Read(cos),
+        Operand::Read(sin),
+        Operand::U32(n),
+        Operand::U32(heads(q)),
+        Operand::U32(heads(k)),
+        Operand::U32(table.half),
+        Operand::F32(direction.sign()),
+    ];
+    let pairs = (q.elem_count() + k.elem_count()) / 2;
+    let grid = launcher.grid_stride(pairs, PER_THREAD);
+    // SAFETY: a row for each position, whole heads in each, and every position is in the table.
+    unsafe { launcher.launch("rope_rotate_bf16", grid, &operands) }
+}
+
+fn rotate_on_cpu(
+    x: &Tensor,
+    positions: &[u32],
+    table: &RopeTable,
+    direction: Direction,
+) -> Result<()> {
+    let width = x.dim(1)?;
+    let sign = direction.sign();
     cpu::write(OP, x, |x| {
         let tasks = x
             .par_chunks_mut(ROWS_PER_TASK * width)

@@ -36,12 +36,34 @@ impl Absmax {
     }
 }
 
-/// The mean, summed in f64 from first to last: the same bits with any number of threads.
+/// Partial sums of [`mean`]: a warp's 32 lanes, 32 times.
+const LANES: usize = 1024;
+
+/// The mean, summed in f64 in the order of a block of 1024 GPU threads: the same bits on every device.
+///
+/// Sum `i` takes the scales `i`, `i + 1024`, ...; then 32 neighbours, and at last the 32 results, are folded in halves.
 fn mean(absmax: &[f32]) -> f32 {
     if absmax.is_empty() {
         return 0.0;
     }
-    (absmax.iter().map(|&a| f64::from(a)).sum::<f64>() / absmax.len() as f64) as f32
+    let mut sums = [0f64; LANES];
+    for absmax in absmax.chunks(LANES) {
+        for (sum, &a) in sums.iter_mut().zip(absmax) {
+            *sum += f64::from(a);
+        }
+    }
+    let (warps, _) = sums.as_chunks::<32>();
+    let of_warps = std::array::from_fn(|w| fold_in_halves(warps[w]));
+    (fold_in_halves(of_warps) / absmax.len() as f64) as f32
+}
+
+fn fold_in_halves(mut sums: [f64; 32]) -> f64 {
+    for half in [16, 8, 4, 2, 1] {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+    }
+    sums[0]
 }
 
 /// Writes the codes of one nested block and returns its `nested_absmax`.

@@ -185,8 +185,8 @@ train_config! {
     gradient_checkpointing: Option<bool> = None;
     /// cpu or cuda
     device: DeviceKind = DeviceKind::Cpu;
-    /// Type of activations: f32 on the CPU
-    compute_dtype: ComputeDtype = ComputeDtype::F32;
+    /// Type of activations: f32 on the CPU, bf16 on CUDA; unset: the one of the device
+    compute_dtype: Option<ComputeDtype> = None;
     /// CPU threads; unset: all cores
     threads: Option<usize> = None;
 }
@@ -275,11 +275,18 @@ impl TrainConfig {
                 "splits rows off `dataset`; give it or `eval_dataset`, not both",
             ));
         }
-        if self.device == DeviceKind::Cpu && self.compute_dtype != ComputeDtype::F32 {
-            return Err(Error::config(
-                "compute_dtype",
+        let (only, reason) = match self.device {
+            DeviceKind::Cpu => (
+                ComputeDtype::F32,
                 "only f32 is supported on the CPU; use --compute_dtype f32",
-            ));
+            ),
+            DeviceKind::Cuda => (
+                ComputeDtype::Bf16,
+                "only bf16 is supported on CUDA; use --compute_dtype bf16",
+            ),
+        };
+        if self.compute_dtype.is_some_and(|dtype| dtype != only) {
+            return Err(Error::config("compute_dtype", reason));
         }
         Ok(())
     }

@@ -2,18 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use super::TrainConfig;
-use crate::model::Decoder;
-use crate::ops::adamw::{self, AdamW};
+use crate::model::{Decoder, Slot};
+use crate::ops::adamw::{self, AdamW, Weight};
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
 /// Added to the norm before dividing by it, as in torch's `clip_grad_norm_`.
 const CLIP_EPSILON: f64 = 1e-6;
 
-/// The settings, and the moments of each trained tensor in the order of [`Decoder::trainables`].
+/// The settings, and the moments of all trained tensors, flat as in [`Parameters`](crate::model::Parameters).
 #[derive(Debug)]
 pub struct Optimizer {
     beta1: f64,
@@ -24,34 +24,16 @@ pub struct Optimizer {
     max_grad_norm: f64,
     /// Updates done.
     step: usize,
-    moments: Vec<Moments>,
-}
-
-/// Named as in torch.
-#[derive(Debug)]
-struct Moments {
-    name: String,
+    // Named as in torch.
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    slots: Vec<Slot>,
 }
 
 impl Optimizer {
     /// Moments of zero for every trained tensor.
     pub fn new(config: &TrainConfig, decoder: &Decoder) -> Result<Self> {
-        let moments = decoder.trainables().map(|(name, trainable)| {
-            let zeros = || {
-                Tensor::zeros(
-                    trainable.value.shape(),
-                    DType::F32,
-                    trainable.value.device(),
-                )
-            };
-            Ok(Moments {
-                name,
-                exp_avg: zeros()?,
-                exp_avg_sq: zeros()?,
-            })
-        });
+        let grads = decoder.parameters().grads();
         Ok(Self {
             beta1: config.adam_beta1,
             beta2: config.adam_beta2,
@@ -59,24 +41,21 @@ impl Optimizer {
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
             step: 0,
-            moments: moments.collect::<Result<_>>()?,
+            exp_avg: grads.zeros_like()?,
+            exp_avg_sq: grads.zeros_like()?,
+            slots: decoder.parameters().slots().to_vec(),
         })
     }
 
     /// Sets every gradient to zero.
     pub fn zero_grad(&self, decoder: &Decoder) -> Result<()> {
-        decoder
-            .trainables()
-            .try_for_each(|(_, trainable)| adamw::zero(&trainable.grad))
+        adamw::zero(decoder.parameters().grads())
     }
 
     /// The norm of all gradients together.
     pub fn grad_norm(&self, decoder: &Decoder) -> Result<f64> {
-        let mut squares = 0.0;
-        for (_, trainable) in decoder.trainables() {
-            squares += adamw::squared_norm(&trainable.grad)?;
-        }
-        Ok(squares.sqrt())
+        let parameters = decoder.parameters();
+        Ok(adamw::squared_norm(parameters.values(), parameters.grads())?.sqrt())
     }
 
     /// Clips the gradients, whose norm is `grad_norm`, and updates every trained tensor.
@@ -95,29 +74,22 @@ impl Optimizer {
             step: self.step,
             grad_scale,
         };
-        for ((_, trainable), moments) in decoder.trainables().zip(&self.moments) {
-            adamw::forward(
-                &update,
-                &trainable.value,
-                &trainable.grad,
-                &moments.exp_avg,
-                &moments.exp_avg_sq,
-            )?;
-        }
-        Ok(())
+        let parameters = decoder.parameters();
+        let weight = Weight {
+            value: parameters.values(),
+            low: parameters.low(),
+        };
+        let grads = parameters.grads();
+        adamw::forward(&update, weight, grads, &self.exp_avg, &self.exp_avg_sq)
     }
 
     /// The moments by name: `exp_avg.NAME` and `exp_avg_sq.NAME`.
     pub fn state(&self) -> Result<BTreeMap<String, DenseTensor>> {
         let mut state = BTreeMap::new();
-        for moments in &self.moments {
-            for (kind, tensor) in moments.by_kind() {
-                let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
-                state.insert(
-                    format!("{kind}.{}", moments.name),
-                    DenseTensor::from_f32(tensor.dims().to_vec(), &values),
-                );
-            }
+        for (name, moment) in self.moments()? {
+            let values: Vec<f32> = moment.flatten_all()?.to_vec1()?;
+            let moment = DenseTensor::from_f32(moment.dims().to_vec(), &values);
+            state.insert(name, moment);
         }
         Ok(state)
     }
@@ -128,32 +100,34 @@ impl Optimizer {
     /// [`Error::TensorMismatch`] for a moment that is missing or shaped otherwise.
     pub fn restore(&mut self, step: usize, state: &BTreeMap<String, DenseTensor>) -> Result<()> {
         self.step = step;
-        for moments in &self.moments {
-            for (kind, tensor) in moments.by_kind() {
-                let name = format!("{kind}.{}", moments.name);
-                let stored = state
-                    .get(&name)
-                    .filter(|stored| stored.shape == tensor.dims());
-                let Some(stored) = stored else {
-                    return Err(Error::TensorMismatch {
-                        expected: format!("{:?}", tensor.dims()),
-                        found: state
-                            .get(&name)
-                            .map_or("nothing".into(), |other| format!("{:?}", other.shape)),
-                        tensor: name,
-                    });
-                };
-                let values =
-                    Tensor::from_vec(stored.to_f32_vec(), tensor.shape(), tensor.device())?;
-                tensor.slice_set(&values, 0, 0)?;
-            }
+        for (name, moment) in self.moments()? {
+            let stored = state
+                .get(&name)
+                .filter(|stored| stored.shape == moment.dims());
+            let Some(stored) = stored else {
+                return Err(Error::TensorMismatch {
+                    expected: format!("{:?}", moment.dims()),
+                    found: state
+                        .get(&name)
+                        .map_or("nothing".into(), |other| format!("{:?}", other.shape)),
+                    tensor: name,
+                });
+            };
+            let values = Tensor::from_vec(stored.to_f32_vec(), moment.shape(), moment.device())?;
+            moment.slice_set(&values, 0, 0)?;
         }
         Ok(())
     }
-}
 
-impl Moments {
-    fn by_kind(&self) -> [(&'static str, &Tensor); 2] {
-        [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)]
+    /// Views of both moments of each tensor by name.
+    fn moments(&self) -> Result<Vec<(String, Tensor)>> {
+        let kinds = [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
+        let named = |slot: &Slot, (kind, flat): (&str, &Tensor)| {
+            Ok((format!("{kind}.{}", slot.name), slot.view(flat)?))
+        };
+        self.slots
+            .iter()
+            .flat_map(|slot| kinds.map(|kind| named(slot, kind)))
+            .collect()
     }
 }

@@ -12,7 +12,7 @@ use super::optimizer::Optimizer;
 use super::run_data::{RunData, load_data};
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, RowOrder};
-use crate::device::peak_memory_bytes;
+use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
 use crate::model::{ActivationPolicy, Decoder};
 use crate::ops::linear_cross_entropy;
@@ -59,10 +59,11 @@ impl Trainer {
     ///
     /// # Errors
     /// Whatever is wrong with the config, the model, the data or the checkpoint.
-    pub fn new(config: TrainConfig) -> Result<Self> {
+    pub fn new(config: TrainConfig, placement: &Placement) -> Result<Self> {
         let mut decoder = Decoder::load(
             &Checkpoint::open(&config.model_name_or_path)?,
             Some(config.quantize_options()),
+            placement,
         )?;
         let data = load_data(&config, decoder.config().vocab_size)?;
         let adapter_config = match &config.adapter {
@@ -93,7 +94,12 @@ impl Trainer {
             .unwrap_or(0);
         let tokens = longest * config.per_device_train_batch_size;
         let mut trainer = Self {
-            policies: activation_policies(decoder.config(), tokens, config.gradient_checkpointing),
+            policies: activation_policies(
+                decoder.config(),
+                placement,
+                tokens,
+                config.gradient_checkpointing,
+            ),
             order: RowOrder::new(
                 data.train.examples.len(),
                 config.data_seed,
@@ -129,13 +135,16 @@ impl Trainer {
         let targets: usize = micro_batches.iter().map(Batch::target_count).sum();
 
         self.optimizer.zero_grad(&self.decoder)?;
+        let d_loss = 1.0 / targets as f32;
+        let losses = micro_batches.iter().map(|batch| {
+            self.decoder
+                .backward(sequences(batch), &batch.labels, d_loss, &self.policies)
+        });
+        // Read when all is queued: a device works on meanwhile.
+        let losses = losses.collect::<Result<Vec<_>>>()?;
         let mut loss = 0.0;
-        for batch in &micro_batches {
-            let d_loss = 1.0 / targets as f32;
-            let losses =
-                self.decoder
-                    .backward(sequences(batch), &batch.labels, d_loss, &self.policies)?;
-            loss += linear_cross_entropy::total(&losses);
+        for losses in losses {
+            loss += linear_cross_entropy::total(&losses.read()?);
         }
         loss /= targets as f64;
         let grad_norm = self.optimizer.grad_norm(&self.decoder)?;
@@ -155,7 +164,7 @@ impl Trainer {
             learning_rate,
             tokens,
             tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
-            peak_memory_bytes: peak_memory_bytes(),
+            peak_memory_bytes: self.decoder.placement().peak_memory_bytes(),
         })
     }
 

@@ -182,7 +182,11 @@ fn by_library(n: usize) -> [Vec<f32>; 3] {
     let [weight, m, v] = [weights(n), vec![0.0; n], vec![0.0; n]].map(tensor);
     for step in 1..=STEPS {
         let grad = tensor(gradients(n, step));
-        adamw::forward(&update(step), &weight, &grad, &m, &v).unwrap();
+        let weight = adamw::Weight {
+            value: &weight,
+            low: None,
+        };
+        adamw::forward(&update(step), weight, &grad, &m, &v).unwrap();
     }
     [weight, m, v].map(|t| t.to_vec1().unwrap())
 }

@@ -358,6 +358,13 @@ macro_rules! kernel_test {
             fn on_the_emulator() {
                 $crate::device_under_test::on_the_emulator(body);
             }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            #[ignore = "needs a GPU"]
+            fn on_the_gpu() {
+                $crate::gpu::on_the_gpu(body);
+            }
         }
     };
 }

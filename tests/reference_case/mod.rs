@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use qlora::data::{Batch, Example};
+use qlora::device::Placement;
 use qlora::model::{Decoder, Sequences};
 use qlora::store::{Adapter, Checkpoint};
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -95,7 +96,12 @@ impl ReferenceCase {
 
     /// The checkpoint with its adapter.
     pub fn decoder(&self) -> Decoder {
-        decoder_with_adapter(&self.dir, &self.dir.join("adapter"))
+        self.decoder_at(&Placement::cpu())
+    }
+
+    /// The same where `placement` says.
+    pub fn decoder_at(&self, placement: &Placement) -> Decoder {
+        decoder_with_adapter(&self.dir, &self.dir.join("adapter"), placement)
     }
 
     pub fn batch(&self) -> Batch {
@@ -158,8 +164,9 @@ pub fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 /// The checkpoint with the adapter in `adapter_dir`.
-pub fn decoder_with_adapter(case_dir: &Path, adapter_dir: &Path) -> Decoder {
-    let mut decoder = Decoder::load(&Checkpoint::open(case_dir).unwrap(), None).unwrap();
+pub fn decoder_with_adapter(case_dir: &Path, adapter_dir: &Path, placement: &Placement) -> Decoder {
+    let checkpoint = Checkpoint::open(case_dir).unwrap();
+    let mut decoder = Decoder::load(&checkpoint, None, placement).unwrap();
     decoder
         .load_adapter(&Adapter::read(adapter_dir).unwrap())
         .unwrap();

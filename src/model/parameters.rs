@@ -1,0 +1,148 @@
+//! The trained values of a decoder, all in one piece: the optimizer updates them together.
+
+use std::ops::Range;
+
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+
+use crate::Result;
+use crate::device::Placement;
+use crate::ops::adamw;
+
+/// Every trained tensor begins at a multiple of this many elements: a block of 8-bit moments belongs to one tensor, and
+/// its memory is aligned for wide accesses.
+const ALIGNMENT: usize = 256;
+
+/// A tensor that is trained, with the gradient that backward adds to: views into the [`Parameters`] of its decoder.
+#[derive(Debug, Clone)]
+pub struct Trainable {
+    /// What forward and backward read: f32 on the CPU, else the upper half of the master, bf16.
+    pub value: Tensor,
+    /// The lower half of the f32 master, where `value` is bf16.
+    low: Option<Tensor>,
+    /// f32.
+    pub grad: Tensor,
+}
+
+impl Trainable {
+    /// The f32 master, row-major.
+    pub fn master(&self) -> Result<Vec<f32>> {
+        let Some(low) = &self.low else {
+            return Ok(self.value.flatten_all()?.to_vec1()?);
+        };
+        let high: Vec<bf16> = self.value.flatten_all()?.to_vec1()?;
+        let low: Vec<i16> = low.flatten_all()?.to_vec1()?;
+        let halves = high.into_iter().zip(low);
+        Ok(halves.map(|(h, l)| adamw::join_master(h, l)).collect())
+    }
+}
+
+/// A tensor to be trained.
+pub(super) struct NewParameter {
+    pub(super) name: String,
+    pub(super) shape: (usize, usize),
+    /// Row-major.
+    pub(super) values: Vec<f32>,
+}
+
+/// All trained tensors of a decoder, one after another in flat tensors of one length.
+#[derive(Debug, Clone)]
+pub struct Parameters {
+    values: Tensor,
+    low: Option<Tensor>,
+    grads: Tensor,
+    slots: Vec<Slot>,
+}
+
+/// Where a tensor lies in the flat ones.
+#[derive(Debug, Clone)]
+pub struct Slot {
+    pub name: String,
+    pub shape: (usize, usize),
+    pub range: Range<usize>,
+}
+
+impl Parameters {
+    /// Lays the tensors out, with gradients of zero.
+    pub(super) fn new(tensors: Vec<NewParameter>, placement: &Placement) -> Result<Self> {
+        let mut slots = Vec::with_capacity(tensors.len());
+        let mut flat = Vec::new();
+        for NewParameter {
+            name,
+            shape,
+            values,
+        } in tensors
+        {
+            let start = flat.len();
+            flat.extend(values);
+            let range = start..flat.len();
+            flat.resize(flat.len().next_multiple_of(ALIGNMENT), 0.0);
+            slots.push(Slot { name, shape, range });
+        }
+        let (n, device) = (flat.len(), &placement.device);
+        let (values, low) = match placement.dtype {
+            DType::F32 => (Tensor::from_vec(flat, n, device)?, None),
+            _ => {
+                let (high, low): (Vec<bf16>, Vec<i16>) =
+                    flat.into_iter().map(adamw::split_master).unzip();
+                let low = Tensor::from_vec(low, n, device)?;
+                (Tensor::from_vec(high, n, device)?, Some(low))
+            }
+        };
+        Ok(Self {
+            grads: Tensor::zeros(n, DType::F32, device)?,
+            values,
+            low,
+            slots,
+        })
+    }
+
+    /// None at all.
+    pub(super) fn none(device: &Device) -> Result<Self> {
+        Ok(Self {
+            values: Tensor::zeros(0, DType::F32, device)?,
+            low: None,
+            grads: Tensor::zeros(0, DType::F32, device)?,
+            slots: Vec::new(),
+        })
+    }
+
+    /// Views of the tensor number `index`.
+    pub(super) fn trainable(&self, index: usize) -> Result<Trainable> {
+        let slot = &self.slots[index];
+        Ok(Trainable {
+            value: slot.view(&self.values)?,
+            low: self.low.as_ref().map(|low| slot.view(low)).transpose()?,
+            grad: slot.view(&self.grads)?,
+        })
+    }
+
+    /// The flat values, `[n]`: f32, or the upper halves in bf16.
+    pub fn values(&self) -> &Tensor {
+        &self.values
+    }
+
+    /// The lower halves of the f32 masters, where the values are bf16.
+    pub fn low(&self) -> Option<&Tensor> {
+        self.low.as_ref()
+    }
+
+    /// The flat gradients in f32, `[n]`.
+    pub fn grads(&self) -> &Tensor {
+        &self.grads
+    }
+
+    /// Where each tensor lies, in the order of the forward pass.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+}
+
+impl Slot {
+    /// The part of a flat tensor that is this one's, in its shape.
+    pub fn view(&self, flat: &Tensor) -> Result<Tensor> {
+        Ok(flat
+            .narrow(0, self.range.start, self.range.len())?
+            .reshape(self.shape)?)
+    }
+}

@@ -1,0 +1,269 @@
+//! The device side: tiles of the segments, and the launches that work through them.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Heads, OP, Saved, Segment};
+use crate::ops::launcher::{Grid, Launcher, Operand};
+use crate::{Error, Result};
+
+/// A kernel for heads of up to `head_dim` columns, as the table at the head of `cuda/attention.cu` has it.
+struct Kernel {
+    head_dim: usize,
+    forward: Tiling,
+    backward_q: Tiling,
+    backward_kv: Tiling,
+}
+
+/// Rows of a tile, threads and dynamic shared memory of a block.
+#[derive(Clone, Copy)]
+struct Tiling {
+    rows: usize,
+    threads: u32,
+    shared_bytes: usize,
+}
+
+/// Every kernel has four warps.
+const fn tiling(rows: usize, shared_bytes: usize) -> Tiling {
+    Tiling {
+        rows,
+        threads: 128,
+        shared_bytes,
+    }
+}
+
+const KERNELS: [Kernel; 5] = [
+    Kernel {
+        head_dim: 64,
+        forward: tiling(128, 49_152),
+        backward_q: tiling(128, 65_536),
+        backward_kv: tiling(64, 58_368),
+    },
+    Kernel {
+        head_dim: 80,
+        forward: tiling(128, 40_960),
+        backward_q: tiling(128, 61_440),
+        backward_kv: tiling(64, 70_656),
+    },
+    Kernel {
+        head_dim: 96,
+        forward: tiling(128, 49_152),
+        backward_q: tiling(128, 73_728),
+        backward_kv: tiling(64, 82_944),
+    },
+    Kernel {
+        head_dim: 128,
+        forward: tiling(128, 65_536),
+        backward_q: tiling(128, 98_304),
+        backward_kv: tiling(64, 70_144),
+    },
+    Kernel {
+        head_dim: 256,
+        forward: tiling(64, 98_304),
+        backward_q: tiling(64, 98_304),
+        backward_kv: tiling(32, 100_864),
+    },
+];
+
+impl Kernel {
+    /// The smallest that holds the head.
+    fn for_head_dim(head_dim: usize) -> Result<&'static Self> {
+        let fits = |kernel: &&Self| head_dim <= kernel.head_dim;
+        KERNELS.iter().find(fits).ok_or_else(|| Error::Shape {
+            op: OP,
+            expected: "heads of at most 256 columns".into(),
+            found: head_dim.to_string(),
+        })
+    }
+}
+
+/// The tiles of a batch's segments, for the grids of the three kernels: `[tiles, 5]` each.
+#[derive(Debug, Clone)]
+pub(super) struct Tiles {
+    head_dim: usize,
+    forward: Tensor,
+    backward_q: Tensor,
+    backward_kv: Tensor,
+}
+
+impl Tiles {
+    pub(super) fn new(segments: &[Segment], head_dim: usize, device: &Device) -> Result<Self> {
+        let kernel = Kernel::for_head_dim(head_dim)?;
+        Ok(Self {
+            head_dim,
+            forward: upload(query_tiles(segments, kernel.forward.rows), device)?,
+            backward_q: upload(query_tiles(segments, kernel.backward_q.rows), device)?,
+            backward_kv: upload(key_tiles(segments, kernel.backward_kv.rows), device)?,
+        })
+    }
+}
+
+/// `AttentionTile` of `cuda/attention.cu`: query row, queries, key row, keys, position.
+type TileWords = [u32; 5];
+
+fn words(values: [usize; 5]) -> Result<TileWords> {
+    let word = |value: usize| {
+        u32::try_from(value).map_err(|_| Error::Shape {
+            op: OP,
+            expected: "fewer than 2^32 rows".into(),
+            found: value.to_string(),
+        })
+    };
+    let mut words = [0; 5];
+    for (to, value) in words.iter_mut().zip(values) {
+        *to = word(value)?;
+    }
+    Ok(words)
+}
+
+/// Up to `rows` queries with all keys of their segment; those that see most keys first, so that no long block is last.
+fn query_tiles(segments: &[Segment], rows: usize) -> Result<Vec<TileWords>> {
+    let mut tiles = Vec::new();
+    for Segment { queries, keys } in segments {
+        let cached = keys.len() - queries.len();
+        for start in (0..queries.len()).step_by(rows) {
+            let count = rows.min(queries.len() - start);
+            let position = cached + start;
+            tiles.push(words([
+                queries.start + start,
+                count,
+                keys.start,
+                keys.len(),
+                position,
+            ])?);
+        }
+    }
+    tiles.sort_by_key(|&[.., position]| std::cmp::Reverse(position));
+    Ok(tiles)
+}
+
+/// Up to `rows` keys with all queries of their segment; those that are seen by most queries first.
+fn key_tiles(segments: &[Segment], rows: usize) -> Result<Vec<TileWords>> {
+    let mut tiles = Vec::new();
+    for Segment { queries, keys } in segments {
+        for start in (0..keys.len()).step_by(rows) {
+            let count = rows.min(keys.len() - start);
+            tiles.push(words([
+                queries.start,
+                queries.len(),
+                keys.start + start,
+                count,
+                start,
+            ])?);
+        }
+    }
+    tiles.sort_by_key(|&[_, queries, _, _, position]| {
+        std::cmp::Reverse(queries - position.min(queries))
+    });
+    Ok(tiles)
+}
+
+fn upload(tiles: Result<Vec<TileWords>>, device: &Device) -> Result<Tensor> {
+    let tiles = tiles?;
+    let count = tiles.len();
+    Ok(Tensor::from_vec(
+        tiles.into_flattened(),
+        (count, 5),
+        device,
+    )?)
+}
+
+/// The scalars that every kernel of attention takes.
+fn scalars(heads: &Heads) -> [Operand<'static>; 6] {
+    /// No cap on the scores: no model that is read has one.
+    const SOFT_CAP: f32 = 0.0;
+    [
+        Operand::U32(heads.num_heads),
+        Operand::U32(heads.num_kv_heads),
+        Operand::U32(heads.head_dim),
+        Operand::F32(heads.scale()),
+        Operand::U32(heads.window.unwrap_or(0)),
+        Operand::F32(SOFT_CAP),
+    ]
+}
+
+pub(super) fn forward(
+    launcher: &Launcher,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    tiles: &Tiles,
+    heads: &Heads,
+) -> Result<Saved> {
+    let kernel = Kernel::for_head_dim(tiles.head_dim)?;
+    let saved = Saved {
+        out: launcher.empty(q.shape(), DType::BF16)?,
+        lse: launcher.empty((q.dim(0)?, heads.num_heads), DType::F32)?,
+    };
+    let mut operands = vec![
+        Operand::Read(q),
+        Operand::Read(k),
+        Operand::Read(v),
+        Operand::Read(&tiles.forward),
+    ];
+    operands.extend(scalars(heads));
+    operands.extend([Operand::Write(&saved.out), Operand::Write(&saved.lse)]);
+    let grid = kernel.forward.grid(&tiles.forward, heads.num_heads)?;
+    let name = format!("attention_forward_bf16_{}", kernel.head_dim);
+    // SAFETY: the tiles are of segments that were checked against the rows of q, k and v.
+    unsafe { launcher.launch(&name, grid, &operands)? };
+    Ok(saved)
+}
+
+pub(super) fn backward(
+    launcher: &Launcher,
+    d_out: &Tensor,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    saved: &Saved,
+    tiles: &Tiles,
+    heads: &Heads,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let kernel = Kernel::for_head_dim(tiles.head_dim)?;
+    let delta = delta(launcher, d_out, &saved.out, heads)?;
+    let gradient = |of: &Tensor| launcher.empty(of.shape(), DType::BF16);
+    let (dq, dk, dv) = (gradient(q)?, gradient(k)?, gradient(v)?);
+    let launch = |name: &str, tiling: Tiling, tiles: &Tensor, y: usize, gradients: &[&Tensor]| {
+        let mut operands: Vec<Operand<'_>> = [q, k, v, d_out, &saved.lse, &delta, tiles]
+            .map(Operand::Read)
+            .into();
+        operands.extend(scalars(heads));
+        operands.extend(gradients.iter().map(|&t| Operand::Write(t)));
+        let name = format!("attention_backward_{name}_bf16_{}", kernel.head_dim);
+        // SAFETY: the tiles are of segments that were checked against the rows of q, k and v.
+        unsafe { launcher.launch(&name, tiling.grid(tiles, y)?, &operands) }
+    };
+    let (queries, keys) = (&tiles.backward_q, &tiles.backward_kv);
+    launch("q", kernel.backward_q, queries, heads.num_heads, &[&dq])?;
+    launch(
+        "kv",
+        kernel.backward_kv,
+        keys,
+        heads.num_kv_heads,
+        &[&dk, &dv],
+    )?;
+    Ok((dq, dk, dv))
+}
+
+/// `rowsum(dO O)` of each head, `[N, H]`.
+fn delta(launcher: &Launcher, d_out: &Tensor, out: &Tensor, heads: &Heads) -> Result<Tensor> {
+    const WARPS: usize = 8;
+    let rows = d_out.dim(0)?;
+    let delta = launcher.empty((rows, heads.num_heads), DType::F32)?;
+    let operands = [
+        Operand::Read(d_out),
+        Operand::Read(out),
+        Operand::U32(rows),
+        Operand::U32(heads.num_heads),
+        Operand::U32(heads.head_dim),
+        Operand::Write(&delta),
+    ];
+    let grid = Grid::blocks((rows * heads.num_heads).div_ceil(WARPS), 1);
+    // SAFETY: both have rows of num_heads heads of head_dim columns.
+    unsafe { launcher.launch("attention_backward_delta_bf16", grid, &operands)? };
+    Ok(delta)
+}
+
+impl Tiling {
+    fn grid(self, tiles: &Tensor, heads: usize) -> Result<Grid> {
+        Ok(Grid::blocks(tiles.dim(0)?, heads)
+            .with_threads(self.threads)
+            .with_shared_bytes(self.shared_bytes))
+    }
+}

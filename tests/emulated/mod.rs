@@ -1,0 +1,171 @@
+//! The host emulator as the runtime of bf16 tensors on the CPU: kernels run as they are written, products on the host.
+
+#![allow(dead_code)]
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device};
+use half::bf16;
+use qlora::device::{self, Argument, DeviceMemory, Gemm, Launch, Matrix, Placement, Runtime};
+use qlora::{Error, Result};
+use qlora_emulator::Order;
+
+thread_local! {
+    static ORDER: Cell<Order> = const { Cell::new(Order::Forward) };
+}
+
+/// The emulator, whose CUDA threads take turns in the order that [`use_order`] set for the calling thread.
+#[derive(Debug)]
+pub struct EmulatedRuntime;
+
+/// Launches by this thread let CUDA threads take turns in `order` from now on.
+pub fn use_order(order: Order) {
+    ORDER.set(order);
+}
+
+/// Every order that tests go through.
+pub const ORDERS: [Order; 4] = [
+    Order::Forward,
+    Order::Reverse,
+    Order::Random(1),
+    Order::Random(2),
+];
+
+/// bf16 on the CPU, through the emulator.
+pub fn placement() -> Placement {
+    device::install(&Device::Cpu, Arc::new(EmulatedRuntime));
+    Placement {
+        device: Device::Cpu,
+        dtype: DType::BF16,
+    }
+}
+
+impl Runtime for EmulatedRuntime {
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        let known = qlora_emulator::find(launch.kernel);
+        let threads = known.map(|kernel| kernel.threads);
+        assert_eq!(threads, Some(launch.threads), "{}", launch.kernel);
+        let arguments: Vec<*const c_void> = launch
+            .arguments
+            .iter()
+            .map(|argument| match argument {
+                Argument::Address(value) => std::ptr::from_ref(value).cast(),
+                Argument::U32(value) => std::ptr::from_ref(value).cast(),
+                Argument::U64(value) => std::ptr::from_ref(value).cast(),
+                Argument::F32(value) => std::ptr::from_ref(value).cast(),
+            })
+            .collect();
+        let [x, y] = launch.grid;
+        let emulated = qlora_emulator::Launch {
+            kernel: launch.kernel,
+            grid: [x, y, 1],
+            shared_bytes: launch.shared_bytes as usize,
+            order: ORDER.get(),
+            watch: None,
+            without: None,
+            mutant: None,
+        };
+        // SAFETY: as the caller promises.
+        let outcome = unsafe { qlora_emulator::launch(&emulated, &arguments) };
+        let outcome = outcome.map_err(|fault| Error::Train(fault.to_string()));
+        outcome.map(|_| ())
+    }
+
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        let Gemm { m, n, k, .. } = *gemm;
+        // SAFETY: the caller promises that the addresses cover the matrices.
+        let (a, b) = unsafe { (rows(&gemm.a, m, k), columns(&gemm.b, k, n)) };
+        for (i, a) in a.chunks_exact(k.max(1)).enumerate() {
+            for (j, b) in b.chunks_exact(k.max(1)).enumerate() {
+                let sum: f32 = a.iter().zip(b).map(|(a, b)| a * b).sum();
+                let at = i * gemm.c_row_stride + j;
+                // SAFETY: as above.
+                unsafe { add(gemm, at, sum) };
+            }
+        }
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        let started = Instant::now();
+        work()?;
+        Ok(started.elapsed().as_secs_f64())
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        1
+    }
+
+    fn memory(&self) -> Result<DeviceMemory> {
+        Ok(DeviceMemory {
+            free_bytes: 1 << 40,
+            total_bytes: 1 << 40,
+            peak_bytes: 0,
+        })
+    }
+
+    fn reset_peak_memory(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn describe(&self) -> String {
+        format!("the emulator, {:?}", ORDER.get())
+    }
+}
+
+/// Element `(i, j)` of the operand.
+///
+/// # Safety
+/// The address covers it.
+unsafe fn element(matrix: &Matrix, i: usize, j: usize) -> f32 {
+    let (row, col) = if matrix.is_transposed { (j, i) } else { (i, j) };
+    let data = matrix.address as *const bf16;
+    // SAFETY: as the caller promises.
+    unsafe { data.add(row * matrix.row_stride + col).read() }.to_f32()
+}
+
+/// The operand row by row.
+unsafe fn rows(matrix: &Matrix, rows: usize, cols: usize) -> Vec<f32> {
+    let places = (0..rows).flat_map(|i| (0..cols).map(move |j| (i, j)));
+    // SAFETY: as the caller of `gemm` promises.
+    places
+        .map(|(i, j)| unsafe { element(matrix, i, j) })
+        .collect()
+}
+
+/// The operand column by column.
+unsafe fn columns(matrix: &Matrix, rows: usize, cols: usize) -> Vec<f32> {
+    let places = (0..cols).flat_map(|j| (0..rows).map(move |i| (i, j)));
+    // SAFETY: as the caller of `gemm` promises.
+    places
+        .map(|(i, j)| unsafe { element(matrix, i, j) })
+        .collect()
+}
+
+unsafe fn add(gemm: &Gemm, at: usize, sum: f32) {
+    let updated = |old: f32| match gemm.beta {
+        0.0 => gemm.alpha * sum,
+        beta => gemm.alpha * sum + beta * old,
+    };
+    // SAFETY: as the caller of `gemm` promises.
+    unsafe {
+        match gemm.c_dtype {
+            DType::F32 => {
+                let c = (gemm.c_address as *mut f32).add(at);
+                c.write(updated(c.read()));
+            }
+            DType::BF16 => {
+                let c = (gemm.c_address as *mut bf16).add(at);
+                c.write(bf16::from_f32(updated(c.read().to_f32())));
+            }
+            other => panic!("a product into {other:?}"),
+        }
+    }
+}

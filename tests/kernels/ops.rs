@@ -1,0 +1,489 @@
+//! Operations through their kernels against their references in f64: forward, backward, and what they do in place.
+//!
+//! An operation may be twice as far off as its reference is when candle computes that in f32 or bf16 from the same values and
+//! rounds to bf16.
+
+use candle_core::{DType, Device, Tensor, Var};
+use half::bf16;
+use qlora::IGNORE_INDEX;
+use qlora::device::Placement;
+use qlora::ops::adamw::{self, AdamW};
+use qlora::ops::attention::{self, Heads, Segment, Segments};
+use qlora::ops::linear::{self, Lora, LoraGrad};
+use qlora::ops::linear_cross_entropy as lce;
+use qlora::ops::rope::{self, Positions, RopeTable};
+use qlora::ops::weight::{DenseCache, Weight};
+use qlora::ops::{embedding, gated_act, residual, rms_norm};
+use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
+
+use crate::device_under_test::assert_kernel_close;
+use crate::emulated;
+use crate::oracle::{Random, assert_close, f64s, oracle};
+
+/// `ops_test!(promise, |placement| { .. })`: the body as `promise::on_the_emulator`, in several orders of the threads, and,
+/// ignored, as `promise::on_the_gpu`.
+macro_rules! ops_test {
+    ($promise:ident, |$placement:ident| $body:block) => {
+        mod $promise {
+            #[allow(unused_imports)]
+            use super::*;
+
+            fn body($placement: &Placement) $body
+
+            #[test]
+            fn on_the_emulator() {
+                for order in emulated::ORDERS {
+                    emulated::use_order(order);
+                    body(&emulated::placement());
+                }
+            }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            #[ignore = "needs a GPU"]
+            fn on_the_gpu() {
+                use qlora::device::DeviceKind;
+
+                body(&Placement::open(DeviceKind::Cuda).unwrap());
+            }
+        }
+    };
+}
+
+/// A random tensor whose values bf16 holds exactly, in f64.
+fn random(random: &mut Random, shape: &[usize]) -> Tensor {
+    let t = random.tensor(shape).to_dtype(DType::BF16).unwrap();
+    t.to_dtype(DType::F64).unwrap()
+}
+
+/// The values in bf16 on the device, in memory of its own.
+fn place(t: &Tensor, placement: &Placement) -> Tensor {
+    t.to_dtype(DType::BF16)
+        .unwrap()
+        .copy()
+        .unwrap()
+        .to_device(&placement.device)
+        .unwrap()
+}
+
+fn place_f32(t: &Tensor, placement: &Placement) -> Tensor {
+    t.to_dtype(DType::F32)
+        .unwrap()
+        .copy()
+        .unwrap()
+        .to_device(&placement.device)
+        .unwrap()
+}
+
+/// Output and gradients of a reference, exactly and in bf16.
+struct Expected {
+    output: Pair,
+    grads: Vec<Pair>,
+}
+
+/// The same values in f64, and as candle gets them in bf16.
+struct Pair {
+    exact: Tensor,
+    low: Tensor,
+}
+
+impl Pair {
+    #[track_caller]
+    fn assert_close(&self, name: &str, got: &Tensor) {
+        let floats = |t: &Tensor| f64s(t).into_iter().map(|v| v as f32).collect::<Vec<_>>();
+        let got = got.to_device(&Device::Cpu).unwrap();
+        assert_kernel_close(name, &floats(&got), &f64s(&self.exact), &floats(&self.low));
+    }
+}
+
+fn expected(
+    random: &mut Random,
+    inputs: &[Tensor],
+    cotangent: &Tensor,
+    f: impl Fn(&[Tensor]) -> Tensor,
+) -> Expected {
+    expected_within(DType::BF16, random, inputs, cotangent, f)
+}
+
+/// With the low precision computed in `dtype` and rounded to bf16.
+fn expected_within(
+    dtype: DType,
+    random: &mut Random,
+    inputs: &[Tensor],
+    cotangent: &Tensor,
+    f: impl Fn(&[Tensor]) -> Tensor,
+) -> Expected {
+    let (exact, exact_grads) = oracle(random, inputs, cotangent, &f);
+    let low = |t: &Tensor| t.to_dtype(dtype).unwrap();
+    let rounded = |t: &Tensor| t.to_dtype(DType::BF16).unwrap();
+    let vars: Vec<Var> = inputs
+        .iter()
+        .map(|t| Var::from_tensor(&low(t)).unwrap())
+        .collect();
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let output = f(&tensors);
+    let loss = (&output * low(cotangent)).unwrap().sum_all().unwrap();
+    let grads = loss.backward().unwrap();
+    let grads = exact_grads.into_iter().zip(&vars).map(|(exact, var)| Pair {
+        exact,
+        low: rounded(grads.get(var).unwrap()),
+    });
+    Expected {
+        grads: grads.collect(),
+        output: Pair {
+            exact,
+            low: rounded(&output.detach()),
+        },
+    }
+}
+
+/// A constant that a reference uses, in the type of its inputs.
+fn like(constant: &Tensor, t: &Tensor) -> Tensor {
+    constant.to_dtype(t.dtype()).unwrap()
+}
+
+/// Rows of one warp and of one block, with a tail, of odd length, and longer than registers hold.
+const NORM_SHAPES: [(usize, usize); 7] = [
+    (3, 42),
+    (65, 96),
+    (1, 7),
+    (9, 1024),
+    (3, 1032),
+    (2, 1031),
+    (2, 16_400),
+];
+
+ops_test!(rms_norm_equals_its_reference, |at| {
+    let mut numbers = Random::new("rms_norm");
+    for (n, d) in NORM_SHAPES {
+        let [x, dy, before] = [(); 3].map(|()| random(&mut numbers, &[n, d]));
+        let w = random(&mut numbers, &[d]);
+        let want = expected_within(
+            DType::F32,
+            &mut numbers,
+            std::slice::from_ref(&x),
+            &dy,
+            |t| rms_norm::reference(&t[0], &like(&w, &t[0]), 1e-5).unwrap(),
+        );
+        let (x, weight) = (place(&x, at), place_f32(&w, at));
+        let y = rms_norm::forward(&x, &weight, 1e-5).unwrap();
+        want.output.assert_close(&format!("y of {n} x {d}"), &y);
+        let dx = place(&before, at);
+        rms_norm::backward(&place(&dy, at), &x, &weight, 1e-5, &dx).unwrap();
+        let exact = (&want.grads[0].exact + &before).unwrap();
+        let want = Pair {
+            low: exact.to_dtype(DType::BF16).unwrap(),
+            exact,
+        };
+        want.assert_close(&format!("dx of {n} x {d}"), &dx);
+    }
+});
+
+ops_test!(a_norm_after_a_residual_equals_the_two, |at| {
+    let mut numbers = Random::new("residual norm");
+    for (n, d) in NORM_SHAPES {
+        let (x, branch) = (random(&mut numbers, &[n, d]), random(&mut numbers, &[n, d]));
+        let w = random(&mut numbers, &[d]);
+        let weight = place_f32(&w, at);
+        let sum = residual::forward(&place(&x, at), place(&branch, at)).unwrap();
+        let y = rms_norm::forward(&sum, &weight, 1e-5).unwrap();
+        let (fused_sum, fused_y) =
+            rms_norm::forward_residual(&place(&x, at), place(&branch, at), &weight, 1e-5).unwrap();
+        assert!(f64s(&fused_sum) == f64s(&sum), "sum of {n} x {d}");
+        assert!(f64s(&fused_y) == f64s(&y), "norm of {n} x {d}");
+    }
+});
+
+ops_test!(gated_act_equals_its_reference, |at| {
+    let mut numbers = Random::new("gated_act");
+    for shape in [[42, 1000], [3, 37], [1, 1]] {
+        let gate = (random(&mut numbers, &shape) * 8.0).unwrap();
+        let (up, dy) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
+        let inputs = [gate.clone(), up.clone()];
+        let want = expected(&mut numbers, &inputs, &dy, |t| {
+            gated_act::reference(&t[0], &t[1]).unwrap()
+        });
+        let (gate, up) = (place(&gate, at), place(&up, at));
+        let y = gated_act::forward(&gate, &up).unwrap();
+        want.output.assert_close("y", &y);
+        gated_act::backward(&place(&dy, at), &gate, &up).unwrap();
+        want.grads[0].assert_close("d_gate", &gate);
+        want.grads[1].assert_close("d_up", &up);
+    }
+});
+
+ops_test!(residual_is_rounded_once, |at| {
+    let mut numbers = Random::new("residual");
+    for shape in [[30, 130], [1, 7]] {
+        let (x, branch) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
+        let sum = residual::forward(&place(&x, at), place(&branch, at)).unwrap();
+        let want = (x + branch).unwrap().to_dtype(DType::BF16).unwrap();
+        assert!(f64s(&sum) == f64s(&want), "{shape:?}");
+    }
+});
+
+ops_test!(rope_equals_its_reference, |at| {
+    let mut numbers = Random::new("rope");
+    let positions: Vec<u32> = (0..40).chain(0..27).collect();
+    let n = positions.len();
+    for (heads, kv_heads, half) in [(3, 1, 5), (4, 2, 8), (2, 2, 32)] {
+        let frequencies: Vec<f32> = (0..half).map(|i| 0.7f32.powi(i)).collect();
+        let half = half as usize;
+        let table = RopeTable::new(&frequencies, 40).on(&at.device).unwrap();
+        let rows = Positions::new(&positions).on(&at.device).unwrap();
+        let (cos, sin) = table.gather(&positions).unwrap();
+        let mut case = |heads: usize| {
+            let shape = [n, heads, 2 * half];
+            let (x, dy) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
+            let want = expected(&mut numbers, std::slice::from_ref(&x), &dy, |t| {
+                rope::reference(&t[0], &like(&cos, &t[0]), &like(&sin, &t[0])).unwrap()
+            });
+            let flat = |t: &Tensor| place(&t.flatten_from(1).unwrap(), at);
+            (flat(&x), flat(&dy), want)
+        };
+        let (q, dq, want_q) = case(heads);
+        let (k, dk, want_k) = case(kv_heads);
+        rope::forward(&q, &k, &rows, &table).unwrap();
+        want_q.output.assert_close("q", &q);
+        want_k.output.assert_close("k", &k);
+        rope::backward(&dq, &dk, &rows, &table).unwrap();
+        want_q.grads[0].assert_close("dq", &dq);
+        want_k.grads[0].assert_close("dk", &dk);
+    }
+});
+
+/// A 4-bit weight on the device, and its values rounded to bf16, as products read them.
+fn quantized(w: &Tensor, placement: &Placement) -> (Weight, Tensor) {
+    let values: Vec<f32> = f64s(w).into_iter().map(|v| v as f32).collect();
+    let dense = DenseTensor::from_f32(w.dims().to_vec(), &values);
+    let params = Params4bit::quantize("w", &dense, QuantizeOptions::default()).unwrap();
+    let mut values = vec![bf16::ZERO; dense.numel()];
+    params.dequantize(&mut values);
+    let values = Tensor::from_vec(values, w.dims(), &Device::Cpu).unwrap();
+    let cache = DenseCache::new(&[dense.numel()], &placement.device).unwrap();
+    let weight = Weight::on_device(FrozenWeight::Quantized(params), &cache.into()).unwrap();
+    (weight, values.to_dtype(DType::F64).unwrap())
+}
+
+ops_test!(linear_with_lora_equals_its_reference, |at| {
+    let mut numbers = Random::new("linear");
+    for (n, d_in, d_out, r) in [(5, 42, 30, 3), (37, 80, 130, 4), (1, 200, 7, 1)] {
+        let (x, dy) = (
+            random(&mut numbers, &[n, d_in]),
+            random(&mut numbers, &[n, d_out]),
+        );
+        let (weight, w) = quantized(&random(&mut numbers, &[d_out, d_in]), at);
+        let bias = random(&mut numbers, &[d_out]);
+        let (a, b) = (
+            random(&mut numbers, &[r, d_in]),
+            random(&mut numbers, &[d_out, r]),
+        );
+        let inputs = [x.clone(), a.clone(), b.clone()];
+        let want = expected(&mut numbers, &inputs, &dy, |t| {
+            let (w, bias) = (like(&w, &t[0]), like(&bias, &t[0]));
+            linear::reference(&t[0], &w, Some(&bias), Some((&t[1], &t[2], 0.5))).unwrap()
+        });
+        let (x, dy, a, b) = (place(&x, at), place(&dy, at), place(&a, at), place(&b, at));
+        let bias = place_f32(&bias, at);
+        let lora = Lora {
+            a: &a,
+            b: &b,
+            scaling: 0.5,
+        };
+        let (y, u) = linear::forward(&x, &weight, Some(&bias), Some(lora)).unwrap();
+        want.output.assert_close("y", &y);
+        let zeros = |t: &Tensor| Tensor::zeros(t.shape(), DType::F32, t.device()).unwrap();
+        let (d_a, d_b) = (zeros(&a), zeros(&b));
+        let grad = LoraGrad {
+            d_a: &d_a,
+            d_b: &d_b,
+        };
+        let du = linear::backward_lora(&dy, &x, &u.unwrap(), lora, grad).unwrap();
+        let dx = linear::backward_input(&dy, &weight, Some((&du, &a)), None).unwrap();
+        want.grads[0].assert_close("dx", &dx);
+        want.grads[1].assert_close("dA", &d_a);
+        want.grads[2].assert_close("dB", &d_b);
+        let twice = linear::backward_input(&dy, &weight, Some((&du, &a)), Some(dx)).unwrap();
+        let double = |t: &Tensor| (t * 2.0).unwrap();
+        let want = Pair {
+            exact: double(&want.grads[0].exact),
+            low: double(&want.grads[0].low),
+        };
+        want.assert_close("dx added to dx", &twice);
+    }
+});
+
+ops_test!(a_weight_is_dequantized_to_the_bits_of_the_library, |at| {
+    let mut numbers = Random::new("weight");
+    let (d_out, d_in) = (37, 42);
+    let (weight, w) = quantized(&random(&mut numbers, &[d_out, d_in]), at);
+    let identity = Tensor::eye(d_in, DType::F64, &Device::Cpu).unwrap();
+    let (columns, _) = linear::forward(&place(&identity, at), &weight, None, None).unwrap();
+    assert!(f64s(&columns.t().unwrap()) == f64s(&w));
+});
+
+ops_test!(embedding_gathers_rows, |at| {
+    let mut numbers = Random::new("embedding");
+    let table = random(&mut numbers, &[17, 10]);
+    let values: Vec<bf16> = f64s(&table).into_iter().map(bf16::from_f64).collect();
+    let dense = FrozenWeight::Dense(DenseTensor::from_bf16(vec![17, 10], &values));
+    let cache = DenseCache::new(&[], &at.device).unwrap();
+    let weight = Weight::on_device(dense, &cache.into()).unwrap();
+    let ids = [3u32, 16, 0, 3];
+    let want = embedding::reference(&Tensor::new(&ids, &Device::Cpu).unwrap(), &table).unwrap();
+    let rows = embedding::forward(&ids, &weight).unwrap();
+    assert!(f64s(&rows) == f64s(&want));
+});
+
+fn segments(lengths: &[usize]) -> Vec<Segment> {
+    let mut start = 0;
+    lengths
+        .iter()
+        .map(|len| {
+            let range = start..start + len;
+            start += len;
+            Segment {
+                queries: range.clone(),
+                keys: range,
+            }
+        })
+        .collect()
+}
+
+ops_test!(attention_equals_its_reference, |at| {
+    let mut numbers = Random::new("attention");
+    let heads = |num_heads, num_kv_heads, head_dim, window| Heads {
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        window,
+    };
+    for (lengths, heads) in [
+        (vec![42], heads(6, 2, 8, None)),
+        (vec![1, 70, 5], heads(2, 2, 6, None)),
+        (vec![100, 20], heads(2, 1, 64, Some(12))),
+    ] {
+        let n = lengths.iter().sum();
+        let list = segments(&lengths);
+        let (h, k, e) = (heads.num_heads, heads.num_kv_heads, heads.head_dim);
+        let q = random(&mut numbers, &[n, h, e]);
+        let [keys, v] = [(); 2].map(|()| random(&mut numbers, &[n, k, e]));
+        let dy = random(&mut numbers, &[n, h, e]);
+        let inputs = [q.clone(), keys.clone(), v.clone()];
+        let want = expected(&mut numbers, &inputs, &dy, |t| {
+            attention::reference(&t[0], &t[1], &t[2], &list, heads).unwrap()
+        });
+        let flat = |t: &Tensor| place(&t.flatten_from(1).unwrap(), at);
+        let (q, keys, v, dy) = (flat(&q), flat(&keys), flat(&v), flat(&dy));
+        let on_device = Segments::from(list.clone()).on(&at.device, e).unwrap();
+        let saved = attention::forward(&q, &keys, &v, &on_device, heads).unwrap();
+        want.output.assert_close("out", &saved.out);
+        let (dq, dk, dv) =
+            attention::backward(&dy, (&q, &keys, &v), &saved, &on_device, heads).unwrap();
+        want.grads[0].assert_close("dq", &dq);
+        want.grads[1].assert_close("dk", &dk);
+        want.grads[2].assert_close("dv", &dv);
+    }
+});
+
+ops_test!(linear_cross_entropy_equals_its_reference, |at| {
+    let mut numbers = Random::new("linear_cross_entropy");
+    for (n, d, vocab) in [(21, 20, 301), (5, 8, 3001)] {
+        let (x, head) = (
+            random(&mut numbers, &[n, d]),
+            random(&mut numbers, &[vocab, d]),
+        );
+        let labels: Vec<i64> = (0..n)
+            .map(|i| match i % 3 {
+                1 => IGNORE_INDEX,
+                _ => (i * 37 % vocab) as i64,
+            })
+            .collect();
+        let rows: Vec<u32> = (0..n as u32)
+            .filter(|i| labels[*i as usize] != IGNORE_INDEX)
+            .collect();
+        let picked = Tensor::new(rows.as_slice(), &Device::Cpu).unwrap();
+        let kept: Vec<u32> = rows.iter().map(|&i| labels[i as usize] as u32).collect();
+        let kept = Tensor::new(kept.as_slice(), &Device::Cpu).unwrap();
+        let d_loss = Tensor::new(0.25f64, &Device::Cpu).unwrap();
+        let want = expected(&mut numbers, std::slice::from_ref(&x), &d_loss, |t| {
+            let picked = t[0].index_select(&picked, 0).unwrap();
+            lce::reference(&picked, &like(&head, &t[0]), &kept).unwrap()
+        });
+        let values: Vec<bf16> = f64s(&head).into_iter().map(bf16::from_f64).collect();
+        let dense = FrozenWeight::Dense(DenseTensor::from_bf16(vec![vocab, d], &values));
+        let cache = DenseCache::new(&[], &at.device).unwrap();
+        let head = Weight::on_device(dense, &cache.into()).unwrap();
+        let x = place(&x, at);
+        let (losses, dx) = lce::backward(&x, &head, &labels, 0.25).unwrap();
+        let losses = losses.read().unwrap();
+        let (total, exact) = (lce::total(&losses), f64s(&want.output.exact)[0]);
+        assert!(
+            (total - exact).abs() <= 1e-5 * exact,
+            "loss {total}, reference {exact}"
+        );
+        // The gradient of the logits is rounded to bf16 on the way, to one part in 256.
+        assert_close("dx", &dx, &want.grads[0].exact, 0.01);
+        let found: Vec<u32> = losses.iter().map(|t| t.row as u32).collect();
+        assert_eq!(found, rows);
+        let again = lce::forward(&x, &head, &labels).unwrap().read().unwrap();
+        assert_eq!(again, losses);
+        let logits: Vec<Vec<f32>> = lce::logits(&x, &head).unwrap().to_vec2().unwrap();
+        for token in &losses {
+            let row = &logits[token.row];
+            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let first = row.iter().position(|&z| z == largest).unwrap();
+            assert_eq!(token.prediction as usize, first);
+            let sum: f32 = row.iter().map(|z| (z - largest).exp()).sum();
+            assert!((token.confidence * sum - 1.0).abs() < 1e-5);
+        }
+    }
+});
+
+ops_test!(adamw_updates_the_master_as_its_reference_does, |at| {
+    let mut numbers = Random::new("adamw");
+    let n = 700;
+    let upload = |t: &Tensor| place_f32(t, at);
+    let (w, m) = (numbers.tensor(&[n]), numbers.tensor(&[n]));
+    let v = numbers.tensor(&[n]).sqr().unwrap();
+    let update = AdamW {
+        learning_rate: 1e-2,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        step: 3,
+        grad_scale: 0.5,
+    };
+    let g = numbers.tensor(&[n]);
+    let want = adamw::reference(&update, &w, &g, &m, &v).unwrap();
+    let halves = f64s(&w).into_iter().map(|w| adamw::split_master(w as f32));
+    let (high, low): (Vec<bf16>, Vec<i16>) = halves.unzip();
+    let high = Tensor::from_vec(high, n, &at.device).unwrap();
+    let low = Tensor::from_vec(low, n, &at.device).unwrap();
+    let (m, v, g) = (upload(&m), upload(&v), upload(&g));
+    let weight = adamw::Weight {
+        value: &high,
+        low: Some(&low),
+    };
+    let norm = adamw::squared_norm(&high, &g).unwrap();
+    let exact: f64 = f64s(&g).iter().map(|g| g * g).sum();
+    assert!(
+        (norm - exact).abs() <= 1e-6 * exact,
+        "{norm} instead of {exact}"
+    );
+    adamw::forward(&update, weight, &g, &m, &v).unwrap();
+    let high: Vec<bf16> = high.to_vec1().unwrap();
+    let low: Vec<i16> = low.to_vec1().unwrap();
+    let masters = high
+        .iter()
+        .zip(&low)
+        .map(|(&h, &l)| adamw::join_master(h, l));
+    for ((master, high), exact) in masters.zip(&high).zip(f64s(&want[0])) {
+        assert!(
+            (f64::from(master) - exact).abs() <= 1e-6,
+            "{master} instead of {exact}"
+        );
+        assert!((high.to_f64() - f64::from(master)).abs() <= f64::from(master).abs() / 256.0);
+    }
+});
