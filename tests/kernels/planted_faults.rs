@@ -136,6 +136,20 @@ fn in_adamw() {
 }
 
 #[test]
+fn in_attention() {
+    use crate::attention;
+    assert_faults_are_noticed(
+        "attention",
+        &[
+            attention::queries_on_a_cache_see_all_keys_before_them::body,
+            attention::packed_sequences_do_not_see_each_other::body,
+            attention::a_window_hides_the_distant_past::body,
+            attention::heads_of_every_size_of_tile::body,
+        ],
+    );
+}
+
+#[test]
 fn in_embedding() {
     use crate::embedding;
     assert_faults_are_noticed(
@@ -207,17 +221,20 @@ fn in_rope() {
     );
 }
 
+/// The files above.
+const FILES: [&str; 8] = [
+    "adamw",
+    "attention",
+    "embedding",
+    "linear_cross_entropy",
+    "lora",
+    "nf4",
+    "rms_norm",
+    "rope",
+];
+
 #[test]
 fn every_mutant_has_its_test() {
-    const FILES: [&str; 7] = [
-        "adamw",
-        "embedding",
-        "linear_cross_entropy",
-        "lora",
-        "nf4",
-        "rms_norm",
-        "rope",
-    ];
     let without: Vec<_> = mutants()
         .filter(|mutant| !FILES.contains(&mutant.file))
         .collect();

@@ -115,30 +115,30 @@ impl Build {
         rows
     }
 
-    /// Writes the mutant's kernel file and changed header to a folder of their own, where the one finds the other.
+    /// Writes the mutant's kernel file to a folder of its own with all headers, which it finds there first.
     fn write_mutant(&self, number: usize, mutant: &Mutant, cuda_dir: &Path) -> PathBuf {
         let folder = self.out_dir.join(format!("mutant_{number}"));
         fs::create_dir_all(&folder).expect("OUT_DIR can be written");
-        let read = |file| {
-            fs::read_to_string(cuda_dir.join(file))
-                .unwrap_or_else(|error| panic!("{file}: {error}"))
-        };
-        let original = read(mutant.source);
-        let occurrences = original.matches(mutant.text).count();
+        let mut is_planted = false;
+        let headers = files_with_extension(cuda_dir, "cuh");
+        for path in headers
+            .into_iter()
+            .chain([cuda_dir.join(mutant.kernel_file)])
+        {
+            let name = path.file_name().expect("a file");
+            let mut text = fs::read_to_string(&path)
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            if name == mutant.source {
+                is_planted = text.matches(mutant.text).count() == 1;
+                text = text.replace(mutant.text, mutant.replacement);
+            }
+            fs::write(folder.join(name), text).expect("OUT_DIR can be written");
+        }
         assert!(
-            occurrences == 1,
-            "{} occurs {occurrences} times instead of once in {}: plant the fault {:?} anew in build/mutants.rs",
-            mutant.text,
-            mutant.source,
-            mutant.name
+            is_planted,
+            "{:?} does not occur exactly once in {}: plant the fault {:?} anew in build/mutants.rs",
+            mutant.text, mutant.source, mutant.name
         );
-        fs::write(folder.join(mutant.kernel_file), read(mutant.kernel_file))
-            .expect("OUT_DIR can be written");
-        fs::write(
-            folder.join(mutant.source),
-            original.replace(mutant.text, mutant.replacement),
-        )
-        .expect("OUT_DIR can be written");
         folder.join(mutant.kernel_file)
     }
 

@@ -17,6 +17,20 @@ pub struct Mutant {
 
 pub const MUTANTS: &[Mutant] = &[
     Mutant {
+        name: "copies rows past the last",
+        kernel_file: "attention.cu",
+        source: "attention_tile.cuh",
+        text: "copy_async_16(to + first * E + column, source + column, is_row && column < columns);",
+        replacement: "copy_async_16(to + first * E + column, source + column, column < columns);",
+    },
+    Mutant {
+        name: "sees one key beyond the window",
+        kernel_file: "attention.cu",
+        source: "attention_tile.cuh",
+        text: "static_cast<unsigned>(positions_before) < static_cast<unsigned>(reach)",
+        replacement: "static_cast<unsigned>(positions_before) <= static_cast<unsigned>(reach)",
+    },
+    Mutant {
         name: "dequantizes past the last weight",
         kernel_file: "nf4.cu",
         source: "nf4.cu",

@@ -58,7 +58,8 @@ struct LoadLane {
     const uint16_t* row;
 };
 
-// Matrix m has its rows at the addresses of lanes 8 m to 8 m + 7. A read belongs to the lane that receives the element.
+// Matrix m has its rows at the addresses of lanes 8 m to 8 m + 7. The PTX ISA does not say which lane reads an element: both the
+// one that gives the address and the one that receives it must be ordered with whoever writes it.
 template <int COUNT, bool TRANSPOSED>
 void load_all(void* const* arguments, unsigned) {
     for (unsigned i = 0; i < LANES; i++) {
@@ -100,6 +101,9 @@ void load_matrices(unsigned* registers, int count, const void* shared_row, bool 
     if (gives_a_row && !is_aligned_16(shared_row)) {
         fail(FaultKind::Misaligned, "load_matrix_x%d at line %u: the row at %p is not 16-byte aligned", count, site.line,
              shared_row);
+    }
+    if (gives_a_row) {
+        watch_access(Access::Read, shared_row, 16);
     }
     LoadLane lane{registers, static_cast<const uint16_t*>(shared_row)};
     if (count == 4) {
