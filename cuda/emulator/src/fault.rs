@@ -9,6 +9,8 @@ pub enum FaultKind {
     UnknownKernel,
     /// The number of arguments is not that of the kernel.
     ArgumentCount,
+    /// The grid has no blocks, or more than `cuLaunchKernel` takes.
+    Grid,
     /// No thread can go on.
     Deadlock,
     /// Threads of one block wait at different `__syncthreads()`.

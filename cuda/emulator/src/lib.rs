@@ -46,6 +46,9 @@ pub struct Launch<'a> {
     pub mutant: Option<Mutant>,
 }
 
+/// What `cuLaunchKernel` takes on every supported GPU.
+const LARGEST_GRID: [u32; 3] = [(1 << 31) - 1, (1 << 16) - 1, (1 << 16) - 1];
+
 /// Runs a kernel to its end and returns the places where it synchronized.
 ///
 /// Each of `arguments` points to the value of one argument, as `cuLaunchKernel` takes them.
@@ -80,6 +83,19 @@ pub unsafe fn launch(
             FaultKind::ArgumentCount,
             format!("takes {count} arguments, got {}", arguments.len()),
         ));
+    }
+
+    if !launch
+        .grid
+        .iter()
+        .zip(LARGEST_GRID)
+        .all(|(&blocks, most)| (1..=most).contains(&blocks))
+    {
+        let message = format!(
+            "the grid {:?} is not within 1 to {LARGEST_GRID:?}",
+            launch.grid
+        );
+        return Err(refuse(FaultKind::Grid, message));
     }
 
     let mutant_body = launch

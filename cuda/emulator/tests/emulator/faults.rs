@@ -197,6 +197,23 @@ fn a_launch_must_name_a_kernel_and_give_its_arguments() {
 }
 
 #[test]
+fn a_grid_must_be_one_that_a_gpu_takes() {
+    let mut out = [0u32; 64];
+    let arguments = Arguments::new().buffer(&mut out);
+    for grid in [[0, 1, 1], [1, 0, 1], [1, 1 << 16, 1], [1 << 31, 1, 1]] {
+        let launch = Launch {
+            grid,
+            ..launch_of("thread_numbers", 1, Order::Forward)
+        };
+        assert_eq!(
+            run(&launch, &arguments).unwrap_err().kind,
+            FaultKind::Grid,
+            "{grid:?}"
+        );
+    }
+}
+
+#[test]
 fn after_a_fault_the_next_launch_works() {
     for order in ORDERS {
         fault_of("half_a_block_waits", order);
