@@ -21,8 +21,9 @@ void run_or_exit(const char* name, unsigned threads, dim3 grid, size_t shared_by
     if (run(launch, fault)) {
         return;
     }
-    std::fprintf(stderr, "%s, block (%u, %u, %u), thread %u: %s (%u ready, %u in a warp operation, %u at a barrier, %u exited)\n",
-                 name, fault.block.x, fault.block.y, fault.block.z, fault.thread, fault.message, fault.ready,
+    std::fprintf(stderr, "%s, block (%u, %u, %u), thread %u: %s\n", name, fault.block.x, fault.block.y, fault.block.z,
+                 fault.thread, fault.message);
+    std::fprintf(stderr, "%u threads ready, %u in a warp operation, %u at a barrier, %u exited\n", fault.ready,
                  fault.in_warp_operation, fault.at_barrier, fault.exited);
     std::exit(1);
 }

@@ -11,7 +11,8 @@ void commit_copies(Site site);
 void wait_for_copies(int newest_to_leave, Site site);
 }  // namespace emulator
 
-inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], emulator::Site site = emulator::here()) {
+inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                         emulator::Site site = emulator::here()) {
     emulator::multiply_matrices(d, a, b, site);
 }
 

@@ -72,7 +72,8 @@ void Watch::check(Access access, const void* address, size_t bytes, unsigned thr
     if (shared_->owns(address)) {
         place.array = shared_->find(address, bytes);
         if (place.array == nullptr) {
-            fail(FaultKind::SharedOverrun, "thread %u %s %zu bytes beyond the end of a shared array", thread, verb(access), bytes);
+            fail(FaultKind::SharedOverrun, "thread %u %s %zu bytes beyond the end of a shared array", thread, verb(access),
+                 bytes);
         }
         cells = &shared_cells_[shared_->offset_of(address)];
     } else if (is_on_a_stack(address) || is_constant_of_the_program(begin) || buffers_.empty()) {
@@ -201,7 +202,8 @@ void Watch::fail_race(const char* what, unsigned other, bool is_other_block, con
     const char* address = static_cast<const char*>(place.address);
     const Buffer* buffer = find_buffer(address, place.bytes);
     fail(FaultKind::Race, "thread %u %s byte %zu of buffer number %zu, %s %s (since %s:%u)", place.thread, verb(place.access),
-         static_cast<size_t>(address - buffer->begin), static_cast<size_t>(buffer - buffers_.data()), what, who, file, since.line);
+         static_cast<size_t>(address - buffer->begin), static_cast<size_t>(buffer - buffers_.data()), what, who, file,
+         since.line);
 }
 
 void Watch::fail_outside(const Place& place) {
@@ -215,8 +217,8 @@ void Watch::fail_outside(const Place& place) {
             nearest = &buffer;
         }
     }
-    fail(FaultKind::InvalidAccess, "thread %u %s %zu bytes at offset %td of buffer number %td, which has %zu bytes", place.thread,
-         verb(place.access), place.bytes, address - nearest->begin, nearest - buffers_.data(), nearest->bytes);
+    fail(FaultKind::InvalidAccess, "thread %u %s %zu bytes at offset %td of buffer number %td, which has %zu bytes",
+         place.thread, verb(place.access), place.bytes, address - nearest->begin, nearest - buffers_.data(), nearest->bytes);
 }
 
 }  // namespace emulator

@@ -1,7 +1,7 @@
 // Follows every access of a watched kernel to memory and finds what the order of the threads may hide:
 //
-// - a race: two threads at one byte, at least one writing, with no barrier between them. __syncthreads() orders the threads of a
-//   block, __syncwarp() those of a warp; nothing orders two blocks. A byte on its way by cp.async belongs to nobody.
+// - a race: two threads at one byte, at least one writing, with no barrier between them. __syncthreads() orders the threads of
+//   a block, __syncwarp() those of a warp; nothing orders two blocks. A byte on its way by cp.async belongs to nobody.
 // - a read of shared memory that the block has not written.
 // - an access outside of the arguments' buffers, or across the end of a shared array.
 //
@@ -69,10 +69,10 @@ class Watch {
     uint32_t warp_ordered_[MAX_THREADS / LANES] = {};  // and for each warp
 };
 
-// Where the access that is checked happens: the thread's last synchronization. Defined by machine.cpp.
+// Where the access that is checked happens: the thread's last synchronization. Defined by kernel_calls.cpp.
 Site last_synchronization();
 
-// True if `address` lies on the stack of a kernel thread. Defined by machine.cpp.
+// True if `address` lies on the stack of a kernel thread. Defined by kernel_calls.cpp.
 bool is_on_a_stack(const void* address);
 
 }  // namespace emulator

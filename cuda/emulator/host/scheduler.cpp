@@ -1,46 +1,18 @@
-#include "machine.h"
+#include "scheduler.h"
 
 #include <algorithm>
-#include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <vector>
 
-#include "copy_queue.h"
-#include "fiber.h"
-#include "shared_memory.h"
 #include "trap.h"
-#include "watch.h"
 
 namespace emulator {
 
+__thread Machine* machine = nullptr;
+
 namespace {
-
-enum class State : unsigned char { Ready, InWarpOperation, AtBarrier, Exited };
-
-struct Thread {
-    ExecutionState execution;
-    uint3 index;
-    State state;
-    Site waits_at;
-    CopyQueue copies;
-};
-
-struct Warp {
-    struct Lane {
-        unsigned mask;
-        WarpOperation operation;
-        const char* name;
-        void* argument;
-    };
-    unsigned present;  // lanes that exist, as a bit mask
-    unsigned ready;
-    unsigned waiting;  // in a warp operation
-    unsigned exited;
-    Lane lanes[LANES];
-};
 
 // SplitMix64: the random orders depend on nothing but their seed and the block.
 uint64_t next_random(uint64_t& state) {
@@ -50,72 +22,18 @@ uint64_t next_random(uint64_t& state) {
     return z ^ (z >> 31);
 }
 
+}  // namespace
+
 const char* base_name(const char* path) {
     const char* slash = std::strrchr(path, '/');
     return slash == nullptr ? path : slash + 1;
 }
 
-}  // namespace
-
 bool operator==(const Site& a, const Site& b) {
     return a.line == b.line && std::strcmp(base_name(a.file), base_name(b.file)) == 0;
 }
 
-class Machine {
- public:
-    bool run(const Launch& launch, Fault& fault);
-
-    void block_barrier(Site site);
-    void warp_collective(unsigned mask, WarpOperation operation, void* argument, const char* name, Site site);
-    [[noreturn]] void fail(FaultKind kind, const char* format, va_list arguments);
-
-    const Launch& launch() const { return *launch_; }
-    uint3 block() const { return block_; }
-    unsigned current() const { return current_; }
-    Thread& thread() { return threads_[current_]; }
-    bool is_in_a_thread() const { return is_in_a_thread_; }
-    char* stack_bottom() const { return stacks_.bottom(current_); }
-    unsigned lane() const { return current_ % LANES; }
-    SharedMemory& shared() { return shared_; }
-    Watch& watch() { return watch_; }
-    const Stacks& stacks() const { return stacks_; }
-    std::vector<Site>& met() { return met_; }
-    uint64_t random() { return next_random(random_); }
-
- private:
-    static void thread_main();
-    void run_block(uint64_t number);
-    void prepare_threads();
-    void run_warp(Warp& warp, unsigned first_thread);
-    void resume(unsigned thread);
-    void wait_for_others();
-    void set_state(unsigned thread, State state);
-    unsigned choose_warp();
-    void release_barrier();
-    void report_deadlock();
-    void report(FaultKind kind, const char* format, va_list arguments);
-    __attribute__((format(printf, 3, 4))) void report(FaultKind kind, const char* format, ...);
-    unsigned warps() const { return (launch_->threads + LANES - 1) / LANES; }
-
-    const Launch* launch_ = nullptr;
-    Fault* fault_ = nullptr;
-    uint3 block_{};
-    unsigned current_ = 0;
-    unsigned alive_ = 0;
-    unsigned at_barrier_ = 0;
-    bool is_in_a_thread_ = false;
-    uint64_t random_ = 0;
-    ExecutionState scheduler_;
-    Stacks stacks_;
-    std::vector<Thread> threads_;
-    Warp warps_[MAX_THREADS / LANES];
-    SharedMemory shared_;
-    Watch watch_;
-    std::vector<Site> met_;
-};
-
-// The machine whose kernel the calling OS thread is running. `__thread`: no initialization to be checked at each use.
-static __thread Machine* machine = nullptr;
+uint64_t Machine::random() { return next_random(random_); }
 
 void Machine::thread_main() {
     announce_fiber_start();
@@ -136,6 +54,7 @@ bool Machine::run(const Launch& launch, Fault& fault) {
     met_.clear();
     stacks_.reserve(launch.threads);
     threads_.resize(std::max<size_t>(threads_.size(), launch.threads));
+    prepare_threads();
     if (!shared_.begin_launch(launch.shared_bytes)) {
         report(FaultKind::SharedTooLarge, "the launch asks for %zu bytes of shared memory; every GPU has %zu",
                launch.shared_bytes, SharedMemory::LIMIT_BYTES);
@@ -343,8 +262,10 @@ void Machine::report_deadlock() {
                 continue;
             }
             const char* what = state == State::AtBarrier ? "__syncthreads()" : warps_[i / LANES].lanes[i % LANES].name;
-            length += static_cast<size_t>(std::snprintf(waits + length, sizeof waits - length, "; thread %u waits in %s at %s:%u",
-                                                        i, what, base_name(threads_[i].waits_at.file), threads_[i].waits_at.line));
+            const Site& site = threads_[i].waits_at;
+            const int written = std::snprintf(waits + length, sizeof waits - length, "; thread %u waits in %s at %s:%u", i, what,
+                                              base_name(site.file), site.line);
+            length += static_cast<size_t>(written);
             length = std::min(length, sizeof waits - 1);
             break;
         }
@@ -434,182 +355,6 @@ bool run(const Launch& launch, Fault& fault, void (*visit)(void*, Site), void* c
     }
     pool().put_back(std::move(taken));
     return succeeded;
-}
-
-uint3 thread_index() { return machine->thread().index; }
-
-uint3 block_index() { return machine->block(); }
-
-dim3 block_size() { return dim3(machine->launch().threads); }
-
-dim3 grid_size() { return machine->launch().grid; }
-
-bool is_removed(Site site) {
-    std::vector<Site>& met = machine->met();
-    const auto is_same = [&](const Site& other) { return other.line == site.line && other.file == site.file; };
-    if (std::none_of(met.begin(), met.end(), is_same)) {
-        met.push_back(site);
-    }
-    const Site& removed = machine->launch().removed;
-    return removed.file != nullptr && removed == site;
-}
-
-void block_barrier(Site site) {
-    if (!is_removed(site)) {
-        machine->block_barrier(site);
-    }
-}
-
-void warp_barrier(unsigned mask, Site site) {
-    if (is_removed(site)) {
-        return;
-    }
-    const auto order = [](void* const*, unsigned) { machine->watch().order_warp(machine->current() / LANES); };
-    machine->warp_collective(mask, order, nullptr, "__syncwarp", site);
-}
-
-void warp_collective(unsigned mask, WarpOperation operation, void* argument, const char* name, Site site) {
-    machine->warp_collective(mask, operation, argument, name, site);
-}
-
-namespace {
-
-struct ShuffleLane {
-    uint64_t value;
-    uint64_t result;
-    unsigned source;
-};
-
-void shuffle_all(void* const* arguments, unsigned mask) {
-    for (unsigned i = 0; i < LANES; i++) {
-        if (!(mask >> i & 1)) {
-            continue;
-        }
-        ShuffleLane& lane = *static_cast<ShuffleLane*>(arguments[i]);
-        if (!(mask >> lane.source & 1)) {
-            fail(FaultKind::LaneMismatch, "lane %u shuffles from lane %u, which mask %08x leaves out", i, lane.source, mask);
-        }
-        lane.result = static_cast<const ShuffleLane*>(arguments[lane.source])->value;
-    }
-}
-
-// A lane that would read beyond its segment of `width` lanes reads itself.
-unsigned shuffle_source(Shuffle kind, unsigned lane, int operand, int width) {
-    const int begin = static_cast<int>(lane) & ~(width - 1);
-    const int end = begin + width;
-    const int self = static_cast<int>(lane);
-    int source = self;
-    switch (kind) {
-        case Shuffle::FromLane:
-            source = begin + (operand & (width - 1));
-            break;
-        case Shuffle::Up:
-            source = self - operand;
-            break;
-        case Shuffle::Down:
-            source = self + operand;
-            break;
-        case Shuffle::Xor:
-            return static_cast<unsigned>((self ^ operand) < end ? self ^ operand : self);
-    }
-    return static_cast<unsigned>(source >= begin && source < end ? source : self);
-}
-
-const char* shuffle_name(Shuffle kind) {
-    switch (kind) {
-        case Shuffle::FromLane:
-            return "__shfl_sync";
-        case Shuffle::Up:
-            return "__shfl_up_sync";
-        case Shuffle::Down:
-            return "__shfl_down_sync";
-        case Shuffle::Xor:
-            return "__shfl_xor_sync";
-    }
-    return "";
-}
-
-struct BallotLane {
-    bool predicate;
-    unsigned result;
-};
-
-void ballot_all(void* const* arguments, unsigned mask) {
-    unsigned result = 0;
-    for (unsigned i = 0; i < LANES; i++) {
-        if (mask >> i & 1 && static_cast<const BallotLane*>(arguments[i])->predicate) {
-            result |= 1u << i;
-        }
-    }
-    for (unsigned i = 0; i < LANES; i++) {
-        if (mask >> i & 1) {
-            static_cast<BallotLane*>(arguments[i])->result = result;
-        }
-    }
-}
-
-}  // namespace
-
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int operand, int width, Site site) {
-    ShuffleLane lane{value, 0, shuffle_source(kind, machine->lane(), operand, width)};
-    machine->warp_collective(mask, shuffle_all, &lane, shuffle_name(kind), site);
-    return lane.result;
-}
-
-unsigned ballot(unsigned mask, bool predicate, Site site) {
-    BallotLane lane{predicate, 0};
-    machine->warp_collective(mask, ballot_all, &lane, "__ballot_sync", site);
-    return lane.result;
-}
-
-void* shared_array(const void* declaration, const char* name, size_t bytes) {
-    void* array = machine->shared().array(declaration, name, bytes);
-    if (array == nullptr) {
-        fail(FaultKind::SharedTooLarge, "no room for %s (%zu bytes) in the %zu bytes of shared memory that every GPU has", name,
-             bytes, SharedMemory::LIMIT_BYTES);
-    }
-    return array;
-}
-
-void* dynamic_shared() { return machine->shared().dynamic(); }
-
-void watch_access(Access access, const void* address, size_t bytes) {
-    if (machine != nullptr && machine->launch().watched) {
-        machine->watch().check(access, address, bytes, machine->current());
-    }
-}
-
-void watch_access_of_lane(unsigned lane, Access access, const void* address, size_t bytes) {
-    if (machine->launch().watched) {
-        machine->watch().check(access, address, bytes, machine->current() - machine->lane() + lane);
-    }
-}
-
-Site last_synchronization() { return machine->thread().waits_at; }
-
-bool is_on_a_stack(const void* address) { return machine->stacks().contain(address); }
-
-bool copy_lands_at_once() {
-    if (machine->launch().watched) {
-        return false;
-    }
-    switch (machine->launch().order.kind) {
-        case Order::Forward:
-            return false;
-        case Order::Reverse:
-            return true;
-        case Order::Random:
-            return machine->random() % 2 == 0;
-    }
-    return false;
-}
-
-CopyQueue& copies_of_this_thread() { return machine->thread().copies; }
-
-void fail(FaultKind kind, const char* format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    machine->fail(kind, format, arguments);
 }
 
 char* stack_of_running_thread() {
