@@ -13,7 +13,7 @@ use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{CudaDevice, DType, Device};
 
 use super::no_cuda;
-use super::runtime::{Argument, DeviceMemory, Gemm, Launch, Runtime, install, runtime};
+use super::runtime::{Argument, DeviceMemory, Gemm, Launch, Runtime, install};
 use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -29,6 +29,12 @@ unsafe extern "C" {
 /// # Errors
 /// [`Error::Config`] with the reason where there is none that can be used.
 pub(super) fn open() -> Result<Device> {
+    /// Kernels run on the stream of the device that was opened first: a second one would bring another stream.
+    static OPENED: Mutex<Option<CudaDevice>> = Mutex::new(None);
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = &*opened {
+        return Ok(Device::Cuda(device.clone()));
+    }
     load_libraries()?;
     let cannot =
         |error: &dyn std::fmt::Display| no_cuda(&format!("the GPU cannot be used: {error}"));
@@ -37,9 +43,8 @@ pub(super) fn open() -> Result<Device> {
     // SAFETY: every tensor is used on the one stream it was allocated on.
     unsafe { device.disable_event_tracking() };
     let placed = Device::Cuda(device.clone());
-    if runtime(&placed).is_none() {
-        install(&placed, Arc::new(CudaRuntime::new(&device)?));
-    }
+    install(&placed, Arc::new(CudaRuntime::new(&device)?));
+    *opened = Some(device);
     Ok(placed)
 }
 
@@ -183,6 +188,10 @@ impl Runtime for CudaRuntime {
                 ))
             })
         };
+        // Unlike a launch, a product does not make the context current on the calling thread by itself.
+        self.context
+            .bind_to_thread()
+            .map_err(|e| failed("cuBLAS", e))?;
         // cuBLAS counts by columns: what is stored by rows is to it the transpose, and c^T = b^T a^T.
         // SAFETY: the caller promises that the addresses cover the matrices; alpha and beta outlive the call.
         let outcome = unsafe {
