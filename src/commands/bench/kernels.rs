@@ -159,7 +159,7 @@ impl Bench {
         })?;
         let weight = vec![half::bf16::from_f32(0.01); d * d];
         let weight = FrozenWeight::Dense(DenseTensor::from_bf16(vec![d, d], &weight));
-        let weight = self.place(weight, &[])?;
+        let weight = self.place(weight)?;
         let name = format!("product {n} x {d} x {d}");
         self.measure(name, Work::Flops(2 * n * d * d), || {
             linear::forward(&x, &weight, None, None)?;
@@ -167,11 +167,12 @@ impl Bench {
         })
     }
 
-    fn place(&self, weight: FrozenWeight, cached: &[usize]) -> anyhow::Result<Weight> {
+    /// A dense weight.
+    fn place(&self, weight: FrozenWeight) -> anyhow::Result<Weight> {
         if !self.placement.uses_kernels() {
             return Ok(weight.into());
         }
-        let cache = DenseCache::new(cached, &self.placement.device)?;
+        let cache = DenseCache::new(&[], &self.placement.device)?;
         Ok(Weight::on_device(weight, &cache.into())?)
     }
 
