@@ -96,32 +96,35 @@ __device__ __forceinline__ float low_bf16(unsigned packed) { return __uint_as_fl
 
 __device__ __forceinline__ float high_bf16(unsigned packed) { return __uint_as_float(packed & 0xffff0000u); }
 
-// The sum over the 32 lanes of a warp, the same bits in each lane. All lanes must call it.
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
+// How two values become one.
+struct Sum {
+    template <typename T>
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return a + b;
+    }
+};
+
+struct Largest {
+    __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+// Folds the 32 values of a warp, the same bits in each lane. All lanes must call it.
+template <typename Fold, typename T>
+__device__ __forceinline__ T warp_fold(T value, Fold fold) {
 #pragma unroll
     for (unsigned distance = WARP_LANES / 2; distance > 0; distance /= 2) {
-        value += __shfl_xor_sync(ALL_LANES, value, distance);
+        value = fold(value, __shfl_xor_sync(ALL_LANES, value, distance));
     }
     return value;
 }
 
-// The largest value over the 32 lanes of a warp. All lanes must call it.
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-    for (unsigned distance = WARP_LANES / 2; distance > 0; distance /= 2) {
-        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, distance));
-    }
-    return value;
-}
-
-// The sum over a block of THREADS threads, in a fixed order, the same bits in each thread. All threads must call it; it may
-// be called again at once, since it returns when every thread has read the result.
-template <unsigned THREADS, typename T>
-__device__ __forceinline__ T block_sum(T value) {
+// Folds the values of a block of THREADS threads in a fixed order, the same bits in each thread; `identity` changes nothing.
+// All threads must call it; it may be called again at once, since it returns when every thread has read the result.
+template <unsigned THREADS, typename Fold, typename T>
+__device__ __forceinline__ T block_fold(T value, T identity, Fold fold) {
     constexpr unsigned WARPS = THREADS / WARP_LANES;
     static_assert(THREADS % WARP_LANES == 0 && WARPS <= WARP_LANES, "a block has 1 to 32 whole warps");
-    value = warp_sum(value);
+    value = warp_fold(value, fold);
     if (WARPS == 1) {
         return value;
     }
@@ -131,27 +134,24 @@ __device__ __forceinline__ T block_sum(T value) {
         of_warp[threadIdx.x / WARP_LANES] = value;
     }
     __syncthreads();
-    value = warp_sum(lane < WARPS ? of_warp[lane] : T(0));
+    value = warp_fold(lane < WARPS ? of_warp[lane] : identity, fold);
     __syncthreads();
     return value;
 }
 
-// The largest value over a block of THREADS threads; called like block_sum.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+    return warp_fold(value, Sum{});
+}
+
+__device__ __forceinline__ float warp_max(float value) { return warp_fold(value, Largest{}); }
+
+template <unsigned THREADS, typename T>
+__device__ __forceinline__ T block_sum(T value) {
+    return block_fold<THREADS>(value, T(0), Sum{});
+}
+
 template <unsigned THREADS>
 __device__ __forceinline__ float block_max(float value) {
-    constexpr unsigned WARPS = THREADS / WARP_LANES;
-    static_assert(THREADS % WARP_LANES == 0 && WARPS <= WARP_LANES, "a block has 1 to 32 whole warps");
-    value = warp_max(value);
-    if (WARPS == 1) {
-        return value;
-    }
-    SHARED(float, of_warp, WARPS);
-    const unsigned lane = threadIdx.x % WARP_LANES;
-    if (lane == 0) {
-        of_warp[threadIdx.x / WARP_LANES] = value;
-    }
-    __syncthreads();
-    value = warp_max(lane < WARPS ? of_warp[lane] : -INFINITY);
-    __syncthreads();
-    return value;
+    return block_fold<THREADS>(value, -INFINITY, Largest{});
 }

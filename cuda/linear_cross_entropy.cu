@@ -111,30 +111,16 @@ __device__ __forceinline__ Peak peak_of_thread(const Logits<WIDTH>& logits) {
     return peak;
 }
 
-__device__ __forceinline__ unsigned warp_min(unsigned value) {
-#pragma unroll
-    for (unsigned distance = WARP_LANES / 2; distance > 0; distance /= 2) {
-        value = min(value, __shfl_xor_sync(ALL_LANES, value, distance));
-    }
-    return value;
-}
-
-__device__ __forceinline__ unsigned block_min(unsigned value) {
-    SHARED(unsigned, of_warp, THREADS / WARP_LANES);
-    const unsigned lane = threadIdx.x % WARP_LANES;
-    value = warp_min(value);
-    if (lane == 0) {
-        of_warp[threadIdx.x / WARP_LANES] = value;
-    }
-    __syncthreads();
-    return warp_min(of_warp[lane]);
-}
+struct Lowest {
+    __device__ __forceinline__ unsigned operator()(unsigned a, unsigned b) const { return min(a, b); }
+};
 
 // The peak of the whole row, the same in each thread.
 __device__ __forceinline__ Peak peak_of_block(const Peak& of_thread) {
     const float largest = block_max<THREADS>(of_thread.largest);
     const float sum = block_sum<THREADS>(of_thread.sum * __expf(of_thread.largest - largest));
-    const unsigned index = block_min(of_thread.largest == largest ? of_thread.index : UINT32_MAX);
+    const unsigned first = of_thread.largest == largest ? of_thread.index : UINT32_MAX;
+    const unsigned index = block_fold<THREADS>(first, UINT32_MAX, Lowest{});
     return {largest, sum, index};
 }
 
