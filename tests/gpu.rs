@@ -9,38 +9,13 @@ mod reference_case;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-#[cfg(feature = "cuda")]
-use qlora::device::DeviceKind;
+use emulated::placement_test;
 use qlora::device::Placement;
 use qlora::infer::{GenerateOptions, LogProbs, Sampler, SamplingOptions, evaluate, generate};
 use qlora::model::{ActivationPolicy, KvCache};
 use qlora::train::config::Resume;
 use qlora::train::{TrainConfig, Trainer};
 use reference_case::{CASES, ReferenceCase, TRAINED_CASES, relative_error, sequences, values};
-
-/// `engine_test!(promise, |placement| { .. })`: the body as `promise::on_the_emulator` and, ignored, `promise::on_the_gpu`.
-macro_rules! engine_test {
-    ($promise:ident, |$placement:ident| $body:block) => {
-        mod $promise {
-            #[allow(unused_imports)]
-            use super::*;
-
-            fn body($placement: &Placement) $body
-
-            #[test]
-            fn on_the_emulator() {
-                body(&emulated::placement());
-            }
-
-            #[cfg(feature = "cuda")]
-            #[test]
-            #[ignore = "needs a GPU"]
-            fn on_the_gpu() {
-                body(&Placement::open(DeviceKind::Cuda).unwrap());
-            }
-        }
-    };
-}
 
 /// Loss and gradients by name of the mean loss over the case's batch.
 fn gradients(
@@ -76,7 +51,7 @@ fn all_values(grads: &[(String, Vec<f32>)]) -> Vec<f32> {
         .collect()
 }
 
-engine_test!(logits_are_those_of_the_cpu, |placement| {
+placement_test!(logits_are_those_of_the_cpu, |placement| {
     for name in CASES {
         let case = ReferenceCase::read(name);
         let batch = case.batch();
@@ -89,7 +64,7 @@ engine_test!(logits_are_those_of_the_cpu, |placement| {
     }
 });
 
-engine_test!(loss_and_gradients_are_those_of_the_cpu, |placement| {
+placement_test!(loss_and_gradients_are_those_of_the_cpu, |placement| {
     for name in CASES {
         let case = ReferenceCase::read(name);
         let (loss, grads) = gradients(&case, placement, [ActivationPolicy::Keep; 2]);
@@ -105,7 +80,7 @@ engine_test!(loss_and_gradients_are_those_of_the_cpu, |placement| {
     }
 });
 
-engine_test!(recomputing_gives_the_bits_of_keeping, |placement| {
+placement_test!(recomputing_gives_the_bits_of_keeping, |placement| {
     use ActivationPolicy::{Keep, Recompute};
     for name in CASES {
         let case = ReferenceCase::read(name);
@@ -119,7 +94,7 @@ engine_test!(recomputing_gives_the_bits_of_keeping, |placement| {
     }
 });
 
-engine_test!(
+placement_test!(
     the_cache_gives_the_logits_of_the_whole_sequence,
     |placement| {
         for name in ["llama_odd", "mistral_sw", "qwen3"] {
@@ -140,7 +115,7 @@ engine_test!(
     }
 );
 
-engine_test!(text_is_generated_as_on_the_cpu, |placement| {
+placement_test!(text_is_generated_as_on_the_cpu, |placement| {
     let case = ReferenceCase::read("llama_gqa");
     let options = GenerateOptions {
         max_new_tokens: 4,
@@ -155,7 +130,7 @@ engine_test!(text_is_generated_as_on_the_cpu, |placement| {
     assert_eq!(write(placement), write(&Placement::cpu()));
 });
 
-engine_test!(evaluation_is_that_of_the_cpu, |placement| {
+placement_test!(evaluation_is_that_of_the_cpu, |placement| {
     let case = ReferenceCase::read("qwen2");
     let run = |placement: &Placement| {
         let decoder = case.decoder_at(placement);
@@ -206,7 +181,7 @@ fn train(config: TrainConfig, placement: &Placement) -> (Vec<f64>, Vec<(String, 
     )
 }
 
-engine_test!(twenty_steps_learn_as_on_the_cpu, |placement| {
+placement_test!(twenty_steps_learn_as_on_the_cpu, |placement| {
     for name in TRAINED_CASES {
         let case = ReferenceCase::read(name);
         let out = tempfile::tempdir().unwrap();
@@ -225,7 +200,7 @@ engine_test!(twenty_steps_learn_as_on_the_cpu, |placement| {
     }
 });
 
-engine_test!(a_run_repeats_and_resumes_bit_for_bit, |placement| {
+placement_test!(a_run_repeats_and_resumes_bit_for_bit, |placement| {
     let case = ReferenceCase::read("llama_gqa");
     let out = tempfile::tempdir().unwrap();
     let short = || TrainConfig {

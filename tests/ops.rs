@@ -3,7 +3,7 @@
 mod oracle;
 
 use candle_core::{DType, Device, Tensor};
-use oracle::{Random, assert_close, f32, f64s, oracle};
+use oracle::{Random, assert_close, f32, f64s, oracle, segments};
 use qlora::IGNORE_INDEX;
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
@@ -207,22 +207,6 @@ fn rope_equals_its_reference() {
     );
 }
 
-fn segments(lengths: &[usize]) -> Segments {
-    let mut start = 0;
-    let list: Vec<_> = lengths
-        .iter()
-        .map(|len| {
-            let range = start..start + len;
-            start += len;
-            Segment {
-                queries: range.clone(),
-                keys: range,
-            }
-        })
-        .collect();
-    list.into()
-}
-
 #[test]
 fn attention_equals_its_reference() {
     let mut random = Random::new("attention");
@@ -239,7 +223,7 @@ fn attention_equals_its_reference() {
         (vec![130], heads(2, 2, 4, Some(100))),
     ] {
         let n = lengths.iter().sum();
-        let segments = segments(&lengths);
+        let segments = Segments::from(segments(&lengths));
         let (h, k, e) = (heads.num_heads, heads.num_kv_heads, heads.head_dim);
         let q = (random.tensor(&[n, h, e]) * 3.0).unwrap();
         let (keys, v) = (random.tensor(&[n, k, e]), random.tensor(&[n, k, e]));
@@ -272,7 +256,7 @@ fn attention_with_a_cache_equals_the_last_rows_of_the_whole() {
     let n = 30;
     let q = f32(&random.tensor(&[n, 24]));
     let (k, v) = (f32(&random.tensor(&[n, 12])), f32(&random.tensor(&[n, 12])));
-    let whole = attention::forward(&q, &k, &v, &segments(&[n]), heads)
+    let whole = attention::forward(&q, &k, &v, &segments(&[n]).into(), heads)
         .unwrap()
         .out;
     let last = q.narrow(0, n - 3, 3).unwrap().contiguous().unwrap();

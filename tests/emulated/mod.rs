@@ -169,3 +169,38 @@ unsafe fn add(gemm: &Gemm, at: usize, sum: f32) {
         }
     }
 }
+
+/// `placement_test!(promise, |placement| { .. })`: the body as `promise::on_the_emulator` and, ignored unless it is asked for, as
+/// `promise::on_the_gpu`. With `in_every_order` before the promise, the emulator goes through [`ORDERS`].
+macro_rules! placement_test {
+    (in_every_order $promise:ident, |$placement:ident| $body:block) => {
+        placement_test!(&emulated::ORDERS, $promise, |$placement| $body);
+    };
+    ($promise:ident, |$placement:ident| $body:block) => {
+        placement_test!(&emulated::ORDERS[..1], $promise, |$placement| $body);
+    };
+    ($orders:expr, $promise:ident, |$placement:ident| $body:block) => {
+        mod $promise {
+            #[allow(unused_imports)]
+            use super::*;
+
+            fn body($placement: &Placement) $body
+
+            #[test]
+            fn on_the_emulator() {
+                for &order in $orders {
+                    emulated::use_order(order);
+                    body(&emulated::placement());
+                }
+            }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            #[ignore = "needs a GPU"]
+            fn on_the_gpu() {
+                body(&Placement::open(qlora::device::DeviceKind::Cuda).unwrap());
+            }
+        }
+    };
+}
+pub(crate) use placement_test;

@@ -8,7 +8,7 @@ use half::bf16;
 use qlora::IGNORE_INDEX;
 use qlora::device::Placement;
 use qlora::ops::adamw::{self, AdamW};
-use qlora::ops::attention::{self, Heads, Segment, Segments};
+use qlora::ops::attention::{self, Heads, Segments};
 use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
@@ -17,38 +17,8 @@ use qlora::ops::{embedding, gated_act, residual, rms_norm};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 
 use crate::device_under_test::assert_kernel_close;
-use crate::emulated;
-use crate::oracle::{Random, assert_close, f64s, oracle};
-
-/// `ops_test!(promise, |placement| { .. })`: the body as `promise::on_the_emulator`, in several orders of the threads, and,
-/// ignored, as `promise::on_the_gpu`.
-macro_rules! ops_test {
-    ($promise:ident, |$placement:ident| $body:block) => {
-        mod $promise {
-            #[allow(unused_imports)]
-            use super::*;
-
-            fn body($placement: &Placement) $body
-
-            #[test]
-            fn on_the_emulator() {
-                for order in emulated::ORDERS {
-                    emulated::use_order(order);
-                    body(&emulated::placement());
-                }
-            }
-
-            #[cfg(feature = "cuda")]
-            #[test]
-            #[ignore = "needs a GPU"]
-            fn on_the_gpu() {
-                use qlora::device::DeviceKind;
-
-                body(&Placement::open(DeviceKind::Cuda).unwrap());
-            }
-        }
-    };
-}
+use crate::emulated::{self, placement_test};
+use crate::oracle::{Random, assert_close, f64s, oracle, segments};
 
 /// A random tensor whose values bf16 holds exactly, in f64.
 fn random(random: &mut Random, shape: &[usize]) -> Tensor {
@@ -153,7 +123,7 @@ const NORM_SHAPES: [(usize, usize); 7] = [
     (2, 16_400),
 ];
 
-ops_test!(rms_norm_equals_its_reference, |at| {
+placement_test!(in_every_order rms_norm_equals_its_reference, |at| {
     let mut numbers = Random::new("rms_norm");
     for (n, d) in NORM_SHAPES {
         let [x, dy, before] = [(); 3].map(|()| random(&mut numbers, &[n, d]));
@@ -179,7 +149,7 @@ ops_test!(rms_norm_equals_its_reference, |at| {
     }
 });
 
-ops_test!(a_norm_after_a_residual_equals_the_two, |at| {
+placement_test!(in_every_order a_norm_after_a_residual_equals_the_two, |at| {
     let mut numbers = Random::new("residual norm");
     for (n, d) in NORM_SHAPES {
         let (x, branch) = (random(&mut numbers, &[n, d]), random(&mut numbers, &[n, d]));
@@ -194,7 +164,7 @@ ops_test!(a_norm_after_a_residual_equals_the_two, |at| {
     }
 });
 
-ops_test!(gated_act_equals_its_reference, |at| {
+placement_test!(in_every_order gated_act_equals_its_reference, |at| {
     let mut numbers = Random::new("gated_act");
     for shape in [[42, 1000], [3, 37], [1, 1]] {
         let gate = (random(&mut numbers, &shape) * 8.0).unwrap();
@@ -212,7 +182,7 @@ ops_test!(gated_act_equals_its_reference, |at| {
     }
 });
 
-ops_test!(residual_is_rounded_once, |at| {
+placement_test!(in_every_order residual_is_rounded_once, |at| {
     let mut numbers = Random::new("residual");
     for shape in [[30, 130], [1, 7]] {
         let (x, branch) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
@@ -222,7 +192,7 @@ ops_test!(residual_is_rounded_once, |at| {
     }
 });
 
-ops_test!(rope_equals_its_reference, |at| {
+placement_test!(in_every_order rope_equals_its_reference, |at| {
     let mut numbers = Random::new("rope");
     let positions: Vec<u32> = (0..40).chain(0..27).collect();
     let n = positions.len();
@@ -265,7 +235,7 @@ fn quantized(w: &Tensor, placement: &Placement) -> (Weight, Tensor) {
     (weight, values.to_dtype(DType::F64).unwrap())
 }
 
-ops_test!(linear_with_lora_equals_its_reference, |at| {
+placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
     let mut numbers = Random::new("linear");
     for (n, d_in, d_out, r) in [(5, 42, 30, 3), (37, 80, 130, 4), (1, 200, 7, 1)] {
         let (x, dy) = (
@@ -313,7 +283,7 @@ ops_test!(linear_with_lora_equals_its_reference, |at| {
     }
 });
 
-ops_test!(a_weight_is_dequantized_to_the_bits_of_the_library, |at| {
+placement_test!(in_every_order a_weight_is_dequantized_to_the_bits_of_the_library, |at| {
     let mut numbers = Random::new("weight");
     let (d_out, d_in) = (37, 42);
     let (weight, w) = quantized(&random(&mut numbers, &[d_out, d_in]), at);
@@ -322,7 +292,7 @@ ops_test!(a_weight_is_dequantized_to_the_bits_of_the_library, |at| {
     assert!(f64s(&columns.t().unwrap()) == f64s(&w));
 });
 
-ops_test!(embedding_gathers_rows, |at| {
+placement_test!(in_every_order embedding_gathers_rows, |at| {
     let mut numbers = Random::new("embedding");
     let table = random(&mut numbers, &[17, 10]);
     let values: Vec<bf16> = f64s(&table).into_iter().map(bf16::from_f64).collect();
@@ -335,22 +305,7 @@ ops_test!(embedding_gathers_rows, |at| {
     assert!(f64s(&rows) == f64s(&want));
 });
 
-fn segments(lengths: &[usize]) -> Vec<Segment> {
-    let mut start = 0;
-    lengths
-        .iter()
-        .map(|len| {
-            let range = start..start + len;
-            start += len;
-            Segment {
-                queries: range.clone(),
-                keys: range,
-            }
-        })
-        .collect()
-}
-
-ops_test!(attention_equals_its_reference, |at| {
+placement_test!(in_every_order attention_equals_its_reference, |at| {
     let mut numbers = Random::new("attention");
     let heads = |num_heads, num_kv_heads, head_dim, window| Heads {
         num_heads,
@@ -386,7 +341,7 @@ ops_test!(attention_equals_its_reference, |at| {
     }
 });
 
-ops_test!(linear_cross_entropy_equals_its_reference, |at| {
+placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
     let mut numbers = Random::new("linear_cross_entropy");
     for (n, d, vocab) in [(21, 20, 301), (5, 8, 3001)] {
         let (x, head) = (
@@ -440,7 +395,7 @@ ops_test!(linear_cross_entropy_equals_its_reference, |at| {
     }
 });
 
-ops_test!(adamw_updates_the_master_as_its_reference_does, |at| {
+placement_test!(in_every_order adamw_updates_the_master_as_its_reference_does, |at| {
     let mut numbers = Random::new("adamw");
     let n = 700;
     let upload = |t: &Tensor| place_f32(t, at);

@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 use candle_core::{DType, Device, Tensor, Var};
+use qlora::ops::attention::Segment;
 use qlora::ops::philox::Uniform;
 
 /// Random numbers for one test, given by its name.
@@ -87,6 +88,19 @@ pub fn oracle(
         }
     }
     (output.detach(), grads)
+}
+
+/// Sequences of these lengths, one after another.
+pub fn segments(lengths: &[usize]) -> Vec<Segment> {
+    let ends = lengths.iter().scan(0, |end, len| {
+        *end += len;
+        Some(*end)
+    });
+    let segment = |(end, len): (usize, &usize)| Segment {
+        queries: end - len..end,
+        keys: end - len..end,
+    };
+    ends.zip(lengths).map(segment).collect()
 }
 
 /// Asserts that `got` is `want` within `tolerance` times the root mean square of `want`.
