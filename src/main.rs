@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     commands::keep_freed_memory();
     // clap prints its own errors and ends with status 2.
     let cli = Cli::parse();
-    match run(cli) {
+    match on_threads(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", commands::one_line(&error));
@@ -51,10 +51,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+/// Runs the command on one of the threads that share its work: an operation then has one thread less to wake (2 % of a
+/// training step).
+fn on_threads(cli: Cli) -> anyhow::Result<()> {
     if let Some(threads) = cli.threads {
         commands::use_threads(threads)?;
     }
+    rayon::scope(|_| run(cli))
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Demo(args) => commands::demo::run(args),

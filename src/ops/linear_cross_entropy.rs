@@ -7,6 +7,7 @@
 
 mod kernels;
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use candle_core::{D, Tensor};
@@ -30,6 +31,11 @@ const MAX_CHUNK_ROWS: usize = 1024;
 const VOCAB_TILE: usize = 512;
 /// Columns of `dx` made at a time.
 const HIDDEN_TILE: usize = 384;
+
+thread_local! {
+    /// A chunk's logits, kept from one batch to the next: the pages of new memory have to be zeroed (2 % of a step).
+    static LOGITS: Cell<Vec<f32>> = Cell::default();
+}
 
 /// The loss of one row that has a label.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -212,7 +218,7 @@ fn for_each_chunk(
     let chunk_rows = (CHUNK_BYTES / (4 * vocab)).clamp(16, MAX_CHUNK_ROWS);
     let mut gathered = Vec::new();
     let mut logits = Logits {
-        data: Vec::new(),
+        data: LOGITS.take(),
         rows: 0,
         vocab,
     };
@@ -226,6 +232,7 @@ fn for_each_chunk(
         let peaks = logits_forward(Mat::new(&gathered, chunk.len(), d), head, &mut logits);
         f(&row_losses(chunk, &logits, &peaks), &mut logits);
     }
+    LOGITS.set(logits.data);
 }
 
 /// What the softmax of a row needs to know of one tile of its logits.
