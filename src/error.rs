@@ -88,6 +88,16 @@ pub enum Error {
     )]
     OutOfDeviceMemory { detail: String },
 
+    #[error("the run needs {}, and {} are there: {advice}", gigabytes(*.needed), gigabytes(*.limit))]
+    DoesNotFit {
+        /// Bytes, with every block computing its activations again.
+        needed: u64,
+        /// Bytes.
+        limit: u64,
+        /// The smallest change that would fit.
+        advice: String,
+    },
+
     #[error(transparent)]
     Candle(candle_core::Error),
 }
@@ -101,6 +111,10 @@ impl From<candle_core::Error> for Error {
         }
         Self::Candle(error)
     }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 impl Error {

@@ -27,6 +27,8 @@ enum Command {
     Quantize(commands::quantize::Args),
     /// Fine-tune: train a LoRA adapter on a 4-bit model
     Train(commands::train::Args),
+    /// Say what a training run takes of a GPU's memory, and whether it fits, before it starts
+    Plan(Box<commands::plan::Args>),
     /// Measure how well a model predicts the rows of a data file
     Eval(commands::eval::Args),
     /// Write text from a prompt
@@ -65,6 +67,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Demo(args) => commands::demo::run(args),
         Command::Train(args) => commands::train::run(args),
+        Command::Plan(args) => commands::plan::run(*args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Inspect(args) => commands::inspect::run(args),

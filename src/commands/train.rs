@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::device::Placement;
-use qlora::model::ActivationPolicy;
 use qlora::train::{Event, Outcome, TrainConfig, Trainer};
 
 use super::{ConfigFlags, Interrupted};
@@ -109,12 +108,9 @@ fn describe(trainer: &Trainer) {
         .trainables()
         .map(|(_, trainable)| trainable.value.elem_count())
         .sum();
-    let activations = match trainer.policies().first() {
-        Some(ActivationPolicy::Keep) => "kept",
-        _ => "computed again in backward",
-    };
+    let activations = super::activations(trainer.plan());
     super::note(&format!(
-        "{trained} trained parameters, {} optimizer steps, activations {activations}",
+        "{trained} trained parameters, {} optimizer steps, activations: {activations}",
         trainer.total_steps()
     ));
 }

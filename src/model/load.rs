@@ -157,7 +157,8 @@ impl DecoderConfig {
         }
     }
 
-    fn has_bias(&self, module: Module) -> bool {
+    /// Whether a linear layer has one.
+    pub fn has_bias(&self, module: Module) -> bool {
         match module {
             Module::Q | Module::K | Module::V => self.qkv_bias,
             Module::O => self.o_bias,

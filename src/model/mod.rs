@@ -17,6 +17,6 @@ pub use decoder::{Decoder, Sequences};
 pub use kv_cache::KvCache;
 pub use lora_linear::{LoraLinear, LoraPair};
 pub use names::Module;
-pub use parameters::{Parameters, Slot, Trainable};
+pub use parameters::{Parameters, Slot, TRAINED_ALIGNMENT, Trainable};
 
 pub use crate::ops::linear_cross_entropy::TokenLoss;

@@ -49,6 +49,16 @@ pub struct TokenLoss {
     pub prediction: u32,
 }
 
+/// Rows of a vocabulary of `vocab` whose logits are there at a time, on the CPU.
+pub fn chunk_rows(vocab: usize) -> usize {
+    (CHUNK_BYTES / (4 * vocab)).clamp(16, MAX_CHUNK_ROWS)
+}
+
+/// The same on a device.
+pub fn chunk_rows_on_device(vocab: usize) -> usize {
+    kernels::chunk_rows(vocab)
+}
+
 /// The losses of a batch, in row order; on a device they stay there until they are read.
 #[derive(Debug)]
 pub struct Losses(Origin);
@@ -215,14 +225,13 @@ fn for_each_chunk(
     mut f: impl FnMut(&[TokenLoss], &mut Logits),
 ) {
     let (vocab, d) = (head.out_features(), head.in_features());
-    let chunk_rows = (CHUNK_BYTES / (4 * vocab)).clamp(16, MAX_CHUNK_ROWS);
     let mut gathered = Vec::new();
     let mut logits = Logits {
         data: LOGITS.take(),
         rows: 0,
         vocab,
     };
-    for chunk in rows.chunks(chunk_rows) {
+    for chunk in rows.chunks(chunk_rows(vocab)) {
         gathered.clear();
         for (row, _) in chunk {
             gathered.extend_from_slice(&x[row * d..(row + 1) * d]);

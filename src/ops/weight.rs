@@ -221,12 +221,16 @@ struct Held {
 impl DenseCache {
     /// Room for weights of these numbers of elements on `device` at a time.
     pub fn new(weights: &[usize], device: &Device) -> Result<Self> {
-        let capacity: usize = weights.iter().map(|n| n.next_multiple_of(ALIGNMENT)).sum();
         Ok(Self {
-            buffer: Tensor::zeros(capacity, DType::BF16, device)?,
+            buffer: Tensor::zeros(Self::capacity(weights), DType::BF16, device)?,
             held: Mutex::default(),
             next_id: AtomicUsize::new(0),
         })
+    }
+
+    /// Elements that such a buffer has.
+    pub fn capacity(weights: &[usize]) -> usize {
+        weights.iter().map(|n| n.next_multiple_of(ALIGNMENT)).sum()
     }
 
     fn device(&self) -> &Device {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use foreign::{FOREIGN_KEYS, SYNONYMS};
-pub use values::{ComputeDtype, Optim, Resume, ValueKind};
+pub use values::{ByteCount, ComputeDtype, Optim, Resume, ValueKind};
 
 use crate::data::DatasetFormat;
 use crate::device::DeviceKind;
@@ -183,6 +183,8 @@ train_config! {
     ["Machine"]
     /// Compute activations again in the backward pass; false: keep them, faster and larger; unset: keep what fits
     gradient_checkpointing: Option<bool> = None;
+    /// Memory that the run may take, such as 24GiB; unset: what is free on the device
+    vram_limit: Option<ByteCount> = None;
     /// cpu or cuda
     device: DeviceKind = DeviceKind::Cpu;
     /// Type of activations: f32 on the CPU, bf16 on CUDA; unset: the one of the device

@@ -2,16 +2,15 @@
 
 pub mod checkpoint;
 pub mod config;
-mod memory;
 pub mod metrics;
 mod optimizer;
+pub mod plan;
 mod run_data;
 pub mod schedule;
 mod synthetic;
 mod trainer;
 
 pub use config::TrainConfig;
-pub use memory::activation_policies;
 pub use optimizer::Optimizer;
 pub use run_data::RunData;
 pub use synthetic::{Shape, SyntheticRun};

@@ -6,15 +6,15 @@ use std::time::Instant;
 
 use super::checkpoint::{self, TrainerState};
 use super::config::{Resume, TrainConfig};
-use super::memory::activation_policies;
 use super::metrics::{EvalRecord, MetricsWriter, StepRecord};
 use super::optimizer::Optimizer;
+use super::plan::{Blocks, Engine, LongestBatch, Plan, Workload};
 use super::run_data::{RunData, load_data};
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, RowOrder};
 use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
-use crate::model::{ActivationPolicy, Decoder};
+use crate::model::{Decoder, DecoderConfig};
 use crate::ops::linear_cross_entropy;
 use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
 use crate::{Error, Result};
@@ -44,7 +44,7 @@ pub struct Trainer {
     config: TrainConfig,
     adapter_config: AdapterConfig,
     decoder: Decoder,
-    policies: Vec<ActivationPolicy>,
+    plan: Plan,
     data: RunData,
     order: RowOrder,
     optimizer: Optimizer,
@@ -60,24 +60,26 @@ impl Trainer {
     /// # Errors
     /// Whatever is wrong with the config, the model, the data or the checkpoint.
     pub fn new(config: TrainConfig, placement: &Placement) -> Result<Self> {
-        let mut decoder = Decoder::load(
-            &Checkpoint::open(&config.model_name_or_path)?,
-            Some(config.quantize_options()),
-            placement,
-        )?;
-        let data = load_data(&config, decoder.config().vocab_size)?;
-        let adapter_config = match &config.adapter {
-            Some(dir) => {
-                let adapter = Adapter::read(dir)?;
-                decoder.load_adapter(&adapter).map_err(does_not_fit(dir))?;
-                adapter.config
-            }
-            None => {
-                let new = new_adapter_config(&config);
-                decoder.add_lora(&new, config.seed)?;
-                new
-            }
+        let checkpoint = Checkpoint::open(&config.model_name_or_path)?;
+        let model = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
+        let data = load_data(&config, model.vocab_size)?;
+        let adapter = config.adapter.as_ref().map(Adapter::read).transpose()?;
+        let adapter_config = match &adapter {
+            Some(adapter) => adapter.config.clone(),
+            None => new_adapter_config(&config),
         };
+        let blocks = Blocks::of(&checkpoint, config.quantize_options())?;
+        let lora = (adapter_config.r, &adapter_config.target_modules);
+        let engine = Engine::of(placement);
+        let workload = Workload::new(model, blocks, engine, lora, longest_batch(&config, &data));
+        let plan = Plan::of_run(&config, &workload, placement)?;
+        let mut decoder = Decoder::load(&checkpoint, Some(config.quantize_options()), placement)?;
+        match (&adapter, &config.adapter) {
+            (Some(adapter), Some(dir)) => {
+                decoder.load_adapter(adapter).map_err(does_not_fit(dir))?;
+            }
+            _ => decoder.add_lora(&adapter_config, config.seed)?,
+        }
         let batch = config.per_device_train_batch_size * config.gradient_accumulation_steps;
         let total_steps = match config.epochs() {
             Some(epochs) => (data.train.examples.len() as f64 * epochs / batch as f64)
@@ -85,21 +87,8 @@ impl Trainer {
                 .max(1.0) as usize,
             None => config.max_steps as usize,
         };
-        let longest = data
-            .train
-            .examples
-            .iter()
-            .map(|e| e.input_ids.len())
-            .max()
-            .unwrap_or(0);
-        let tokens = longest * config.per_device_train_batch_size;
         let mut trainer = Self {
-            policies: activation_policies(
-                decoder.config(),
-                placement,
-                tokens,
-                config.gradient_checkpointing,
-            ),
+            plan,
             order: RowOrder::new(
                 data.train.examples.len(),
                 config.data_seed,
@@ -138,7 +127,7 @@ impl Trainer {
         let d_loss = 1.0 / targets as f32;
         let losses = micro_batches.iter().map(|batch| {
             self.decoder
-                .backward(sequences(batch), &batch.labels, d_loss, &self.policies)
+                .backward(sequences(batch), &batch.labels, d_loss, &self.plan.policies)
         });
         // Read when all is queued: a device works on meanwhile.
         let losses = losses.collect::<Result<Vec<_>>>()?;
@@ -254,9 +243,9 @@ impl Trainer {
         self.state.global_step
     }
 
-    /// One policy for each block.
-    pub fn policies(&self) -> &[ActivationPolicy] {
-        &self.policies
+    /// The memory of the run, and what its blocks keep.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     fn next_micro_batches(&mut self) -> Vec<Batch> {
@@ -331,6 +320,13 @@ impl Trainer {
         self.state = checkpoint.state;
         Ok(())
     }
+}
+
+/// The longest micro-batch that the training rows can make.
+fn longest_batch(config: &TrainConfig, data: &RunData) -> LongestBatch {
+    let sizes = |example: &Example| (example.input_ids.len(), example.target_count());
+    let rows = data.train.examples.iter().map(sizes);
+    LongestBatch::of(rows, config.per_device_train_batch_size)
 }
 
 fn new_adapter_config(config: &TrainConfig) -> AdapterConfig {

@@ -172,6 +172,7 @@ unsafe fn add(gemm: &Gemm, at: usize, sum: f32) {
 
 /// `placement_test!(promise, |placement| { .. })`: the body as `promise::on_the_emulator` and, ignored unless it is asked for, as
 /// `promise::on_the_gpu`. With `in_every_order` before the promise, the emulator goes through [`ORDERS`].
+#[allow(unused_macros)]
 macro_rules! placement_test {
     (in_every_order $promise:ident, |$placement:ident| $body:block) => {
         placement_test!(&emulated::ORDERS, $promise, |$placement| $body);
@@ -203,4 +204,5 @@ macro_rules! placement_test {
         }
     };
 }
+#[allow(unused_imports)]
 pub(crate) use placement_test;

@@ -77,7 +77,6 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("use_auth_token", &["false"], "nothing is downloaded; give a local directory"),
     only("cache_dir", &[], "nothing is downloaded; give a local directory"),
     only("max_memory_MB", &[], NOT_YET),
-    only("vram_limit", &[], NOT_YET),
     only("preset", &[], NOT_YET),
     only("save_strategy", &["steps"], "checkpoints are written every save_steps"),
     only("evaluation_strategy", &["steps"], "evaluation runs every eval_steps"),

@@ -129,6 +129,7 @@ config_value! {
     ComputeDtype => Text,
     TargetModules => List,
     Resume => BoolOrPath,
+    ByteCount => Text,
 }
 
 impl<T: ConfigValue> ConfigValue for Option<T> {
@@ -142,6 +143,34 @@ pub enum ComputeDtype {
     F32,
     #[serde(rename = "bf16", alias = "bfloat16")]
     Bf16,
+}
+
+/// An amount of memory, typed as `24GB`, `24GiB` or bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteCount(pub u64);
+
+impl std::str::FromStr for ByteCount {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size: bytesize::ByteSize = text
+            .parse()
+            .map_err(|_| format!("`{text}` is not an amount of memory such as 24GB or 24GiB"))?;
+        Ok(Self(size.as_u64()))
+    }
+}
+
+impl Serialize for ByteCount {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.to_string().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteCount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 /// The optimizer. All names of AdamW with f32 moments are one: paging and fusing change where it runs, not what it
