@@ -78,8 +78,8 @@ fn a_failure_ends_with_1_and_one_line() {
         (&["train", "missing.toml"], "missing.toml: No such file"),
         (&["train", "--lora_r", "0"], "`lora_r`: must be at least 1"),
         (
-            &["train", "--lora_dropout", "0.1"],
-            "`lora_dropout`: 0.1 is not supported yet",
+            &["train", "--lora_dropout", "1"],
+            "`lora_dropout`: must be at least 0 and less than 1",
         ),
         (
             &["train", "--group-by-length"],

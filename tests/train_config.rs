@@ -209,6 +209,8 @@ fn a_bad_value_is_an_error_that_names_its_key() {
         ("learning_rate", "fast", "expected a number, found `fast`"),
         ("adam_beta1", "1", "less than 1"),
         ("adam_beta2", "-0.1", "at least 0"),
+        ("lora_dropout", "1", "at least 0 and less than 1"),
+        ("lora_dropout", "-0.1", "at least 0 and less than 1"),
         ("warmup_ratio", "1.1", "from 0 to 1"),
         ("max_steps", "0", "at least 1, or -1"),
         ("max_steps", "-2", "at least 1, or -1"),
@@ -271,7 +273,6 @@ fn a_model_and_a_data_set_are_required() {
 fn a_qlora_py_key_passes_where_it_asks_for_what_is_done_anyway() {
     let harmless = [
         ("bits", "4"),
-        ("lora_dropout", "0.0"),
         ("group_by_length", "False"),
         ("do_train", "true"),
         ("report_to", "none"),
@@ -282,7 +283,6 @@ fn a_qlora_py_key_passes_where_it_asks_for_what_is_done_anyway() {
     assert_eq!(from_flags(&harmless), Ok(TrainConfig::default()));
     for (key, value) in [
         ("bits", "8"),
-        ("lora_dropout", "0.1"),
         ("group_by_length", "true"),
         ("packing", "true"),
         ("bf16", "true"),

@@ -143,9 +143,14 @@ impl Launcher {
     /// Blocks of 256 threads for a kernel that strides over `elements`, each thread taking `per_thread` at a time.
     pub(super) fn grid_stride(&self, elements: usize, per_thread: usize) -> Grid {
         const BLOCKS_PER_PROCESSOR: usize = 8;
-        let most = self.runtime.multiprocessors() as usize * BLOCKS_PER_PROCESSOR;
+        let most = self.multiprocessors() * BLOCKS_PER_PROCESSOR;
         let wanted = elements.div_ceil(THREADS as usize * per_thread);
         Grid::blocks(wanted.clamp(1, most), 1)
+    }
+
+    /// Thread blocks run on this many processors at a time.
+    pub(super) fn multiprocessors(&self) -> usize {
+        self.runtime.multiprocessors() as usize
     }
 
     /// Queues a kernel; nothing where the grid is empty.

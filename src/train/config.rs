@@ -125,6 +125,8 @@ train_config! {
     lora_r: usize = 64;
     /// LoRA alpha; the adapter is scaled by lora_alpha / lora_r
     lora_alpha: f64 = 16.0;
+    /// Dropout on the adapter's input while training; unset: 0, or that of `adapter`
+    lora_dropout: Option<f64> = None;
     /// all-linear, a module name, a list of them, or a regex that matches whole module paths
     lora_target_modules: TargetModules = TargetModules::AllLinear;
     /// Scale the adapter by lora_alpha / sqrt(lora_r)
@@ -353,12 +355,14 @@ impl TrainConfig {
         let not_negative = |x: f64| x >= 0.0 && x.is_finite();
         let share = |x: f64| (0.0..=1.0).contains(&x);
         let decay = |x: f64| (0.0..1.0).contains(&x);
+        let lora_dropout = self.lora_dropout.unwrap_or(0.0);
         let epochs = self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS);
         let min_lr_rate = self.min_lr_rate.unwrap_or(0.0);
         #[rustfmt::skip]
         let rules = [
             ("learning_rate", self.learning_rate, positive(self.learning_rate), "greater than 0"),
             ("lora_alpha", self.lora_alpha, positive(self.lora_alpha), "greater than 0"),
+            ("lora_dropout", lora_dropout, decay(lora_dropout), "at least 0 and less than 1"),
             ("adam_epsilon", self.adam_epsilon, positive(self.adam_epsilon), "greater than 0"),
             ("num_train_epochs", epochs, positive(epochs), "greater than 0"),
             ("weight_decay", self.weight_decay, not_negative(self.weight_decay), "0 or greater"),

@@ -51,7 +51,6 @@ const NO_GENERATION: &str = "training generates no text; use `qlora generate`";
 #[rustfmt::skip]
 pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("bits", &["4"], "the base model is always 4-bit"),
-    only("lora_dropout", &["0"], NOT_YET),
     only("lora_modules", &["all"], "use lora_target_modules"),
     only("lora_bias", &["none"], NOT_YET),
     only("use_dora", &["false"], NOT_YET),
