@@ -163,9 +163,9 @@ train_config! {
     adam_epsilon: f64 = 1e-8;
     /// Clip the gradient to this global norm; 0: never
     max_grad_norm: f64 = 0.3;
-    /// adamw_torch; adamw_hf, adamw_torch_fused and paged_adamw_32bit name the same AdamW with f32 moments
+    /// adamw_torch (also adamw_hf, adamw_torch_fused, paged_adamw_32bit): f32 moments; adamw_8bit (adamw_bnb_8bit): 8-bit ones
     optim: Optim = Optim::AdamwTorch;
-    /// Seed of the adapter's initialization
+    /// Seed of the adapter's initialization and of dropout
     seed: u64 = 0;
     /// Seed of the data order and of the evaluation split
     data_seed: u64 = 42;
@@ -268,6 +268,14 @@ impl TrainConfig {
         (self.max_steps < 0).then(|| self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS))
     }
 
+    /// The type activations have on the device.
+    fn dtype_of_device(&self) -> ComputeDtype {
+        match self.device {
+            DeviceKind::Cpu => ComputeDtype::F32,
+            DeviceKind::Cuda => ComputeDtype::Bf16,
+        }
+    }
+
     fn validate(&self) -> Result<()> {
         self.validate_sizes()?;
         self.validate_optimization()?;
@@ -277,16 +285,11 @@ impl TrainConfig {
                 "splits rows off `dataset`; give it or `eval_dataset`, not both",
             ));
         }
-        let (only, reason) = match self.device {
-            DeviceKind::Cpu => (
-                ComputeDtype::F32,
-                "only f32 is supported on the CPU; use --compute_dtype f32",
-            ),
-            DeviceKind::Cuda => (
-                ComputeDtype::Bf16,
-                "only bf16 is supported on CUDA; use --compute_dtype bf16",
-            ),
+        let reason = match self.device {
+            DeviceKind::Cpu => "only f32 is supported on the CPU; use --compute_dtype f32",
+            DeviceKind::Cuda => "only bf16 is supported on CUDA; use --compute_dtype bf16",
         };
+        let only = self.dtype_of_device();
         if self.compute_dtype.is_some_and(|dtype| dtype != only) {
             return Err(Error::config("compute_dtype", reason));
         }
