@@ -21,7 +21,7 @@ fn gradients(
     let targets = batch.target_count();
     let d_loss = 1.0 / targets as f32;
     let losses = decoder
-        .backward(sequences(&batch), &batch.labels, d_loss, policies)
+        .backward(sequences(&batch), &batch.labels, d_loss, policies, None)
         .unwrap()
         .read()
         .unwrap();
@@ -115,6 +115,7 @@ fn a_second_backward_adds_to_the_gradient() {
                 &batch.labels,
                 0.5,
                 &[ActivationPolicy::Keep; 2],
+                None,
             )
             .unwrap()
     };

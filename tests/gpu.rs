@@ -32,6 +32,7 @@ fn gradients(
             &batch.labels,
             1.0 / targets as f32,
             &policies,
+            None,
         )
         .unwrap();
     let losses = losses.read().unwrap();

@@ -173,6 +173,11 @@ fn a_step_allocates_what_was_planned() {
             ("gradient_checkpointing", "true"),
             ("lora_target_modules", "q_proj,v_proj"),
         ],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("lora_dropout", "0.1"),
+            ("optim", "adamw_8bit"),
+        ],
     ] {
         let (trainer, measured) = measure(config(&synthetic, keys), &placement);
         let plan = trainer.plan();

@@ -117,7 +117,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         config.per_device_train_batch_size,
         config.longest_sequence(),
     );
-    let workload = Workload::new(model, blocks, engine, lora, batch);
+    let workload = Workload {
+        moments: config.optim.into(),
+        dropout: config.lora_dropout.unwrap_or(0.0) > 0.0,
+        ..Workload::new(model, blocks, engine, lora, batch)
+    };
     let report = Report::new(&workload, &config, args.vram);
     match args.json {
         true => println!("{}", report.json(args.tflops)),

@@ -13,6 +13,7 @@ use super::names::Module;
 use super::parameters::Parameters;
 use crate::device::Placement;
 use crate::ops::attention::{Segment, Segments};
+use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::rope::{Positions, RopeTable};
 use crate::ops::weight::Weight;
@@ -177,7 +178,8 @@ impl Decoder {
         Ok(linear_cross_entropy::logits(&last, &self.head)?.squeeze(0)?)
     }
 
-    /// Forward and backward: adds the gradient of `d_loss` times the summed loss to the adapters' gradients.
+    /// Forward and backward: adds the gradient of `d_loss` times the summed loss to the adapters' gradients, with `dropout` on
+    /// the adapters' inputs.
     ///
     /// # Shapes
     /// `labels: [N]`; one policy for each block.
@@ -187,9 +189,13 @@ impl Decoder {
         labels: &[i64],
         d_loss: f32,
         policies: &[ActivationPolicy],
+        dropout: Option<Dropout>,
     ) -> Result<Losses> {
         let rows = self.rows(sequences)?;
-        let layout = rows.layout();
+        let layout = Layout {
+            dropout,
+            ..rows.layout()
+        };
         let lowest = self
             .blocks
             .iter()
@@ -298,11 +304,13 @@ impl Rows {
         })
     }
 
+    /// Without dropout.
     fn layout(&self) -> Layout<'_> {
         Layout {
             positions: &self.positions,
             segments: &self.segments,
             rope: &self.rope,
+            dropout: None,
         }
     }
 }

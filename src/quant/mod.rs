@@ -15,7 +15,10 @@ mod quantize;
 use bytes::Bytes;
 use candle_core::DType;
 
-pub use codes::{FP4_CODE, NF4_CODE, dynamic_map};
+pub use codes::{
+    FP4_CODE, NF4_CODE, dynamic_lower_bounds, dynamic_map, nearest_dynamic_code,
+    unsigned_dynamic_lower_bounds, unsigned_dynamic_map,
+};
 pub use dequantize::DequantizeTo;
 pub use double_quant::NESTED_BLOCK_SIZE;
 pub use quantize::{DoubleQuant, QuantizeOptions};

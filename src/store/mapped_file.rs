@@ -100,6 +100,26 @@ impl MappedFile {
         self.names().into_iter().map(named).collect()
     }
 
+    /// All tensors by name, codes of 8 bits among them.
+    ///
+    /// # Errors
+    /// [`Error::TensorMismatch`] for one that is neither u8, bf16, f16 nor f32.
+    pub fn tensors_and_codes(&self) -> Result<BTreeMap<String, DenseTensor>> {
+        let named = |name: String| {
+            let info = self.info(&name)?;
+            let tensor = match info.dtype {
+                Dtype::U8 => DenseTensor {
+                    dtype: DType::U8,
+                    shape: info.shape.clone(),
+                    data: self.bytes(&name)?,
+                },
+                _ => self.tensor(&name)?,
+            };
+            Ok((name, tensor))
+        };
+        self.names().into_iter().map(named).collect()
+    }
+
     /// The bytes of a tensor, whatever its type.
     pub fn bytes(&self, name: &str) -> Result<Bytes> {
         let (start, end) = self.info(name)?.data_offsets;

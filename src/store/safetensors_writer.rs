@@ -96,6 +96,39 @@ impl SafetensorsWriter {
         file.finish()
     }
 
+    /// Writes a whole file of `tensors`, as they are and in the order of their names.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::TensorMismatch`] for a type that is neither a float nor u8.
+    pub fn write(
+        path: impl AsRef<Path>,
+        tensors: &BTreeMap<String, DenseTensor>,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<()> {
+        let spec = |(name, tensor): (&String, &DenseTensor)| {
+            let dtype = match tensor.dtype {
+                DType::U8 => Dtype::U8,
+                DType::F16 => Dtype::F16,
+                DType::BF16 => Dtype::BF16,
+                DType::F32 => Dtype::F32,
+                other => {
+                    return Err(Error::TensorMismatch {
+                        tensor: name.clone(),
+                        expected: "u8, bf16, f16 or f32".into(),
+                        found: other.as_str().into(),
+                    });
+                }
+            };
+            Ok(TensorSpec::new(name, dtype, tensor.shape.clone()))
+        };
+        let specs = tensors.iter().map(spec).collect::<Result<Vec<_>>>()?;
+        let mut file = Self::create(path, &specs, metadata)?;
+        for (spec, tensor) in specs.iter().zip(tensors.values()) {
+            file.append(spec, &tensor.data)?;
+        }
+        file.finish()
+    }
+
     /// Appends a tensor.
     ///
     /// # Errors

@@ -47,7 +47,7 @@ pub fn write(
     let dir = AtomicDir::create(&path, Existing::Replace)?;
     adapter.write(dir.path())?;
     let moments = dir.path().join(OPTIMIZER_FILE);
-    SafetensorsWriter::write_f32(moments, &optimizer.state()?, BTreeMap::new())?;
+    SafetensorsWriter::write(moments, &optimizer.state()?, BTreeMap::new())?;
     let json =
         serde_json::to_string_pretty(state).map_err(|e| Error::malformed(&path, e.to_string()))?;
     AtomicFile::write(dir.path().join(STATE_FILE), json + "\n")?;
@@ -64,7 +64,7 @@ pub fn read(dir: &Path) -> Result<Checkpoint> {
     Ok(Checkpoint {
         state,
         adapter: Adapter::read(dir)?,
-        moments: MappedFile::open(&dir.join(OPTIMIZER_FILE))?.tensors()?,
+        moments: MappedFile::open(&dir.join(OPTIMIZER_FILE))?.tensors_and_codes()?,
     })
 }
 

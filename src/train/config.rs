@@ -125,6 +125,8 @@ train_config! {
     lora_r: usize = 64;
     /// LoRA alpha; the adapter is scaled by lora_alpha / lora_r
     lora_alpha: f64 = 16.0;
+    /// Dropout on the adapter's input while training; unset: 0, or that of `adapter`
+    lora_dropout: Option<f64> = None;
     /// all-linear, a module name, a list of them, or a regex that matches whole module paths
     lora_target_modules: TargetModules = TargetModules::AllLinear;
     /// Scale the adapter by lora_alpha / sqrt(lora_r)
@@ -161,9 +163,9 @@ train_config! {
     adam_epsilon: f64 = 1e-8;
     /// Clip the gradient to this global norm; 0: never
     max_grad_norm: f64 = 0.3;
-    /// adamw_torch; adamw_hf, adamw_torch_fused and paged_adamw_32bit name the same AdamW with f32 moments
+    /// adamw_torch (also adamw_hf, adamw_torch_fused, paged_adamw_32bit): f32 moments; adamw_8bit (adamw_bnb_8bit): 8-bit ones
     optim: Optim = Optim::AdamwTorch;
-    /// Seed of the adapter's initialization
+    /// Seed of the adapter's initialization and of dropout
     seed: u64 = 0;
     /// Seed of the data order and of the evaluation split
     data_seed: u64 = 42;
@@ -268,6 +270,14 @@ impl TrainConfig {
         (self.max_steps < 0).then(|| self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS))
     }
 
+    /// The type activations have on the device.
+    fn dtype_of_device(&self) -> ComputeDtype {
+        match self.device {
+            DeviceKind::Cpu => ComputeDtype::F32,
+            DeviceKind::Cuda => ComputeDtype::Bf16,
+        }
+    }
+
     fn validate(&self) -> Result<()> {
         self.validate_sizes()?;
         self.validate_optimization()?;
@@ -277,16 +287,11 @@ impl TrainConfig {
                 "splits rows off `dataset`; give it or `eval_dataset`, not both",
             ));
         }
-        let (only, reason) = match self.device {
-            DeviceKind::Cpu => (
-                ComputeDtype::F32,
-                "only f32 is supported on the CPU; use --compute_dtype f32",
-            ),
-            DeviceKind::Cuda => (
-                ComputeDtype::Bf16,
-                "only bf16 is supported on CUDA; use --compute_dtype bf16",
-            ),
+        let reason = match self.device {
+            DeviceKind::Cpu => "only f32 is supported on the CPU; use --compute_dtype f32",
+            DeviceKind::Cuda => "only bf16 is supported on CUDA; use --compute_dtype bf16",
         };
+        let only = self.dtype_of_device();
         if self.compute_dtype.is_some_and(|dtype| dtype != only) {
             return Err(Error::config("compute_dtype", reason));
         }
@@ -355,12 +360,14 @@ impl TrainConfig {
         let not_negative = |x: f64| x >= 0.0 && x.is_finite();
         let share = |x: f64| (0.0..=1.0).contains(&x);
         let decay = |x: f64| (0.0..1.0).contains(&x);
+        let lora_dropout = self.lora_dropout.unwrap_or(0.0);
         let epochs = self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS);
         let min_lr_rate = self.min_lr_rate.unwrap_or(0.0);
         #[rustfmt::skip]
         let rules = [
             ("learning_rate", self.learning_rate, positive(self.learning_rate), "greater than 0"),
             ("lora_alpha", self.lora_alpha, positive(self.lora_alpha), "greater than 0"),
+            ("lora_dropout", lora_dropout, decay(lora_dropout), "at least 0 and less than 1"),
             ("adam_epsilon", self.adam_epsilon, positive(self.adam_epsilon), "greater than 0"),
             ("num_train_epochs", epochs, positive(epochs), "greater than 0"),
             ("weight_decay", self.weight_decay, not_negative(self.weight_decay), "0 or greater"),

@@ -9,8 +9,11 @@ mod step;
 pub use run::LongestBatch;
 
 use crate::model::{ActivationPolicy, DecoderConfig, Module, TRAINED_ALIGNMENT};
+use crate::ops::adamw::moments_8bit::BLOCK_SIZE;
 use crate::ops::linear_cross_entropy;
 use crate::ops::weight::DenseCache;
+use crate::train::config::Optim;
+use crate::train::optimizer::MIN_8BIT_ELEMENTS;
 use crate::{Error, Result};
 
 /// What a process takes of a GPU before it has a tensor: an assumption, where no GPU can be asked.
@@ -142,6 +145,8 @@ pub struct Workload {
     /// Tokens of the longest sequence.
     pub positions: usize,
     pub moments: Moments,
+    /// Whether the adapters' inputs have dropout.
+    pub dropout: bool,
 }
 
 /// How the optimizer keeps its two moments.
@@ -153,10 +158,22 @@ pub enum Moments {
 }
 
 impl Moments {
+    /// Of a tensor of `values` values.
     fn bytes(self, values: u64) -> u64 {
         match self {
-            Self::F32 => 2 * 4 * values,
-            Self::EightBit => 2 * (values + 4 * values.div_ceil(256)),
+            Self::EightBit if values >= MIN_8BIT_ELEMENTS as u64 => {
+                2 * (values + 4 * values.div_ceil(BLOCK_SIZE as u64))
+            }
+            _ => 2 * 4 * values,
+        }
+    }
+}
+
+impl From<Optim> for Moments {
+    fn from(optim: Optim) -> Self {
+        match optim {
+            Optim::AdamwTorch => Self::F32,
+            Optim::Adamw8bit => Self::EightBit,
         }
     }
 }
@@ -276,7 +293,8 @@ impl Workload {
         let trained = self.trained_values();
         lasting.add(Item::Adapters, 4 * trained);
         lasting.add(Item::Gradients, 4 * trained);
-        lasting.add(Item::Moments, self.moments.bytes(trained));
+        let moments = self.trained_tensors().map(|n| self.moments.bytes(n));
+        lasting.add(Item::Moments, moments.sum());
         lasting
     }
 
@@ -305,16 +323,21 @@ impl Workload {
         4 * (vectors + rotary) as u64
     }
 
+    /// Values of each tensor of the adapters, with the gap behind it.
+    fn trained_tensors(&self) -> impl Iterator<Item = u64> {
+        let ranks = self
+            .ranks
+            .iter()
+            .flat_map(|layer| Module::ALL.into_iter().zip(layer));
+        ranks.filter(|(_, r)| **r > 0).flat_map(|(module, &r)| {
+            let (d_out, d_in) = self.model.linear_shape(module);
+            [d_in, d_out].map(|width| (r * width).next_multiple_of(TRAINED_ALIGNMENT) as u64)
+        })
+    }
+
     /// Values of the adapters, with the gaps between their tensors.
     pub fn trained_values(&self) -> u64 {
-        let factors = |(module, &r): (Module, &usize)| {
-            let (d_out, d_in) = self.model.linear_shape(module);
-            let factor = |width: usize| (r * width).next_multiple_of(TRAINED_ALIGNMENT) as u64;
-            factor(d_in) + factor(d_out)
-        };
-        let layer =
-            |ranks: &[usize; 7]| -> u64 { Module::ALL.into_iter().zip(ranks).map(factors).sum() };
-        self.ranks.iter().map(layer).sum()
+        self.trained_tensors().sum()
     }
 
     /// FLOPs of the linear layers, the head and attention for one micro-batch, forward and backward, when the

@@ -15,6 +15,7 @@ use crate::data::{Batch, Example, RowOrder};
 use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
 use crate::model::{Decoder, DecoderConfig};
+use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy;
 use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
 use crate::{Error, Result};
@@ -65,13 +66,20 @@ impl Trainer {
         let data = load_data(&config, model.vocab_size)?;
         let adapter = config.adapter.as_ref().map(Adapter::read).transpose()?;
         let adapter_config = match &adapter {
-            Some(adapter) => adapter.config.clone(),
+            Some(Adapter { config: found, .. }) => AdapterConfig {
+                lora_dropout: config.lora_dropout.unwrap_or(found.lora_dropout),
+                ..found.clone()
+            },
             None => new_adapter_config(&config),
         };
         let blocks = Blocks::of(&checkpoint, config.quantize_options())?;
         let lora = (adapter_config.r, &adapter_config.target_modules);
         let engine = Engine::of(placement);
-        let workload = Workload::new(model, blocks, engine, lora, longest_batch(&config, &data));
+        let workload = Workload {
+            moments: config.optim.into(),
+            dropout: adapter_config.lora_dropout > 0.0,
+            ..Workload::new(model, blocks, engine, lora, longest_batch(&config, &data))
+        };
         let plan = Plan::of_run(&config, &workload, placement)?;
         let mut decoder = Decoder::load(&checkpoint, Some(config.quantize_options()), placement)?;
         match (&adapter, &config.adapter) {
@@ -125,9 +133,10 @@ impl Trainer {
 
         self.optimizer.zero_grad(&self.decoder)?;
         let d_loss = 1.0 / targets as f32;
-        let losses = micro_batches.iter().map(|batch| {
+        let losses = micro_batches.iter().enumerate().map(|(i, batch)| {
+            let (rows, labels) = (sequences(batch), &batch.labels);
             self.decoder
-                .backward(sequences(batch), &batch.labels, d_loss, &self.plan.policies)
+                .backward(rows, labels, d_loss, &self.plan.policies, self.dropout(i))
         });
         // Read when all is queued: a device works on meanwhile.
         let losses = losses.collect::<Result<Vec<_>>>()?;
@@ -261,6 +270,12 @@ impl Trainer {
             .collect()
     }
 
+    /// Dropout for a micro-batch of the next step.
+    fn dropout(&self, micro_batch: usize) -> Option<Dropout> {
+        let p = self.adapter_config.lora_dropout;
+        Dropout::new(p, self.config.seed, self.state.global_step, micro_batch)
+    }
+
     fn advance(&mut self) {
         let batch =
             self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps;
@@ -310,6 +325,7 @@ impl Trainer {
         if self.config.adapter.is_none() {
             expect_same_adapter(&adapter.config, &self.adapter_config, &dir)?;
         }
+        expect_same_dropout(&adapter.config, &self.adapter_config, &dir)?;
         self.decoder
             .load_adapter(&adapter)
             .map_err(does_not_fit(&dir))?;
@@ -335,7 +351,7 @@ fn new_adapter_config(config: &TrainConfig) -> AdapterConfig {
         revision: None,
         r: config.lora_r,
         lora_alpha: config.lora_alpha,
-        lora_dropout: 0.0,
+        lora_dropout: config.lora_dropout.unwrap_or(0.0),
         target_modules: config.lora_target_modules.clone(),
         use_rslora: config.use_rslora,
     }
@@ -366,9 +382,27 @@ fn expect_same_adapter(
         ),
     ] {
         if found != configured {
-            let reason = format!("is {configured}, but {found} in {}", dir.display());
-            return Err(Error::config(key, reason));
+            return Err(other_adapter(key, &configured, &found, dir));
         }
     }
     Ok(())
+}
+
+/// Nor can it go on with other masks and still end as if it had never stopped.
+fn expect_same_dropout(
+    found: &AdapterConfig,
+    configured: &AdapterConfig,
+    dir: &Path,
+) -> Result<()> {
+    let (found, configured) = (found.lora_dropout, configured.lora_dropout);
+    if found == configured {
+        return Ok(());
+    }
+    let [configured, found] = [configured, found].map(|p| p.to_string());
+    Err(other_adapter("lora_dropout", &configured, &found, dir))
+}
+
+fn other_adapter(key: &str, configured: &str, found: &str, dir: &Path) -> Error {
+    let reason = format!("is {configured}, but {found} in {}", dir.display());
+    Error::config(key, reason)
 }

@@ -179,6 +179,9 @@ impl<'de> Deserialize<'de> for ByteCount {
 pub enum Optim {
     #[serde(rename = "adamw_torch")]
     AdamwTorch,
+    /// With block-wise moments in 8 bits, those of bitsandbytes.
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
 }
 
 impl<'de> Deserialize<'de> for Optim {
@@ -187,11 +190,12 @@ impl<'de> Deserialize<'de> for Optim {
         match name.as_str() {
             "adamw_torch" | "adamw_hf" | "adamw_torch_fused" | "paged_adamw"
             | "paged_adamw_32bit" => Ok(Self::AdamwTorch),
-            _ if name.contains("8bit") => Err(serde::de::Error::custom(format!(
-                "`{name}` keeps its moments in 8 bits, which is not built yet; use adamw_torch"
+            "adamw_8bit" | "adamw_bnb_8bit" => Ok(Self::Adamw8bit),
+            "paged_adamw_8bit" => Err(serde::de::Error::custom(format!(
+                "`{name}` keeps its moments in host memory, which is not built yet; use adamw_8bit"
             ))),
             _ => Err(serde::de::Error::custom(format!(
-                "`{name}` is not supported; use adamw_torch"
+                "`{name}` is not supported; use adamw_torch or adamw_8bit"
             ))),
         }
     }

@@ -111,6 +111,7 @@ impl Workload {
             label_rows: batch.label_rows,
             positions: batch.positions,
             moments: Moments::F32,
+            dropout: false,
         }
     }
 }

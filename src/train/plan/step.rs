@@ -4,8 +4,9 @@
 //! It follows `Decoder::backward` and `Block` line by line; `tests/plan.rs` holds what it predicts against what the engine
 //! allocates.
 
-use super::{Footprint, Item, Workload};
+use super::{Engine, Footprint, Item, Workload};
 use crate::model::{ActivationPolicy, Module};
+use crate::ops::linear;
 
 /// Memory in use, and how it was made up when it was largest.
 #[derive(Debug, Default)]
@@ -132,7 +133,27 @@ impl Step<'_> {
     fn linear(&mut self, layer: usize, module: Module) -> [Held; 2] {
         let (d_out, _) = self.workload.model.linear_shape(module);
         let y = self.values(Item::Working, d_out);
-        [y, self.rank_values(layer, module)]
+        let u = self.rank_values(layer, module);
+        self.dropout_scratch(layer, module, 0);
+        [y, u]
+    }
+
+    /// What kernels take besides their results where there is dropout: in forward (0) or backward (1).
+    fn dropout_scratch(&mut self, layer: usize, module: Module, direction: usize) {
+        let r = self.workload.rank(layer, module);
+        if self.workload.dropout && self.workload.engine == Engine::Kernels && r > 0 {
+            let (_, d_in) = self.workload.model.linear_shape(module);
+            let bytes = linear::dropout_scratch_bytes(self.workload.rows, d_in, r)[direction];
+            let partial = self.ledger.alloc(Item::Working, bytes);
+            self.ledger.free([partial]);
+        }
+    }
+
+    /// The gradient of `u`, with that of the adapter's factors.
+    fn backward_lora(&mut self, layer: usize, module: Module) -> Held {
+        let du = self.rank_values(layer, module);
+        self.dropout_scratch(layer, module, 1);
+        du
     }
 
     /// `u` or its gradient, `[N, R]`.
@@ -264,7 +285,7 @@ impl Step<'_> {
             activations
         });
         self.mlp_backward(layer, mlp);
-        let du = self.rank_values(layer, Module::O);
+        let du = self.backward_lora(layer, Module::O);
         let d_out = self.values(Item::Working, queries);
         self.ledger.free([du]);
         let delta = self.f32_values(num_heads);
@@ -279,7 +300,7 @@ impl Step<'_> {
         }
         let mut d_h = None;
         for (module, d_out) in [Module::Q, Module::K, Module::V].into_iter().zip(d_qkv) {
-            let du = self.rank_values(layer, module);
+            let du = self.backward_lora(layer, module);
             if !is_lowest && d_h.is_none() {
                 d_h = Some(self.values(Item::Working, d));
             }
@@ -294,14 +315,14 @@ impl Step<'_> {
         let model = &self.workload.model;
         let (d, f) = (model.hidden_size, model.intermediate_size);
         let act = self.values(Item::Working, f);
-        let du = self.rank_values(layer, Module::Down);
+        let du = self.backward_lora(layer, Module::Down);
         let d_act = self.values(Item::Working, f);
         self.ledger.free([du, act, d_act]);
         let h = self.values(Item::Working, d);
-        let du = self.rank_values(layer, Module::Gate);
+        let du = self.backward_lora(layer, Module::Gate);
         let d_h = self.values(Item::Working, d);
         self.ledger.free([du]);
-        let du = self.rank_values(layer, Module::Up);
+        let du = self.backward_lora(layer, Module::Up);
         self.ledger.free([du, h, d_h]);
         self.ledger.free(mlp);
     }
