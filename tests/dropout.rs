@@ -19,7 +19,7 @@ use qlora::store::Adapter;
 use qlora::train::config::Resume;
 use qlora::train::{TrainConfig, Trainer};
 use reference_case::{
-    CASES, ReferenceCase, decoder_with_adapter, relative_error, sequences, values,
+    CASES, ReferenceCase, decoder_with_adapter, micro_batch, relative_error, values,
 };
 use safetensors::SafeTensors;
 
@@ -213,7 +213,7 @@ fn gradients(
     let batch = case.batch();
     for &dropout in dropouts {
         decoder
-            .backward(sequences(&batch), &batch.labels, 0.01, &policies, dropout)
+            .backward(&[micro_batch(&batch, dropout)], 0.01, &policies)
             .unwrap();
     }
     all_gradients(&decoder)
@@ -368,11 +368,11 @@ fn a_step_has_a_mask_for_each_of_its_micro_batches() {
     let batch = Batch::from_examples(&[&trainer.data().train.examples[0]]);
     let with = |micro_batches: [usize; 2]| {
         qlora::ops::adamw::zero(decoder.parameters().grads()).unwrap();
-        for micro_batch in micro_batches {
-            let dropout = Dropout::new(P, config.seed, 0, micro_batch);
-            let (rows, d_loss) = (sequences(&batch), 1.0 / (2 * batch.target_count()) as f32);
+        for number in micro_batches {
+            let dropout = Dropout::new(P, config.seed, 0, number);
+            let d_loss = 1.0 / (2 * batch.target_count()) as f32;
             let policies = &trainer.plan().policies;
-            let losses = decoder.backward(rows, &batch.labels, d_loss, policies, dropout);
+            let losses = decoder.backward(&[micro_batch(&batch, dropout)], d_loss, policies);
             losses.unwrap();
         }
         all_gradients(&decoder)

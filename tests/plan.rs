@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 use candle_core::Device;
 use emulated::EmulatedRuntime;
 use qlora::Result;
-use qlora::device::{self, DeviceMemory, Gemm, Launch, Placement, Runtime};
+use qlora::device::{
+    self, DeviceMemory, Gemm, Launch, Marker, PinnedMemory, Placement, Residency, Runtime,
+};
 use qlora::quant::QuantizeOptions;
 use qlora::train::plan::{Item, Plan};
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
@@ -82,6 +84,27 @@ impl Runtime for Uncounted {
 
     fn synchronize(&self) -> Result<()> {
         EmulatedRuntime.synchronize()
+    }
+
+    fn pinned(&self, bytes: usize) -> Result<Box<dyn PinnedMemory>> {
+        uncounted(|| EmulatedRuntime.pinned(bytes))
+    }
+
+    fn mark(&self) -> Result<Marker> {
+        EmulatedRuntime.mark()
+    }
+
+    unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker> {
+        // SAFETY: as the caller promises.
+        unsafe { EmulatedRuntime.copy(from, to, after) }
+    }
+
+    fn wait(&self, marker: &Marker) -> Result<()> {
+        EmulatedRuntime.wait(marker)
+    }
+
+    fn wait_on_host(&self, marker: &Marker) -> Result<()> {
+        EmulatedRuntime.wait_on_host(marker)
     }
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
@@ -196,4 +219,15 @@ fn a_step_allocates_what_was_planned() {
     assert!((1..4).contains(&plan.kept_blocks()), "{:?}", plan.policies);
     assert!(plan.peak.total() <= limit);
     assert_within_3_percent("mixed policies, peak", measured.peak, tensors(plan));
+    // A limit below what resident weights take: they are streamed, through fewer slots than there are blocks.
+    let resident = peaks[1];
+    let streams = |limit: &u64| {
+        let plan = Plan::within(trainer.workload(), trainer.config(), *limit);
+        plan.is_ok_and(|plan| plan.residency != Residency::Resident)
+    };
+    let limit = (1..1000).map(|kib| resident - 1024 * kib).find(streams);
+    let keys = [("vram_limit", &*limit.unwrap().to_string())];
+    let (trainer, measured) = measure(config(&synthetic, &keys), &placement);
+    assert!(trainer.plan().residency != Residency::Resident);
+    assert_within_3_percent("streamed, peak", measured.peak, tensors(trainer.plan()));
 }

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use qlora::device::DeviceKind;
-use qlora::model::DecoderConfig;
+use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::Checkpoint;
 use qlora::train::config::ByteCount;
-use qlora::train::plan::{Blocks, Engine, Footprint, Item, LongestBatch, Plan, Workload};
+use qlora::train::plan::{Engine, Footprint, Item, LongestBatch, Plan, Workload};
 use qlora::train::{Shape, TrainConfig};
 use serde_json::json;
 
@@ -101,7 +101,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(dir) => {
             let checkpoint = Checkpoint::open(dir)?;
             let model = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
-            (model, Blocks::of(&checkpoint, config.quantize_options())?)
+            (model, block_sizes(&checkpoint, config.quantize_options())?)
         }
         None => {
             let shape = args.shape.shape(Shape::LLAMA_110M);
@@ -119,6 +119,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     );
     let workload = Workload {
         moments: config.optim.into(),
+        micro_batches: config.gradient_accumulation_steps,
         dropout: config.lora_dropout.unwrap_or(0.0) > 0.0,
         ..Workload::new(model, blocks, engine, lora, batch)
     };

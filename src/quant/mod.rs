@@ -2,6 +2,7 @@
 //!
 //! Source: arXiv:2305.14314; bit-equal to bitsandbytes 0.50.2.
 
+mod block_sizes;
 mod codes;
 mod dense;
 mod dequantize;
@@ -15,6 +16,7 @@ mod quantize;
 use bytes::Bytes;
 use candle_core::DType;
 
+pub use block_sizes::BlockSizes;
 pub use codes::{
     FP4_CODE, NF4_CODE, dynamic_lower_bounds, dynamic_map, nearest_dynamic_code,
     unsigned_dynamic_lower_bounds, unsigned_dynamic_map,

@@ -8,10 +8,12 @@ mod step;
 
 pub use run::LongestBatch;
 
+use crate::device::Residency;
 use crate::model::{ActivationPolicy, DecoderConfig, Module, TRAINED_ALIGNMENT};
 use crate::ops::adamw::moments_8bit::BLOCK_SIZE;
 use crate::ops::linear_cross_entropy;
-use crate::ops::weight::DenseCache;
+use crate::ops::weight::{DenseCache, Weight};
+use crate::quant::BlockSizes;
 use crate::train::config::Optim;
 use crate::train::optimizer::MIN_8BIT_ELEMENTS;
 use crate::{Error, Result};
@@ -28,6 +30,8 @@ pub enum Item {
     Codes,
     /// Their block scales, and the scales of those.
     Scales,
+    /// Codes and scales of the blocks that are there at a time, where weights are streamed.
+    Slots,
     /// Embedding and head.
     Vocabulary,
     /// Weights of the norms, biases, and the rotary table.
@@ -50,9 +54,10 @@ pub enum Item {
 }
 
 impl Item {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Codes,
         Self::Scales,
+        Self::Slots,
         Self::Vocabulary,
         Self::Vectors,
         Self::Adapters,
@@ -70,6 +75,7 @@ impl Item {
         match self {
             Self::Codes => "4-bit weights",
             Self::Scales => "block scales",
+            Self::Slots => "blocks being streamed",
             Self::Vocabulary => "embedding and head",
             Self::Vectors => "norms, biases, rotary table",
             Self::Adapters => "adapters",
@@ -113,14 +119,6 @@ impl Footprint {
     }
 }
 
-/// The blocks of quantization of the base.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Blocks {
-    pub block_size: usize,
-    /// Scales in a block of the second level, with double quantization.
-    pub nested_block_size: Option<usize>,
-}
-
 /// Where and how a run computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
@@ -134,7 +132,7 @@ pub enum Engine {
 #[derive(Debug, Clone)]
 pub struct Workload {
     pub model: DecoderConfig,
-    pub blocks: Blocks,
+    pub blocks: BlockSizes,
     pub engine: Engine,
     /// The adapter's rank of each linear layer, `[L][7]`; 0 for a layer without one.
     pub ranks: Vec<[usize; Module::ALL.len()]>,
@@ -147,6 +145,11 @@ pub struct Workload {
     pub moments: Moments,
     /// Whether the adapters' inputs have dropout.
     pub dropout: bool,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
+    pub residency: Residency,
+    /// Micro-batches that go through a block one after another, while its weights are there.
+    pub together: usize,
 }
 
 /// How the optimizer keeps its two moments.
@@ -221,6 +224,9 @@ pub struct Plan {
     pub peak: Footprint,
     /// One for each block.
     pub policies: Vec<ActivationPolicy>,
+    pub residency: Residency,
+    /// Micro-batches that go through a block one after another, while its weights are there.
+    pub together: usize,
 }
 
 impl Plan {
@@ -230,6 +236,8 @@ impl Plan {
         Self {
             peak: workload.lasting().plus(&step),
             policies,
+            residency: workload.residency,
+            together: workload.together,
         }
     }
 
@@ -244,19 +252,22 @@ impl Plan {
         Self::with_policies(workload, (0..layers).map(policy).collect())
     }
 
-    /// The fastest plan within `limit` bytes: as many blocks keep their activations as fit.
+    /// The fastest plan within `limit` bytes. Weights stay on the device if they fit; else they are streamed, and as many
+    /// micro-batches as fit go through a block together. Then as many blocks keep their activations as fit.
     ///
     /// # Errors
     /// [`Error::DoesNotFit`] if none fits, with the smallest change that would.
     pub fn fitting(workload: &Workload, limit: u64) -> Result<Self> {
-        let least = Self::keeping(workload, 0);
-        if least.peak.total() > limit {
-            return Err(workload.does_not_fit(limit, &least));
-        }
-        let fits = |kept: usize| Self::keeping(workload, kept).peak.total() <= limit;
+        let fits =
+            |workload: &Workload, kept: usize| Self::keeping(workload, kept).peak.total() <= limit;
+        let ways = workload.ways();
+        let Some(way) = ways.iter().find(|way| fits(way, 0)) else {
+            let least = ways.last().unwrap_or(workload);
+            return Err(least.does_not_fit(limit, &Self::keeping(least, 0)));
+        };
         let counts: Vec<usize> = (1..=workload.model.num_layers).collect();
-        let kept = counts.partition_point(|&kept| fits(kept));
-        Ok(Self::keeping(workload, kept))
+        let kept = counts.partition_point(|&kept| fits(way, kept));
+        Ok(Self::keeping(way, kept))
     }
 
     /// Blocks that keep their activations.
@@ -266,20 +277,44 @@ impl Plan {
     }
 }
 
+/// Blocks whose weights are on the device or on their way there, where they are streamed: the one that computes and two
+/// behind it.
+pub const STREAM_SLOTS: usize = 3;
+
 impl Workload {
+    /// The ways to run this, the fastest first: with all weights on the device one micro-batch at a time; then streamed, with
+    /// all micro-batches of a step together, half of them, and so on.
+    fn ways(&self) -> Vec<Self> {
+        let alone = Self {
+            together: 1,
+            ..self.clone()
+        };
+        if self.engine == Engine::Cpu {
+            return vec![alone];
+        }
+        let streamed = |together| Self {
+            together,
+            residency: Residency::Streamed {
+                slots: STREAM_SLOTS.min(self.model.num_layers),
+            },
+            ..self.clone()
+        };
+        let halves = std::iter::successors(Some(self.micro_batches), |&n| {
+            (n > 1).then(|| n.div_ceil(2))
+        });
+        match self.residency {
+            Residency::Resident => [alone].into_iter().chain(halves.map(streamed)).collect(),
+            Residency::Streamed { .. } => halves.map(streamed).collect(),
+        }
+    }
+
     /// What is there from the first step to the last.
     fn lasting(&self) -> Footprint {
         let model = &self.model;
         let mut lasting = Footprint::default();
-        let linears = Module::ALL.map(|module| model.linear_shape(module));
         if self.engine == Engine::Kernels {
-            for (d_out, d_in) in linears {
-                let elements = (d_out * d_in) as u64;
-                let layers = model.num_layers as u64;
-                lasting.add(Item::Codes, layers * elements.div_ceil(2));
-                lasting.add(Item::Scales, layers * self.scale_bytes(elements));
-            }
-            let elements = linears.map(|(d_out, d_in)| d_out * d_in);
+            let elements = model.block_elements();
+            self.add_base(&elements, &mut lasting);
             lasting.add(
                 Item::Dequantized,
                 2 * DenseCache::capacity(&elements) as u64,
@@ -298,13 +333,25 @@ impl Workload {
         lasting
     }
 
-    fn scale_bytes(&self, elements: u64) -> u64 {
-        let scales = elements.div_ceil(self.blocks.block_size as u64);
-        let stored = match self.blocks.nested_block_size {
-            None => 4 * scales,
-            Some(nested) => scales + 4 * scales.div_ceil(nested as u64),
+    /// The 4-bit weights of all blocks, `elements` in each.
+    fn add_base(&self, elements: &[usize], lasting: &mut Footprint) {
+        let layers = self.model.num_layers as u64;
+        let sum = |bytes: &dyn Fn(usize) -> usize| -> u64 {
+            elements.iter().map(|&n| bytes(n) as u64).sum()
         };
-        stored + 4 * TABLE_VALUES
+        let nested = sum(&|n| self.blocks.nested_absmax_bytes(n));
+        let tables = 4 * TABLE_VALUES * elements.len() as u64;
+        lasting.add(Item::Scales, layers * (nested + tables));
+        match self.residency {
+            Residency::Resident => {
+                lasting.add(Item::Codes, layers * sum(&|n| self.blocks.packed_bytes(n)));
+                lasting.add(Item::Scales, layers * sum(&|n| self.blocks.absmax_bytes(n)));
+            }
+            Residency::Streamed { slots } => {
+                let slot = Weight::slot_bytes(elements, self.blocks);
+                lasting.add(Item::Slots, (slots * slot) as u64);
+            }
+        }
     }
 
     fn vector_bytes(&self) -> u64 {

@@ -8,13 +8,13 @@ use super::checkpoint::{self, TrainerState};
 use super::config::{Resume, TrainConfig};
 use super::metrics::{EvalRecord, MetricsWriter, StepRecord};
 use super::optimizer::Optimizer;
-use super::plan::{Blocks, Engine, LongestBatch, Plan, Workload};
+use super::plan::{Engine, LongestBatch, Plan, Workload};
 use super::run_data::{RunData, load_data};
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, RowOrder};
 use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
-use crate::model::{Decoder, DecoderConfig};
+use crate::model::{Decoder, DecoderConfig, MicroBatch, block_sizes};
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy;
 use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
@@ -45,6 +45,7 @@ pub struct Trainer {
     config: TrainConfig,
     adapter_config: AdapterConfig,
     decoder: Decoder,
+    workload: Workload,
     plan: Plan,
     data: RunData,
     order: RowOrder,
@@ -72,16 +73,21 @@ impl Trainer {
             },
             None => new_adapter_config(&config),
         };
-        let blocks = Blocks::of(&checkpoint, config.quantize_options())?;
+        let blocks = block_sizes(&checkpoint, config.quantize_options())?;
         let lora = (adapter_config.r, &adapter_config.target_modules);
         let engine = Engine::of(placement);
         let workload = Workload {
             moments: config.optim.into(),
+            micro_batches: config.gradient_accumulation_steps,
             dropout: adapter_config.lora_dropout > 0.0,
             ..Workload::new(model, blocks, engine, lora, longest_batch(&config, &data))
         };
         let plan = Plan::of_run(&config, &workload, placement)?;
-        let mut decoder = Decoder::load(&checkpoint, Some(config.quantize_options()), placement)?;
+        let placement = Placement {
+            residency: plan.residency,
+            ..placement.clone()
+        };
+        let mut decoder = Decoder::load(&checkpoint, Some(config.quantize_options()), &placement)?;
         match (&adapter, &config.adapter) {
             (Some(adapter), Some(dir)) => {
                 decoder.load_adapter(adapter).map_err(does_not_fit(dir))?;
@@ -96,6 +102,7 @@ impl Trainer {
             None => config.max_steps as usize,
         };
         let mut trainer = Self {
+            workload,
             plan,
             order: RowOrder::new(
                 data.train.examples.len(),
@@ -133,13 +140,21 @@ impl Trainer {
 
         self.optimizer.zero_grad(&self.decoder)?;
         let d_loss = 1.0 / targets as f32;
-        let losses = micro_batches.iter().enumerate().map(|(i, batch)| {
-            let (rows, labels) = (sequences(batch), &batch.labels);
-            self.decoder
-                .backward(rows, labels, d_loss, &self.plan.policies, self.dropout(i))
-        });
+        let inputs: Vec<_> = micro_batches
+            .iter()
+            .enumerate()
+            .map(|(i, batch)| MicroBatch {
+                sequences: sequences(batch),
+                labels: &batch.labels,
+                dropout: self.dropout(i),
+            })
+            .collect();
+        let policies = &self.plan.policies;
+        let losses = inputs
+            .chunks(self.plan.together)
+            .map(|together| self.decoder.backward(together, d_loss, policies));
         // Read when all is queued: a device works on meanwhile.
-        let losses = losses.collect::<Result<Vec<_>>>()?;
+        let losses = losses.collect::<Result<Vec<_>>>()?.into_iter().flatten();
         let mut loss = 0.0;
         for losses in losses {
             loss += linear_cross_entropy::total(&losses.read()?);
@@ -250,6 +265,11 @@ impl Trainer {
 
     pub fn steps_done(&self) -> usize {
         self.state.global_step
+    }
+
+    /// What the memory of the run was planned from.
+    pub fn workload(&self) -> &Workload {
+        &self.workload
     }
 
     /// The memory of the run, and what its blocks keep.

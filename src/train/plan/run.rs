@@ -1,11 +1,11 @@
 //! The plan of a training run: its workload from the config, and the memory that it may take.
 
-use super::{Blocks, Engine, LIBRARIES_BYTES, Moments, Plan, Workload};
+use super::{Engine, LIBRARIES_BYTES, Moments, Plan, Workload};
 use crate::Result;
-use crate::device::Placement;
+use crate::device::{Placement, Residency};
 use crate::model::{DecoderConfig, Module};
-use crate::quant::{Absmax, DoubleQuant, FrozenWeight, NESTED_BLOCK_SIZE, QuantizeOptions};
-use crate::store::{Checkpoint, TargetModules};
+use crate::quant::BlockSizes;
+use crate::store::TargetModules;
 use crate::train::TrainConfig;
 
 /// The sizes of the longest micro-batch.
@@ -44,40 +44,6 @@ impl LongestBatch {
     }
 }
 
-impl From<QuantizeOptions> for Blocks {
-    fn from(options: QuantizeOptions) -> Self {
-        Self {
-            block_size: options.block_size,
-            nested_block_size: match options.double_quant {
-                DoubleQuant::Yes => Some(NESTED_BLOCK_SIZE),
-                DoubleQuant::No => None,
-            },
-        }
-    }
-}
-
-impl Blocks {
-    /// Of the weights of a checkpoint, which is quantized by `options` where it is not yet.
-    ///
-    /// # Errors
-    /// Those of reading its first linear layer.
-    pub fn of(checkpoint: &Checkpoint, options: QuantizeOptions) -> Result<Self> {
-        let first = format!("{}.weight", Module::Q.path(0));
-        Ok(match checkpoint.weight(&first)? {
-            FrozenWeight::Dense(_) => options.into(),
-            FrozenWeight::Quantized(params) => Self {
-                block_size: params.block_size,
-                nested_block_size: match params.absmax {
-                    Absmax::Single(_) => None,
-                    Absmax::Double {
-                        nested_block_size, ..
-                    } => Some(nested_block_size),
-                },
-            },
-        })
-    }
-}
-
 impl Engine {
     pub fn of(placement: &Placement) -> Self {
         match placement.uses_kernels() {
@@ -91,7 +57,7 @@ impl Workload {
     /// What training `model` takes, with an adapter of rank `r` on `targets`.
     pub fn new(
         model: DecoderConfig,
-        blocks: Blocks,
+        blocks: BlockSizes,
         engine: Engine,
         (r, targets): (usize, &TargetModules),
         batch: LongestBatch,
@@ -112,6 +78,9 @@ impl Workload {
             positions: batch.positions,
             moments: Moments::F32,
             dropout: false,
+            micro_batches: 1,
+            residency: Residency::Resident,
+            together: 1,
         }
     }
 }
@@ -136,8 +105,8 @@ impl Plan {
             (None, Engine::Cpu) => {
                 let fitting = Self::within(workload, config, free / 2);
                 Ok(fitting.unwrap_or_else(|_| {
-                    Self::with_checkpointing(workload, config)
-                        .unwrap_or_else(|| Self::keeping(workload, 0))
+                    let kept = kept_by_config(workload, config).unwrap_or(0);
+                    Self::keeping(workload, kept)
                 }))
             }
         }
@@ -148,19 +117,25 @@ impl Plan {
     /// # Errors
     /// [`Error::DoesNotFit`](crate::Error::DoesNotFit), with the smallest change that would fit.
     pub fn within(workload: &Workload, config: &TrainConfig, limit: u64) -> Result<Self> {
-        match Self::with_checkpointing(workload, config) {
-            Some(plan) if plan.peak.total() > limit => Err(workload.does_not_fit(limit, &plan)),
-            Some(plan) => Ok(plan),
-            None => Self::fitting(workload, limit),
-        }
-    }
-
-    /// The plan that `gradient_checkpointing` names, if it is set.
-    fn with_checkpointing(workload: &Workload, config: &TrainConfig) -> Option<Self> {
-        let kept = match config.gradient_checkpointing? {
-            true => 0,
-            false => workload.model.num_layers,
+        let Some(kept) = kept_by_config(workload, config) else {
+            return Self::fitting(workload, limit);
         };
-        Some(Self::keeping(workload, kept))
+        let mut refusal = None;
+        for way in workload.ways() {
+            let plan = Self::keeping(&way, kept);
+            if plan.peak.total() <= limit {
+                return Ok(plan);
+            }
+            refusal = Some(way.does_not_fit(limit, &plan));
+        }
+        Err(refusal.expect("there is a way to run every workload"))
     }
+}
+
+/// The blocks that keep their activations by `gradient_checkpointing`, if it is set.
+fn kept_by_config(workload: &Workload, config: &TrainConfig) -> Option<usize> {
+    Some(match config.gradient_checkpointing? {
+        true => 0,
+        false => workload.model.num_layers,
+    })
 }

@@ -75,32 +75,44 @@ impl Step<'_> {
         let Workload { model, .. } = self.workload;
         let d = model.hidden_size;
         let lowest = self.workload.lowest_adapter().unwrap_or(model.num_layers);
-        let layout = self.layout();
-        let mut x = self.values(Item::Working, d);
-        let mut saved = Vec::new();
+        let passes = 0..self.workload.together;
+        let layouts: Vec<_> = passes.clone().map(|_| self.layout()).collect();
+        let mut hidden: Vec<_> = passes
+            .clone()
+            .map(|_| self.values(Item::Working, d))
+            .collect();
+        let mut saved: Vec<Vec<_>> = passes.map(|_| Vec::new()).collect();
         for (layer, policy) in policies.iter().enumerate() {
-            let (y, activations) = self.forward_keeping(layer);
-            if layer < lowest {
-                self.drop_activations(activations);
-                self.ledger.free([x]);
-            } else {
-                let x = self.ledger.rename(x, Item::Activations);
-                saved.push((x, self.save(*policy, activations)));
+            for (x, saved) in hidden.iter_mut().zip(&mut saved) {
+                let (y, activations) = self.forward_keeping(layer);
+                if layer < lowest {
+                    self.drop_activations(activations);
+                    self.ledger.free([*x]);
+                } else {
+                    let x = self.ledger.rename(*x, Item::Activations);
+                    saved.push((x, self.save(*policy, activations)));
+                }
+                *x = y;
             }
-            x = y;
         }
-        let normed = self.values(Item::Working, d);
-        let (losses, d_normed) = self.loss();
-        let dx = self.values(Item::Working, d);
-        self.ledger.free([x, normed, d_normed]);
+        let mut losses = Vec::new();
+        for x in &mut hidden {
+            let normed = self.values(Item::Working, d);
+            let (results, d_normed) = self.loss();
+            losses.extend(results);
+            let dx = self.values(Item::Working, d);
+            self.ledger.free([*x, normed, d_normed]);
+            *x = dx;
+        }
         for layer in (lowest..model.num_layers).rev() {
-            let (x, activations) = saved.pop().expect("saved above for each of these layers");
-            let is_lowest = layer == lowest;
-            self.block_backward(layer, x, activations, is_lowest);
+            for saved in &mut saved {
+                let (x, activations) = saved.pop().expect("saved above for each of these layers");
+                self.block_backward(layer, x, activations, layer == lowest);
+            }
         }
-        self.ledger.free([dx]);
+        self.ledger.free(hidden);
         self.ledger.free(losses);
-        self.ledger.free(layout);
+        self.ledger.free(layouts.into_iter().flatten());
     }
 
     /// Positions, and the tiles of attention.
