@@ -35,6 +35,8 @@ enum Command {
     Generate(commands::generate::Args),
     /// Show what is in a data file, a model or an adapter
     Inspect(commands::inspect::Args),
+    /// Hold what a run left against what it does now
+    Verify(commands::verify::Args),
     /// Measure speed and memory on synthetic weights
     Bench(commands::bench::Args),
 }
@@ -42,6 +44,7 @@ enum Command {
 fn main() -> ExitCode {
     commands::die_quietly_on_closed_pipe();
     commands::keep_freed_memory();
+    commands::mapped_file_fault::explain();
     // clap prints its own errors and ends with status 2.
     let cli = Cli::parse();
     match on_threads(cli) {
@@ -71,6 +74,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Eval(args) => commands::eval::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
+        Command::Verify(args) => commands::verify::run(args),
         Command::Bench(args) => commands::bench::run(args),
     }
 }

@@ -248,6 +248,7 @@ fn moments_of_another_optimizer_are_refused() {
     ] {
         let config = TrainConfig {
             resume_from_checkpoint: Resume::From(saved(before)),
+            resume_with_changes: true,
             ..config(dir.path(), after)
         };
         let error = Trainer::new(config, &Placement::cpu()).err().unwrap();

@@ -7,11 +7,13 @@ pub mod eval;
 pub mod generate;
 pub mod inspect;
 pub mod interrupt;
+pub mod mapped_file_fault;
 mod model_args;
 pub mod plan;
 pub mod quantize;
 mod shape_args;
 pub mod train;
+pub mod verify;
 
 pub use config_flags::ConfigFlags;
 pub use model_args::ModelArgs;

@@ -403,8 +403,5 @@ impl MemoryPool {
 
 fn failed(what: &str, error: DriverError) -> Error {
     let detail = format!("{what}: {}", describe_error(error));
-    if error.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
-        return Error::OutOfDeviceMemory { detail };
-    }
-    Error::Train(detail)
+    Error::from_driver(&format!("{:?}", error.0), detail)
 }

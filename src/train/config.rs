@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use foreign::{FOREIGN_KEYS, SYNONYMS};
-pub use values::{ByteCount, ComputeDtype, Optim, Resume, ValueKind};
+pub use values::{ByteCount, ComputeDtype, EvalMetric, OnNonFinite, Optim, Resume, ValueKind};
 
 use crate::data::DatasetFormat;
 use crate::device::DeviceKind;
@@ -165,6 +165,8 @@ train_config! {
     max_grad_norm: f64 = 0.3;
     /// adamw_torch (also adamw_hf, adamw_torch_fused, paged_adamw_32bit): f32 moments; adamw_8bit (adamw_bnb_8bit): 8-bit ones
     optim: Optim = Optim::AdamwTorch;
+    /// What to do about a loss or gradient that is not finite: stop the run, or skip the step
+    on_non_finite: OnNonFinite = OnNonFinite::Stop;
     /// Seed of the adapter's initialization and of dropout
     seed: u64 = 0;
     /// Seed of the data order and of the evaluation split
@@ -175,12 +177,20 @@ train_config! {
     eval_steps: Option<usize> = None;
     /// Optimizer steps between checkpoints
     save_steps: usize = 250;
-    /// Checkpoints kept, the oldest are deleted; 0: all
+    /// Checkpoints kept, the oldest are deleted, the newest and the best never; 0: all
     save_total_limit: usize = 40;
+    /// Make the final adapter that of the best checkpoint
+    load_best_model_at_end: bool = false;
+    /// eval_loss, eval_perplexity or eval_token_accuracy; unset: eval_loss with load_best_model_at_end
+    metric_for_best_model: Option<EvalMetric> = None;
+    /// Whether a greater metric is a better one; unset: only an accuracy
+    greater_is_better: Option<bool> = None;
     /// Optimizer steps between printed lines (metrics.jsonl has every step)
     logging_steps: usize = 10;
     /// true: continue from the last checkpoint in output_dir; or the directory of a checkpoint
     resume_from_checkpoint: Resume = Resume::Never;
+    /// Continue although the base model, the rows or keys that change the mathematics are other ones
+    resume_with_changes: bool = false;
 
     ["Machine"]
     /// Compute activations again in the backward pass; false: keep them, faster and larger; unset: keep what fits
@@ -281,6 +291,7 @@ impl TrainConfig {
     fn validate(&self) -> Result<()> {
         self.validate_sizes()?;
         self.validate_optimization()?;
+        self.validate_best_model()?;
         if self.eval_dataset.is_some() && self.eval_dataset_size.is_some() {
             return Err(Error::config(
                 "eval_dataset_size",
@@ -296,6 +307,32 @@ impl TrainConfig {
             return Err(Error::config("compute_dtype", reason));
         }
         Ok(())
+    }
+
+    /// As transformers has it: every checkpoint that may be the best one has an evaluation.
+    fn validate_best_model(&self) -> Result<()> {
+        let key = match (self.load_best_model_at_end, self.metric_for_best_model) {
+            (true, _) => "load_best_model_at_end",
+            (false, Some(_)) => "metric_for_best_model",
+            (false, None) => return Ok(()),
+        };
+        if self.eval_dataset.is_none() && self.eval_dataset_size.is_none() {
+            return Err(Error::config(
+                key,
+                "needs evaluation rows; give eval_dataset or eval_dataset_size",
+            ));
+        }
+        match self.eval_steps {
+            Some(eval_steps) if self.save_steps.is_multiple_of(eval_steps) => Ok(()),
+            eval_steps => {
+                let eval_steps = eval_steps.map_or("unset".into(), |steps| steps.to_string());
+                let reason = format!(
+                    "needs save_steps to be a multiple of eval_steps; they are {} and {eval_steps}",
+                    self.save_steps
+                );
+                Err(Error::config(key, reason))
+            }
+        }
     }
 
     fn validate_sizes(&self) -> Result<()> {

@@ -128,6 +128,8 @@ config_value! {
     DeviceKind => Text,
     ComputeDtype => Text,
     TargetModules => List,
+    EvalMetric => Text,
+    OnNonFinite => Text,
     Resume => BoolOrPath,
     ByteCount => Text,
 }
@@ -199,6 +201,27 @@ impl<'de> Deserialize<'de> for Optim {
             ))),
         }
     }
+}
+
+/// What becomes of a step whose loss or gradient is not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// The run ends, with a checkpoint from before the step.
+    Stop,
+    /// The step passes without an update.
+    Skip,
+}
+
+/// A metric that checkpoints are compared by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EvalMetric {
+    #[serde(rename = "eval_loss", alias = "loss")]
+    EvalLoss,
+    #[serde(rename = "eval_perplexity", alias = "perplexity")]
+    EvalPerplexity,
+    #[serde(rename = "eval_token_accuracy", alias = "token_accuracy")]
+    EvalTokenAccuracy,
 }
 
 /// Where a run continues.
