@@ -10,7 +10,7 @@ use emulated::placement_test;
 use qlora::data::Batch;
 use qlora::device::Placement;
 use qlora::infer::{LogProbs, evaluate};
-use qlora::model::{ActivationPolicy, Decoder};
+use qlora::model::{ActivationPolicy, Decoder, Regularization};
 use qlora::ops::dropout::{Dropout, Mask};
 use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::weight::{DenseCache, Weight};
@@ -212,11 +212,18 @@ fn gradients(
     let decoder = case.decoder_at(at);
     let batch = case.batch();
     for &dropout in dropouts {
-        decoder
-            .backward(sequences(&batch), &batch.labels, 0.01, &policies, dropout)
-            .unwrap();
+        let (rows, labels) = (sequences(&batch), &batch.labels);
+        let losses = decoder.backward(rows, labels, 0.01, &policies, only(dropout));
+        losses.unwrap();
     }
     all_gradients(&decoder)
+}
+
+fn only(dropout: Option<Dropout>) -> Regularization {
+    Regularization {
+        dropout,
+        ..Regularization::default()
+    }
 }
 
 fn all_gradients(decoder: &Decoder) -> Vec<f32> {
@@ -308,6 +315,18 @@ fn p_0_gives_the_bits_of_no_dropout() {
     assert!(run(Some(P)) != without);
 }
 
+#[test]
+fn a_run_does_not_depend_on_the_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let config = config(dir.path(), Some(P));
+        pool.unwrap().install(|| trained(config, &Placement::cpu()))
+    };
+    let one = run(1);
+    assert!(run(2) == one && run(3) == one);
+}
+
 fn a_run_repeats_and_resumes_bit_for_bit(at: &Placement) {
     let dir = tempfile::tempdir().unwrap();
     let config = || config(dir.path(), Some(P));
@@ -372,7 +391,7 @@ fn a_step_has_a_mask_for_each_of_its_micro_batches() {
             let dropout = Dropout::new(P, config.seed, 0, micro_batch);
             let (rows, d_loss) = (sequences(&batch), 1.0 / (2 * batch.target_count()) as f32);
             let policies = &trainer.plan().policies;
-            let losses = decoder.backward(rows, &batch.labels, d_loss, policies, dropout);
+            let losses = decoder.backward(rows, &batch.labels, d_loss, policies, only(dropout));
             losses.unwrap();
         }
         all_gradients(&decoder)

@@ -8,7 +8,7 @@ use qlora::IGNORE_INDEX;
 use qlora::infer::{
     Finish, GenerateOptions, LogProbs, Sampler, SamplingOptions, evaluate, generate,
 };
-use qlora::model::{ActivationPolicy, Decoder, KvCache};
+use qlora::model::{ActivationPolicy, Decoder, KvCache, Regularization};
 use reference_case::{CASES, ReferenceCase, largest_difference, relative_error, sequences, values};
 
 /// Loss and gradients by name of the mean loss over the case's batch.
@@ -21,7 +21,13 @@ fn gradients(
     let targets = batch.target_count();
     let d_loss = 1.0 / targets as f32;
     let losses = decoder
-        .backward(sequences(&batch), &batch.labels, d_loss, policies, None)
+        .backward(
+            sequences(&batch),
+            &batch.labels,
+            d_loss,
+            policies,
+            Regularization::default(),
+        )
         .unwrap()
         .read()
         .unwrap();
@@ -115,7 +121,7 @@ fn a_second_backward_adds_to_the_gradient() {
                 &batch.labels,
                 0.5,
                 &[ActivationPolicy::Keep; 2],
-                None,
+                Regularization::default(),
             )
             .unwrap()
     };

@@ -12,7 +12,7 @@ use std::path::Path;
 use emulated::placement_test;
 use qlora::device::Placement;
 use qlora::infer::{GenerateOptions, LogProbs, Sampler, SamplingOptions, evaluate, generate};
-use qlora::model::{ActivationPolicy, KvCache};
+use qlora::model::{ActivationPolicy, KvCache, Regularization};
 use qlora::train::config::Resume;
 use qlora::train::{TrainConfig, Trainer};
 use reference_case::{CASES, ReferenceCase, TRAINED_CASES, relative_error, sequences, values};
@@ -32,7 +32,7 @@ fn gradients(
             &batch.labels,
             1.0 / targets as f32,
             &policies,
-            None,
+            Regularization::default(),
         )
         .unwrap();
     let losses = losses.read().unwrap();

@@ -15,6 +15,7 @@ use crate::device::Placement;
 use crate::ops::attention::{Segment, Segments};
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::neftune::{self, Noise};
 use crate::ops::rope::{Positions, RopeTable};
 use crate::ops::weight::Weight;
 use crate::ops::{embedding, rms_norm};
@@ -31,6 +32,15 @@ pub struct Sequences<'a> {
     pub input_ids: &'a [u32],
     pub positions: &'a [u32],
     pub cu_seqlens: &'a [usize],
+}
+
+/// What training changes at random in the forward pass of a micro-batch.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Regularization {
+    /// On the adapters' inputs.
+    pub dropout: Option<Dropout>,
+    /// On the token embeddings.
+    pub noise: Option<Noise>,
 }
 
 /// A model: frozen weights, and adapters where they have been added.
@@ -178,8 +188,8 @@ impl Decoder {
         Ok(linear_cross_entropy::logits(&last, &self.head)?.squeeze(0)?)
     }
 
-    /// Forward and backward: adds the gradient of `d_loss` times the summed loss to the adapters' gradients, with `dropout` on
-    /// the adapters' inputs.
+    /// Forward and backward: adds the gradient of `d_loss` times the summed loss to the adapters' gradients, under
+    /// `regularization`.
     ///
     /// # Shapes
     /// `labels: [N]`; one policy for each block.
@@ -189,11 +199,11 @@ impl Decoder {
         labels: &[i64],
         d_loss: f32,
         policies: &[ActivationPolicy],
-        dropout: Option<Dropout>,
+        regularization: Regularization,
     ) -> Result<Losses> {
         let rows = self.rows(sequences)?;
         let layout = Layout {
-            dropout,
+            dropout: regularization.dropout,
             ..rows.layout()
         };
         let lowest = self
@@ -202,6 +212,9 @@ impl Decoder {
             .position(Block::has_lora)
             .unwrap_or(self.blocks.len());
         let mut x = embedding::forward(sequences.input_ids, &self.embedding)?;
+        if let Some(noise) = regularization.noise {
+            neftune::forward(&x, noise, sequences.cu_seqlens)?;
+        }
         let mut saved = Vec::with_capacity(self.blocks.len() - lowest);
         for (layer, (block, &policy)) in self.blocks.iter().zip(policies).enumerate() {
             let (y, activations) = block.forward(&x, &layout, policy)?;

@@ -13,7 +13,7 @@ mod rope_frequencies;
 
 pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, Saved};
 pub use config::*;
-pub use decoder::{Decoder, Sequences};
+pub use decoder::{Decoder, Regularization, Sequences};
 pub use kv_cache::KvCache;
 pub use lora_linear::{LoraLinear, LoraPair};
 pub use names::Module;

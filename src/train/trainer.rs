@@ -14,9 +14,10 @@ use super::schedule::Schedule;
 use crate::data::{Batch, Example, RowOrder};
 use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
-use crate::model::{Decoder, DecoderConfig};
+use crate::model::{Decoder, DecoderConfig, Regularization};
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy;
+use crate::ops::neftune::Noise;
 use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
 use crate::{Error, Result};
 
@@ -135,8 +136,9 @@ impl Trainer {
         let d_loss = 1.0 / targets as f32;
         let losses = micro_batches.iter().enumerate().map(|(i, batch)| {
             let (rows, labels) = (sequences(batch), &batch.labels);
+            let regularization = self.regularization(i);
             self.decoder
-                .backward(rows, labels, d_loss, &self.plan.policies, self.dropout(i))
+                .backward(rows, labels, d_loss, &self.plan.policies, regularization)
         });
         // Read when all is queued: a device works on meanwhile.
         let losses = losses.collect::<Result<Vec<_>>>()?;
@@ -270,10 +272,15 @@ impl Trainer {
             .collect()
     }
 
-    /// Dropout for a micro-batch of the next step.
-    fn dropout(&self, micro_batch: usize) -> Option<Dropout> {
+    /// Dropout and noise for a micro-batch of the next step.
+    fn regularization(&self, micro_batch: usize) -> Regularization {
+        let (seed, step) = (self.config.seed, self.state.global_step);
         let p = self.adapter_config.lora_dropout;
-        Dropout::new(p, self.config.seed, self.state.global_step, micro_batch)
+        let alpha = self.config.neftune_noise_alpha.unwrap_or(0.0);
+        Regularization {
+            dropout: Dropout::new(p, seed, step, micro_batch),
+            noise: Noise::new(alpha, seed, step, micro_batch),
+        }
     }
 
     fn advance(&mut self) {
