@@ -141,6 +141,8 @@ train_config! {
     gradient_accumulation_steps: usize = 16;
     /// Peak learning rate
     learning_rate: f64 = 2e-4;
+    /// LoRA+: the learning rate of the adapters' B, as a multiple of that of A
+    loraplus_lr_ratio: Option<f64> = None;
     /// constant, constant_with_warmup, linear, cosine, cosine_with_min_lr or inverse_sqrt
     lr_scheduler_type: SchedulerType = SchedulerType::Constant;
     /// Lowest learning rate of cosine_with_min_lr, as a share of learning_rate
@@ -363,6 +365,7 @@ impl TrainConfig {
         let share = |x: f64| (0.0..=1.0).contains(&x);
         let decay = |x: f64| (0.0..1.0).contains(&x);
         let lora_dropout = self.lora_dropout.unwrap_or(0.0);
+        let lora_plus = self.loraplus_lr_ratio.unwrap_or(1.0);
         let neftune = self.neftune_noise_alpha.unwrap_or(0.0);
         let epochs = self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS);
         let min_lr_rate = self.min_lr_rate.unwrap_or(0.0);
@@ -374,6 +377,7 @@ impl TrainConfig {
             ("adam_epsilon", self.adam_epsilon, positive(self.adam_epsilon), "greater than 0"),
             ("num_train_epochs", epochs, positive(epochs), "greater than 0"),
             ("neftune_noise_alpha", neftune, not_negative(neftune), "0 or greater"),
+            ("loraplus_lr_ratio", lora_plus, positive(lora_plus), "greater than 0"),
             ("weight_decay", self.weight_decay, not_negative(self.weight_decay), "0 or greater"),
             ("max_grad_norm", self.max_grad_norm, not_negative(self.max_grad_norm), "0 or greater"),
             ("warmup_ratio", self.warmup_ratio, share(self.warmup_ratio), "from 0 to 1"),
