@@ -308,6 +308,18 @@ fn p_0_gives_the_bits_of_no_dropout() {
     assert!(run(Some(P)) != without);
 }
 
+#[test]
+fn a_run_does_not_depend_on_the_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let config = config(dir.path(), Some(P));
+        pool.unwrap().install(|| trained(config, &Placement::cpu()))
+    };
+    let one = run(1);
+    assert!(run(2) == one && run(3) == one);
+}
+
 fn a_run_repeats_and_resumes_bit_for_bit(at: &Placement) {
     let dir = tempfile::tempdir().unwrap();
     let config = || config(dir.path(), Some(P));

@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use emulated::placement_test;
 use half::bf16;
 use qlora::device::Placement;
+use qlora::model::Trainable;
 use qlora::ops::adamw::moments_8bit::{self, Moments};
 use qlora::ops::adamw::{AdamW, Weight, join_master, split_master};
 use qlora::ops::philox::Uniform;
@@ -233,6 +234,55 @@ placement_test!(a_run_through_the_kernels_resumes_bit_for_bit, |placement| {
     assert_eq!(placement.dtype, DType::BF16);
     a_run_resumes_bit_for_bit(placement);
 });
+
+#[test]
+fn lora_plus_moves_b_by_a_multiple_of_the_learning_rate() {
+    const RATIO: f64 = 16.0;
+    let dir = tempfile::tempdir().unwrap();
+    for optim in [Optim::AdamwTorch, Optim::Adamw8bit] {
+        let step = |loraplus_lr_ratio| {
+            let config = TrainConfig {
+                adapter: Some(ReferenceCase::read("llama_gqa").dir.join("adapter")),
+                loraplus_lr_ratio,
+                ..config(dir.path(), optim)
+            };
+            let mut trainer = Trainer::new(config, &Placement::cpu()).unwrap();
+            let masters = |trainer: &Trainer| -> Vec<(String, Vec<f32>)> {
+                let trainables = trainer.decoder().trainables();
+                let master = |(name, t): (String, &Trainable)| (name, t.master().unwrap());
+                trainables.map(master).collect()
+            };
+            let before = masters(&trainer);
+            trainer.step().unwrap();
+            let moved = |((name, after), (_, before)): ((String, Vec<f32>), (String, Vec<f32>))| {
+                (
+                    name,
+                    after
+                        .iter()
+                        .zip(&before)
+                        .map(|(a, b)| a - b)
+                        .collect::<Vec<f32>>(),
+                )
+            };
+            masters(&trainer)
+                .into_iter()
+                .zip(before)
+                .map(moved)
+                .collect::<Vec<_>>()
+        };
+        let (plain, plus) = (step(None), step(Some(RATIO)));
+        assert!(step(Some(1.0)) == plain);
+        for ((name, plain), (_, plus)) in plain.iter().zip(&plus) {
+            if name.ends_with("lora_B.weight") {
+                let expected: Vec<f32> = plain.iter().map(|d| RATIO as f32 * d).collect();
+                let error = relative_error(plus, &expected);
+                assert!(error < 1e-4, "{name}: {error}");
+            } else {
+                assert!(plus == plain, "{name}");
+            }
+        }
+    }
+}
 
 #[test]
 fn moments_of_another_optimizer_are_refused() {

@@ -7,7 +7,7 @@ mod emulated;
 use candle_core::Tensor;
 use emulated::placement_test;
 use qlora::device::{Placement, Residency};
-use qlora::model::{ActivationPolicy, Decoder, KvCache, MicroBatch, Sequences};
+use qlora::model::{ActivationPolicy, Decoder, KvCache, MicroBatch, Regularization, Sequences};
 use qlora::quant::QuantizeOptions;
 use qlora::store::{AdapterConfig, Checkpoint, TargetModules};
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
@@ -72,7 +72,7 @@ fn gradients(decoder: &Decoder) -> (Vec<f32>, Vec<f32>) {
     let micro_batch = MicroBatch {
         sequences: sequences(),
         labels: &LABELS,
-        dropout: None,
+        regularization: Regularization::default(),
     };
     let policies = [ActivationPolicy::Recompute; LAYERS];
     decoder.backward(&[micro_batch], 0.1, &policies).unwrap();

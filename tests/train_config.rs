@@ -211,6 +211,8 @@ fn a_bad_value_is_an_error_that_names_its_key() {
         ("adam_beta2", "-0.1", "at least 0"),
         ("lora_dropout", "1", "at least 0 and less than 1"),
         ("lora_dropout", "-0.1", "at least 0 and less than 1"),
+        ("neftune_noise_alpha", "-1", "0 or greater"),
+        ("loraplus_lr_ratio", "0", "greater than 0"),
         ("warmup_ratio", "1.1", "from 0 to 1"),
         ("max_steps", "0", "at least 1, or -1"),
         ("max_steps", "-2", "at least 1, or -1"),

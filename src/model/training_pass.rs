@@ -10,7 +10,17 @@ use super::decoder::{Decoder, Rows, Sequences};
 use crate::Result;
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::neftune::{self, Noise};
 use crate::ops::weight::Direction;
+
+/// What training changes at random in the forward pass of a micro-batch.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Regularization {
+    /// On the adapters' inputs.
+    pub dropout: Option<Dropout>,
+    /// On the token embeddings.
+    pub noise: Option<Noise>,
+}
 
 /// What a decoder is trained on at a time.
 ///
@@ -20,8 +30,7 @@ use crate::ops::weight::Direction;
 pub struct MicroBatch<'a> {
     pub sequences: Sequences<'a>,
     pub labels: &'a [i64],
-    /// On the adapters' inputs.
-    pub dropout: Option<Dropout>,
+    pub regularization: Regularization,
 }
 
 impl Decoder {
@@ -80,9 +89,19 @@ struct Pass<'a> {
 
 impl<'a> Pass<'a> {
     fn new(decoder: &'a Decoder, batch: &'a MicroBatch<'a>) -> Result<Self> {
+        let Sequences {
+            input_ids,
+            cu_seqlens,
+            ..
+        } = batch.sequences;
+        let rows = decoder.rows(batch.sequences)?;
+        let x = decoder.embed(input_ids)?;
+        if let Some(noise) = batch.regularization.noise {
+            neftune::forward(&x, noise, cu_seqlens)?;
+        }
         Ok(Self {
-            rows: decoder.rows(batch.sequences)?,
-            hidden: Some(decoder.embed(batch.sequences.input_ids)?),
+            rows,
+            hidden: Some(x),
             saved: Vec::new(),
             decoder,
             batch,
@@ -91,7 +110,7 @@ impl<'a> Pass<'a> {
 
     fn layout(&self) -> Layout<'_> {
         Layout {
-            dropout: self.batch.dropout,
+            dropout: self.batch.regularization.dropout,
             ..self.rows.layout()
         }
     }

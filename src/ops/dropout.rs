@@ -15,7 +15,7 @@ use std::array::from_fn;
 
 use candle_core::{Device, Tensor};
 
-use super::philox::{philox, philox_lanes};
+use super::philox::{micro_batch_key, philox, philox_lanes};
 use super::simd::vectorized;
 use crate::Result;
 
@@ -41,14 +41,8 @@ impl Dropout {
     /// `step` is the number of optimizer steps done, `micro_batch` counts within the step.
     pub fn new(p: f64, seed: u64, step: usize, micro_batch: usize) -> Option<Self> {
         let threshold = ((p * 65_536.0).round() as u32).min(65_535);
-        let [low, high, ..] = philox(
-            [seed as u32, (seed >> 32) as u32],
-            [step as u32, micro_batch as u32, PURPOSE, 0],
-        );
-        (threshold > 0).then_some(Self {
-            key: [low, high],
-            threshold,
-        })
+        let key = micro_batch_key(seed, step, micro_batch, PURPOSE);
+        (threshold > 0).then_some(Self { key, threshold })
     }
 
     /// The mask of the input of one module of one layer.

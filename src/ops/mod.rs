@@ -12,6 +12,7 @@ pub mod embedding;
 pub mod gated_act;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod neftune;
 pub mod philox;
 pub mod residual;
 pub mod rms_norm;

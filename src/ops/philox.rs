@@ -6,6 +6,20 @@ pub(super) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
 
+/// The key that the random numbers of one micro-batch have, for one of their purposes.
+///
+/// Made by Philox itself, so that positions of any size have room.
+pub(super) fn micro_batch_key(
+    seed: u64,
+    step: usize,
+    micro_batch: usize,
+    purpose: u32,
+) -> [u32; 2] {
+    let seed = [seed as u32, (seed >> 32) as u32];
+    let [low, high, ..] = philox(seed, [step as u32, micro_batch as u32, purpose, 0]);
+    [low, high]
+}
+
 /// The key of each round.
 pub(super) fn round_keys(key: [u32; 2]) -> [[u32; 2]; ROUNDS] {
     std::array::from_fn(|round| {

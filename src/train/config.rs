@@ -141,6 +141,8 @@ train_config! {
     gradient_accumulation_steps: usize = 16;
     /// Peak learning rate
     learning_rate: f64 = 2e-4;
+    /// LoRA+: the learning rate of the adapters' B, as a multiple of that of A
+    loraplus_lr_ratio: Option<f64> = None;
     /// constant, constant_with_warmup, linear, cosine, cosine_with_min_lr or inverse_sqrt
     lr_scheduler_type: SchedulerType = SchedulerType::Constant;
     /// Lowest learning rate of cosine_with_min_lr, as a share of learning_rate
@@ -161,13 +163,15 @@ train_config! {
     adam_beta2: f64 = 0.999;
     /// Added to the root of the second moment
     adam_epsilon: f64 = 1e-8;
+    /// Noise on the token embeddings while training, uniform within alpha / sqrt(tokens x hidden_size): NEFTune
+    neftune_noise_alpha: Option<f64> = None;
     /// Clip the gradient to this global norm; 0: never
     max_grad_norm: f64 = 0.3;
     /// adamw_torch (also adamw_hf, adamw_torch_fused, paged_adamw_32bit): f32 moments; adamw_8bit (adamw_bnb_8bit): 8-bit ones
     optim: Optim = Optim::AdamwTorch;
     /// What to do about a loss or gradient that is not finite: stop the run, or skip the step
     on_non_finite: OnNonFinite = OnNonFinite::Stop;
-    /// Seed of the adapter's initialization and of dropout
+    /// Seed of the adapter's initialization, of dropout and of noise
     seed: u64 = 0;
     /// Seed of the data order and of the evaluation split
     data_seed: u64 = 42;
@@ -398,6 +402,8 @@ impl TrainConfig {
         let share = |x: f64| (0.0..=1.0).contains(&x);
         let decay = |x: f64| (0.0..1.0).contains(&x);
         let lora_dropout = self.lora_dropout.unwrap_or(0.0);
+        let lora_plus = self.loraplus_lr_ratio.unwrap_or(1.0);
+        let neftune = self.neftune_noise_alpha.unwrap_or(0.0);
         let epochs = self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS);
         let min_lr_rate = self.min_lr_rate.unwrap_or(0.0);
         #[rustfmt::skip]
@@ -407,6 +413,8 @@ impl TrainConfig {
             ("lora_dropout", lora_dropout, decay(lora_dropout), "at least 0 and less than 1"),
             ("adam_epsilon", self.adam_epsilon, positive(self.adam_epsilon), "greater than 0"),
             ("num_train_epochs", epochs, positive(epochs), "greater than 0"),
+            ("neftune_noise_alpha", neftune, not_negative(neftune), "0 or greater"),
+            ("loraplus_lr_ratio", lora_plus, positive(lora_plus), "greater than 0"),
             ("weight_decay", self.weight_decay, not_negative(self.weight_decay), "0 or greater"),
             ("max_grad_norm", self.max_grad_norm, not_negative(self.max_grad_norm), "0 or greater"),
             ("warmup_ratio", self.warmup_ratio, share(self.warmup_ratio), "from 0 to 1"),

@@ -19,12 +19,34 @@ const CLIP_EPSILON: f64 = 1e-6;
 /// Tensors with fewer elements keep f32 moments under an 8-bit optimizer, as in bitsandbytes.
 pub(super) const MIN_8BIT_ELEMENTS: usize = 4096;
 
+/// How the names of tensors end to which `loraplus_lr_ratio` applies.
+const LORA_B: &str = ".lora_B.weight";
+
 /// The moments of neighbouring trained tensors, flat as in [`Parameters`](crate::model::Parameters).
 #[derive(Debug)]
 struct Group {
     /// The part of the flat parameters that they belong to.
     range: Range<usize>,
+    kind: Kind,
     moments: Moments,
+}
+
+/// What neighbours must have in common to be updated together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Kind {
+    in_8_bits: bool,
+    /// Their learning rate, as a multiple of the run's.
+    lr_ratio: f64,
+}
+
+impl Kind {
+    fn of(slot: &Slot, config: &TrainConfig) -> Self {
+        let is_b = slot.name.ends_with(LORA_B);
+        Self {
+            in_8_bits: config.optim == Optim::Adamw8bit && slot.range.len() >= MIN_8BIT_ELEMENTS,
+            lr_ratio: config.loraplus_lr_ratio.filter(|_| is_b).unwrap_or(1.0),
+        }
+    }
 }
 
 /// Named as in torch.
@@ -61,7 +83,7 @@ impl Optimizer {
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
             step: 0,
-            groups: groups(config.optim, slots, grads)?,
+            groups: groups(config, slots, grads)?,
             slots: slots.to_vec(),
         })
     }
@@ -102,6 +124,10 @@ impl Optimizer {
                 low: low.as_ref(),
             };
             let grad = part(parameters.grads())?;
+            let update = AdamW {
+                learning_rate: learning_rate * group.kind.lr_ratio,
+                ..update
+            };
             match &group.moments {
                 Moments::F32 {
                     exp_avg,
@@ -184,19 +210,17 @@ impl Optimizer {
 }
 
 /// Moments of zero for the flat parameters, in as few groups as their kinds allow.
-fn groups(optim: Optim, slots: &[Slot], grads: &Tensor) -> Result<Vec<Group>> {
-    let in_8_bits =
-        |slot: &Slot| optim == Optim::Adamw8bit && slot.range.len() >= MIN_8BIT_ELEMENTS;
-    let runs: Vec<&[Slot]> = slots
-        .chunk_by(|a, b| in_8_bits(a) == in_8_bits(b))
-        .collect();
+fn groups(config: &TrainConfig, slots: &[Slot], grads: &Tensor) -> Result<Vec<Group>> {
+    let kind = |slot: &Slot| Kind::of(slot, config);
+    let runs: Vec<&[Slot]> = slots.chunk_by(|a, b| kind(a) == kind(b)).collect();
     let starts = runs.iter().map(|run| run[0].range.start);
     // What lies between two tensors belongs to the first.
     let ends = starts.clone().skip(1).chain([grads.elem_count()]);
     let group = |((run, start), end): ((&&[Slot], usize), usize)| {
         let (n, device) = (end - start, grads.device());
         let zeros = || Tensor::zeros(n, DType::F32, device);
-        let moments = match in_8_bits(&run[0]) {
+        let kind = kind(&run[0]);
+        let moments = match kind.in_8_bits {
             true => Moments::EightBit(moments_8bit::Moments::zeros(n, device)?),
             false => Moments::F32 {
                 exp_avg: zeros()?,
@@ -205,6 +229,7 @@ fn groups(optim: Optim, slots: &[Slot], grads: &Tensor) -> Result<Vec<Group>> {
         };
         Ok(Group {
             range: start..end,
+            kind,
             moments,
         })
     };

@@ -16,9 +16,10 @@ use super::schedule::Schedule;
 use crate::data::{Batch, Example, RowOrder};
 use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
-use crate::model::{Decoder, DecoderConfig, MicroBatch, block_sizes};
+use crate::model::{Decoder, DecoderConfig, MicroBatch, Regularization, block_sizes};
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::neftune::Noise;
 use crate::store::{self, Adapter, AdapterConfig, Disk, FileWatch, SystemDisk};
 use crate::{Error, Result};
 
@@ -172,7 +173,7 @@ impl Trainer {
             .map(|(number, SourcedBatch { batch, .. })| MicroBatch {
                 sequences: sequences(batch),
                 labels: &batch.labels,
-                dropout: self.dropout(number),
+                regularization: self.regularization(number),
             })
             .collect();
         for together in inputs[done..].chunks(self.plan.together) {
@@ -316,10 +317,15 @@ impl Trainer {
             .collect()
     }
 
-    /// Dropout for a micro-batch of the next step.
-    fn dropout(&self, micro_batch: usize) -> Option<Dropout> {
+    /// Dropout and noise for a micro-batch of the next step.
+    fn regularization(&self, micro_batch: usize) -> Regularization {
+        let (seed, step) = (self.config.seed, self.state.global_step);
         let p = self.adapter_config.lora_dropout;
-        Dropout::new(p, self.config.seed, self.state.global_step, micro_batch)
+        let alpha = self.config.neftune_noise_alpha.unwrap_or(0.0);
+        Regularization {
+            dropout: Dropout::new(p, seed, step, micro_batch),
+            noise: Noise::new(alpha, seed, step, micro_batch),
+        }
     }
 
     fn advance(&mut self) {

@@ -179,7 +179,10 @@ pub fn micro_batch(batch: &Batch, dropout: Option<Dropout>) -> MicroBatch<'_> {
     MicroBatch {
         sequences: sequences(batch),
         labels: &batch.labels,
-        dropout,
+        regularization: Regularization {
+            dropout,
+            ..Regularization::default()
+        },
     }
 }
 

@@ -61,7 +61,6 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("full_finetune", &["false"], "only adapters are trained"),
     only("group_by_length", &["false"], NOT_YET),
     only("packing", &["false"], NOT_YET),
-    only("neftune_noise_alpha", &["0"], NOT_YET),
     only("label_smoothing_factor", &["0"], NOT_YET),
     ForeignKey { name: "bf16", accepted: Accepted::WhetherBf16, hint: DTYPE },
     only("fp16", &["false"], DTYPE),
