@@ -2,6 +2,7 @@
 
 pub mod bench;
 mod config_flags;
+mod data_sources;
 pub mod demo;
 pub mod eval;
 pub mod generate;
@@ -11,7 +12,7 @@ mod model_args;
 pub mod quantize;
 pub mod train;
 
-pub use config_flags::ConfigFlags;
+pub use config_flags::{ConfigFlags, DataFlags};
 pub use model_args::ModelArgs;
 
 use std::io::Write;

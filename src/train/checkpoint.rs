@@ -24,7 +24,7 @@ pub struct TrainerState {
     pub global_step: usize,
     /// Passes over the training data so far.
     pub epoch: f64,
-    /// Position in the order of rows: how many examples have been used.
+    /// Position in the order of rows: how many sequences have been used. A packed one counts as one.
     pub examples_seen: u64,
 }
 

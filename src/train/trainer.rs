@@ -9,9 +9,9 @@ use super::config::{Resume, TrainConfig};
 use super::memory::activation_policies;
 use super::metrics::{EvalRecord, MetricsWriter, StepRecord};
 use super::optimizer::Optimizer;
-use super::run_data::{RunData, load_data};
+use super::run_data::RunData;
 use super::schedule::Schedule;
-use crate::data::{Batch, Example, RowOrder};
+use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
 use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
 use crate::model::{ActivationPolicy, Decoder};
@@ -46,7 +46,7 @@ pub struct Trainer {
     decoder: Decoder,
     policies: Vec<ActivationPolicy>,
     data: RunData,
-    order: RowOrder,
+    order: SequenceOrder,
     optimizer: Optimizer,
     schedule: Schedule,
     total_steps: usize,
@@ -65,7 +65,10 @@ impl Trainer {
             Some(config.quantize_options()),
             placement,
         )?;
-        let data = load_data(&config, decoder.config().vocab_size)?;
+        let tokenizer = Tokenizer::find(&config.model_name_or_path)?;
+        let vocab_size = decoder.config().vocab_size;
+        let data = RunData::load(&config, tokenizer.as_ref(), Some(vocab_size))?;
+        let mut order = data.order(&config);
         let adapter_config = match &config.adapter {
             Some(dir) => {
                 let adapter = Adapter::read(dir)?;
@@ -80,19 +83,10 @@ impl Trainer {
         };
         let batch = config.per_device_train_batch_size * config.gradient_accumulation_steps;
         let total_steps = match config.epochs() {
-            Some(epochs) => (data.train.examples.len() as f64 * epochs / batch as f64)
-                .ceil()
-                .max(1.0) as usize,
+            Some(epochs) => (order.sequences(epochs) / batch as f64).ceil().max(1.0) as usize,
             None => config.max_steps as usize,
         };
-        let longest = data
-            .train
-            .examples
-            .iter()
-            .map(|e| e.input_ids.len())
-            .max()
-            .unwrap_or(0);
-        let tokens = longest * config.per_device_train_batch_size;
+        let tokens = order.longest_sequence() * config.per_device_train_batch_size;
         let mut trainer = Self {
             policies: activation_policies(
                 decoder.config(),
@@ -100,11 +94,7 @@ impl Trainer {
                 tokens,
                 config.gradient_checkpointing,
             ),
-            order: RowOrder::new(
-                data.train.examples.len(),
-                config.data_seed,
-                config.shuffle.into(),
-            ),
+            order,
             optimizer: Optimizer::new(&config, &decoder)?,
             schedule: Schedule::from_config(&config, total_steps),
             state: TrainerState {
@@ -212,7 +202,7 @@ impl Trainer {
 
     /// Scores the evaluation rows; `None` if the run has none.
     pub fn evaluate(&self) -> Result<Option<EvalRecord>> {
-        let Some(rows) = &self.data.eval else {
+        let Some(rows) = self.data.eval_examples() else {
             return Ok(None);
         };
         let evaluation = evaluate(&self.decoder, rows, LogProbs::Omit, |_, _| Ok(()))?;
@@ -264,10 +254,12 @@ impl Trainer {
         (0..self.config.gradient_accumulation_steps)
             .map(|micro_batch| {
                 let start = self.state.examples_seen + (micro_batch * rows) as u64;
-                let examples: Vec<&Example> = (start..start + rows as u64)
-                    .map(|position| &self.data.train.examples[self.order.row(position)])
-                    .collect();
-                Batch::from_examples(&examples)
+                let mut examples: Vec<Example> = Vec::new();
+                for position in start..start + rows as u64 {
+                    let rows = self.order.rows(position);
+                    examples.extend(rows.iter().map(|&row| self.data.train_example(row)));
+                }
+                Batch::from_examples(&examples.iter().collect::<Vec<_>>())
             })
             .collect()
     }
@@ -277,7 +269,7 @@ impl Trainer {
             self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps;
         self.state.global_step += 1;
         self.state.examples_seen += batch as u64;
-        self.state.epoch = self.state.examples_seen as f64 / self.data.train.examples.len() as f64;
+        self.state.epoch = self.order.epochs(self.state.examples_seen);
     }
 
     /// A new run does not mix its checkpoints with those of an earlier one.
