@@ -82,8 +82,8 @@ fn a_failure_ends_with_1_and_one_line() {
             "`lora_dropout`: 0.1 is not supported yet",
         ),
         (
-            &["train", "--group-by-length"],
-            "`group_by_length`: true is not supported yet",
+            &["train", "--packing"],
+            "`packing`: fills sequences of max_seq_len tokens",
         ),
         (
             &[

@@ -13,7 +13,7 @@ use serde_json::Value;
 fn config(output_dir: &Path) -> TrainConfig {
     let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/engine/llama_gqa");
     TrainConfig {
-        dataset: case.join("train/data.jsonl"),
+        dataset: case.join("train/data.jsonl").into(),
         model_name_or_path: case,
         output_dir: output_dir.to_path_buf(),
         eval_dataset_size: Some(4),

@@ -56,9 +56,16 @@ pub fn resolve(name: &Path) -> anyhow::Result<PathBuf> {
         bail!("vicuna: the data of Vicuna were never released");
     }
     let named = NAMED.iter().find(|(known, _)| *known == text);
+    // `rows/train` beside a directory `rows` is a file that is missing.
+    let is_local = name
+        .components()
+        .next()
+        .is_some_and(|first| Path::new(first.as_os_str()).exists());
     match Location::parse(named.map_or(&text, |(_, location)| location)) {
-        Some(location) => location.fetch().with_context(|| text.into_owned()),
-        None => Ok(name.to_path_buf()),
+        Some(location) if named.is_some() || !is_local => {
+            location.fetch().with_context(|| text.into_owned())
+        }
+        _ => Ok(name.to_path_buf()),
     }
 }
 

@@ -10,7 +10,7 @@ use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use qlora::data::Tokenizer;
+use qlora::data::{Tokenizer, data_files};
 use qlora::store::AtomicFile;
 use qlora::train::{BatchPlan, RunData, TrainConfig};
 use serde_json::Value;
@@ -54,8 +54,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let is_weights = |name: &str| args.path.join(name).exists();
-    if is_weights("config.json") || is_weights("adapter_config.json") {
+    let has = |name: &str| args.path.join(name).exists();
+    let is_weights = has("config.json") || has("adapter_config.json");
+    if is_weights || (args.path.is_dir() && data_files(&args.path).is_err()) {
         let contents = weights::Contents::read(&args.path)?;
         return if args.json {
             print_json(&contents.json())
