@@ -242,13 +242,13 @@ fn a_bad_file_is_named() {
     let error =
         load_bytes("a.json", b"[{\"input_ids\": [1]},\n oops]", &options, None).unwrap_err();
     assert!(matches!(&error, Error::Row { line: 2, .. }), "{error}");
-    let unknown = jsonl(&[json!({"text": "a", "label": 1})]);
+    let unknown = jsonl(&[json!({"title": "a", "label": 1})]);
     expect_row_error(
         &unknown,
         &options,
         None,
         1,
-        "no dataset_format fits the columns `text`, `label`",
+        "no dataset_format fits the columns `title`, `label`",
     );
     let alpaca = jsonl(&[json!({"instruction": "a", "output": "b"})]);
     let error = load_bytes("a.jsonl", &alpaca, &options, None).unwrap_err();

@@ -267,6 +267,16 @@ impl ChatTemplate {
                 false => GenerationPrompt::No,
             };
             let before = conversation.render(i, prompt)?;
+            if prompt == GenerationPrompt::Yes && !conversation.opens_turn(i, &before)? {
+                return Err(Error::malformed(
+                    &self.path,
+                    format!(
+                        "the chat template does not open the assistant's turn before `messages[{i}]` as it does after a \
+                         question, so what the assistant wrote cannot be told apart; put `{{% generation %}}` blocks around \
+                         it in the template"
+                    ),
+                ));
+            }
             let through = match i + 1 == count {
                 true => Cow::Borrowed(text),
                 false => Cow::Owned(conversation.render(i + 1, GenerationPrompt::No)?),
@@ -315,6 +325,25 @@ struct Conversation<'a> {
 }
 
 impl Conversation<'_> {
+    /// Whether the opening of a turn at the end of `before`, the text of the first `count` messages, is the one that
+    /// stands after the first question. Templates that open a turn only there would have it trained elsewhere.
+    fn opens_turn(&self, count: usize, before: &str) -> Result<bool> {
+        let is_question = |i: &usize| self.roles[*i] == "user";
+        let question = (0..self.roles.len()).find(is_question);
+        let (Some(question), Some(last)) = (question, count.checked_sub(1)) else {
+            return Ok(true);
+        };
+        if is_question(&last) {
+            return Ok(true);
+        }
+        let opening = |count: usize, before: &str| -> Result<Option<String>> {
+            let closed = self.render(count, GenerationPrompt::No)?;
+            Ok(before.strip_prefix(closed.as_str()).map(String::from))
+        };
+        let after_question = self.render(question + 1, GenerationPrompt::Yes)?;
+        Ok(opening(count, before)? == opening(question + 1, &after_question)?)
+    }
+
     /// The text of the first `count` messages, with markers.
     fn render(&self, count: usize, prompt: GenerationPrompt) -> Result<String> {
         let error = |e| self.template.error(&e);

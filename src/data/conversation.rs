@@ -24,7 +24,7 @@ impl Conversation {
         let mut messages = Vec::new();
         let mut flags = Vec::new();
         for (i, message) in objects(row, "messages")?.enumerate() {
-            let at = |reason: String| format!("`messages[{i}]`{reason}");
+            let at = |reason: String| in_message("messages", i, &reason);
             let mut message = without_nulls(message?);
             flags.push(train_flag(&mut message).map_err(at)?);
             messages.push(openai_message(message).map_err(at)?);
@@ -44,7 +44,7 @@ impl Conversation {
             flags.push(None);
         }
         for (i, turn) in objects(row, "conversations")?.enumerate() {
-            let at = |reason: String| format!("`conversations[{i}]`{reason}");
+            let at = |reason: String| in_message("conversations", i, &reason);
             let mut turn = without_nulls(turn?);
             flags.push(train_flag(&mut turn).map_err(at)?);
             messages.push(sharegpt_message(&turn).map_err(at)?);
@@ -76,6 +76,12 @@ impl Conversation {
             trained,
         })
     }
+}
+
+/// A reason that starts with the name of a field (`.content is ...`) or with a space, for message `i`.
+fn in_message(column: &str, i: usize, reason: &str) -> String {
+    let (field, rest) = reason.split_at(reason.find(' ').unwrap_or(reason.len()));
+    format!("`{column}[{i}]{field}`{rest}")
 }
 
 fn without_nulls(message: &Columns) -> Map<String, Value> {
