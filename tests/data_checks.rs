@@ -5,6 +5,7 @@ mod data_files;
 use std::path::Path;
 
 use data_files::{expect_row_error, fixtures, jsonl, load_bytes, tokenizer};
+use qlora::IGNORE_INDEX;
 use qlora::data::{DatasetFormat, ExcessLength, Finding, LoadOptions, SpecialTokens, Tokenizer};
 use qlora::train::{RunData, TrainConfig};
 use serde_json::{Value, json};
@@ -136,25 +137,28 @@ fn super_natural_instructions_leave_examples_out_where_they_do_not_fit() {
     let row = json!({"Definition": "Count.", "Positive Examples": [{"input": "one", "output": "1"}, {"input": "two", "output": "2"}],
                      "Instance": {"input": "three", "output": ["3"]}});
     let tokenizer = tokenizer("tokenizer");
-    let texts = [1024, 60, 40].map(|source_max_len| {
+    let mut source_max_len = 1024;
+    for examples in [2, 1, 0] {
         let options = LoadOptions {
             source_max_len,
             ..LoadOptions::default()
         };
-        let dataset = load_bytes(
-            "a.jsonl",
-            &jsonl(std::slice::from_ref(&row)),
-            &options,
-            Some(&tokenizer),
-        )
-        .unwrap();
+        let bytes = jsonl(std::slice::from_ref(&row));
+        let dataset = load_bytes("a.jsonl", &bytes, &options, Some(&tokenizer)).unwrap();
         assert_eq!(dataset.stats.truncated, 0, "{source_max_len}");
-        tokenizer
-            .decode(&dataset.example(0).input_ids, SpecialTokens::Skip)
-            .unwrap()
-    });
-    let examples = texts.map(|text| text.matches("Positive Example").count());
-    assert_eq!(examples, [2, 1, 0]);
+        let example = dataset.example(0);
+        let text = tokenizer
+            .decode(&example.input_ids, SpecialTokens::Skip)
+            .unwrap();
+        assert_eq!(text.matches("Positive Example").count(), examples);
+        // One token less than this source has.
+        source_max_len = example
+            .labels
+            .iter()
+            .filter(|&&label| label == IGNORE_INDEX)
+            .count()
+            - 1;
+    }
     assert_eq!(
         DatasetFormat::SuperNaturalInstructions.default_target_max_len(),
         128
@@ -202,7 +206,7 @@ fn doubled_bos_missing_end_and_pad_as_eos_are_found_and_said() {
     );
     let sentences = found.sentences().join("\n");
     for expected in [
-        "start with the bos token twice",
+        "with the bos token twice at the start",
         "does not end with an end token",
         "pad_token is eos_token",
     ] {

@@ -9,7 +9,7 @@ use crate::Result;
 ///
 /// The names are those of qlora.py where it has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", try_from = "String")]
 pub enum DatasetFormat {
     /// `input_ids` and, unless every token carries loss, `labels` with -100 for no loss; not shifted.
     Tokenized,
@@ -20,12 +20,10 @@ pub enum DatasetFormat {
     /// Super-Natural Instructions: `Definition`, `Positive Examples` and `Instance` or `Instances`.
     SuperNaturalInstructions,
     /// `instruction`, `output` and optionally `input`, in the prompts of Stanford Alpaca.
-    #[serde(alias = "alpaca-clean")]
     Alpaca,
     /// Unnatural Instructions: `instances`, and optionally `reformulations`, with `instruction_with_input` and `output`.
     UnnaturalInstructions,
     /// `input` and `output`, without a prompt around them.
-    #[serde(alias = "longform")]
     InputOutput,
     /// `prompt` and `completion`.
     SelfInstruct,
@@ -169,6 +167,14 @@ impl DatasetFormat {
 impl std::fmt::Display for DatasetFormat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl TryFrom<String> for DatasetFormat {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        name.parse()
     }
 }
 

@@ -164,7 +164,7 @@ impl Findings {
             self.all_masked.sentence("dropped: no label other than -100, nothing to train on"),
             self.too_long.sentence("dropped: longer than the limits (excess_length_strategy drop)"),
             self.answer_cut.sentence("cut so that an answer lost its end, and the model is not taught to stop there"),
-            self.doubled_bos.sentence("start with the bos token twice: take it out of the text or of the chat template"),
+            self.doubled_bos.sentence("with the bos token twice at the start: take it out of the text or of the chat template"),
             self.missing_end.sentence(
                 "with an answer that does not end with an end token, so the model is not taught to stop: check eos_token and \
                  the chat template",

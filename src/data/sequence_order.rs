@@ -147,14 +147,11 @@ impl SequenceOrder {
         start as f64 + (epochs - whole) * (next - start) as f64
     }
 
-    /// Tokens of the longest sequence.
+    /// The most tokens that a sequence can have.
     pub fn longest_sequence(&self) -> usize {
         let longest = self.tokens.iter().copied().max().unwrap_or(0) as usize;
         match self.arrangement {
-            Arrangement::Packed { capacity, .. } => {
-                let total: usize = self.tokens.iter().map(|&tokens| tokens as usize).sum();
-                longest.max(capacity.min(total))
-            }
+            Arrangement::Packed { capacity, .. } => longest.max(capacity),
             _ => longest,
         }
     }

@@ -102,6 +102,8 @@ struct Checked {
     line: usize,
     quote_line: usize,
     row_bytes: usize,
+    /// The last byte was a carriage return that ended a line.
+    was_return: bool,
 }
 
 impl Checked {
@@ -113,72 +115,87 @@ impl Checked {
             line: 1,
             quote_line: 1,
             row_bytes: 0,
+            was_return: false,
         }
     }
 
-    fn check(&mut self, bytes: &[u8]) -> Result<(), BadText> {
-        for &byte in bytes {
-            let bad = |line, reason: String| Err(BadText { line, reason });
-            self.row_bytes += 1;
-            self.place = match (self.place, byte) {
-                (_, 0) => return bad(self.line, "a NUL byte: this is not text".into()),
-                (Place::Quoted, b'"') => Place::AfterQuote,
-                (Place::Quoted, _) => Place::Quoted,
-                (Place::FieldStart, b'"') => {
-                    self.quote_line = self.line;
-                    Place::Quoted
-                }
-                (Place::AfterQuote, b'"') => Place::Quoted,
-                (_, b'\n' | b'\r') => {
-                    self.row_bytes = 0;
-                    Place::FieldStart
-                }
-                (_, byte) if byte == self.delimiter => Place::FieldStart,
-                (Place::AfterQuote, byte) => {
-                    let found = char::from(byte);
-                    return bad(
-                        self.line,
-                        format!(
-                            "{found:?} follows a closing quote; a quote inside a field is written \"\""
-                        ),
-                    );
-                }
-                _ => Place::Plain,
-            };
-            if self.row_bytes > MAX_ROW_BYTES {
-                return bad(self.line, too_large());
-            }
-            self.line += usize::from(byte == b'\n');
+    /// Follows `byte`; `None` if the parser need not see it.
+    fn check(&mut self, byte: u8) -> Result<Option<u8>, BadText> {
+        let bad = |line, reason: String| Err(BadText { line, reason });
+        // The parser counts lines by their line feeds, so every end of a line becomes one.
+        if std::mem::take(&mut self.was_return) && byte == b'\n' {
+            return Ok(None);
         }
-        Ok(())
+        self.was_return = byte == b'\r' && self.place != Place::Quoted;
+        let byte = if self.was_return { b'\n' } else { byte };
+        self.row_bytes += 1;
+        self.place = match (self.place, byte) {
+            (_, 0) => return bad(self.line, "a NUL byte: this is not text".into()),
+            (Place::Quoted, b'"') => Place::AfterQuote,
+            (Place::Quoted, _) => Place::Quoted,
+            (Place::FieldStart, b'"') => {
+                self.quote_line = self.line;
+                Place::Quoted
+            }
+            (Place::AfterQuote, b'"') => Place::Quoted,
+            (_, b'\n') => {
+                self.row_bytes = 0;
+                Place::FieldStart
+            }
+            (_, byte) if byte == self.delimiter => Place::FieldStart,
+            (Place::AfterQuote, byte) => {
+                let found = char::from(byte);
+                let reason = format!(
+                    "{found:?} follows a closing quote; a quote inside a field is written \"\""
+                );
+                return bad(self.line, reason);
+            }
+            _ => Place::Plain,
+        };
+        if self.row_bytes > MAX_ROW_BYTES {
+            return bad(self.line, too_large());
+        }
+        self.line += usize::from(byte == b'\n');
+        Ok(Some(byte))
+    }
+
+    fn unreadable(&self, error: io::Error) -> BadText {
+        let line = self.line;
+        let reason = match row_error(Path::new(""), line)(error) {
+            Error::Row { reason, .. } => reason,
+            other => other.to_string(),
+        };
+        BadText { line, reason }
     }
 }
 
 impl Read for Checked {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let available = match self.text.fill_buf() {
-            Ok(available) => available,
-            Err(e) => {
-                let Error::Row { reason, .. } = row_error(Path::new(""), self.line)(e) else {
-                    unreachable!("row_error makes row errors")
-                };
+        let mut written = 0;
+        while written == 0 && !buffer.is_empty() {
+            let available = match self.text.fill_buf() {
+                Ok(available) => available,
+                Err(e) => return Err(io::Error::other(self.unreadable(e))),
+            };
+            let len = available.len().min(buffer.len());
+            buffer[..len].copy_from_slice(&available[..len]);
+            self.text.consume(len);
+            if len == 0 && self.place == Place::Quoted {
                 return Err(io::Error::other(BadText {
-                    line: self.line,
-                    reason,
+                    line: self.quote_line,
+                    reason: "a quote is opened here and never closed".into(),
                 }));
             }
-        };
-        let len = available.len().min(buffer.len());
-        buffer[..len].copy_from_slice(&available[..len]);
-        self.text.consume(len);
-        if len == 0 && self.place == Place::Quoted && !buffer.is_empty() {
-            let reason = "a quote is opened here and never closed".to_string();
-            return Err(io::Error::other(BadText {
-                line: self.quote_line,
-                reason,
-            }));
+            if len == 0 {
+                break;
+            }
+            for i in 0..len {
+                if let Some(byte) = self.check(buffer[i]).map_err(io::Error::other)? {
+                    buffer[written] = byte;
+                    written += 1;
+                }
+            }
         }
-        self.check(&buffer[..len]).map_err(io::Error::other)?;
-        Ok(len)
+        Ok(written)
     }
 }
