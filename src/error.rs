@@ -85,16 +85,17 @@ pub enum Error {
     /// The loss or the gradient of a step is not finite. The adapter is as before the step.
     #[error(
         "step {step}: loss {loss}, gradient norm {grad_norm}: not finite, with {} of {}; {hint}",
-        rows_text(rows), dataset.display()
+        rows_text(rows),
+        dataset
     )]
     NonFiniteStep {
         /// Counted from 1.
         step: usize,
         loss: f64,
         grad_norm: f64,
-        dataset: PathBuf,
-        /// The lines of the micro-batches it came up in, counted from 1.
-        rows: Vec<usize>,
+        dataset: String,
+        /// The rows of the micro-batches it came up in: lines counted from 1, with their file where there are several.
+        rows: Vec<String>,
         hint: &'static str,
     },
 
@@ -152,9 +153,9 @@ const DEVICE_FAILURES: [&str; 12] = [
 ];
 
 /// `row 3`, `rows 3, 9, 12`, with an end after so many.
-fn rows_text(rows: &[usize]) -> String {
+fn rows_text(rows: &[String]) -> String {
     const SHOWN: usize = 16;
-    let shown: Vec<String> = rows.iter().take(SHOWN).map(usize::to_string).collect();
+    let shown = &rows[..rows.len().min(SHOWN)];
     let plural = if rows.len() == 1 { "" } else { "s" };
     let more = match rows.len().saturating_sub(SHOWN) {
         0 => String::new(),
@@ -240,8 +241,8 @@ mod tests {
 
     #[test]
     fn rows_are_listed_up_to_a_number() {
-        assert_eq!(rows_text(&[3]), "row 3");
-        let rows: Vec<usize> = (1..=20).collect();
+        assert_eq!(rows_text(&["3".to_string()]), "row 3");
+        let rows: Vec<String> = (1..=20).map(|row| row.to_string()).collect();
         let text = rows_text(&rows);
         assert!(text.starts_with("rows 1, 2, ") && text.ends_with("15, 16 and 4 more"));
     }

@@ -6,7 +6,9 @@ mod data_files;
 use data_files::{
     TOKENIZERS, expect_row_error, fixture, fixtures, integers, jsonl, load_bytes, tokenizer,
 };
-use qlora::data::{ChatTemplate, GenerationPrompt, LoadOptions, SpecialTokens, Tokenizer};
+use qlora::data::{
+    ChatTemplate, GenerationPrompt, LoadOptions, SpecialTokens, Tokenizer, Turns, Unlabelled,
+};
 use qlora::{Error, IGNORE_INDEX};
 use serde_json::{Map, Value, json};
 
@@ -104,39 +106,83 @@ fn a_missing_or_damaged_tokenizer_is_named() {
     ));
 }
 
+/// The cases of a tokenizer, each with the source of its template.
+fn chat_cases(tokenizer: &str) -> Vec<(Value, String)> {
+    let expected = fixture("chat.json");
+    let cases = expected[tokenizer].as_array().unwrap().iter();
+    let with_template = cases.map(|case| {
+        let path = fixtures()
+            .join("templates")
+            .join(case["template"].as_str().unwrap());
+        (case.clone(), std::fs::read_to_string(path).unwrap())
+    });
+    with_template.collect()
+}
+
+fn without_generation_tags(template: &str) -> String {
+    let tag = regex::Regex::new(r"\{%-?\s*(end)?generation\s*-?%\}").unwrap();
+    tag.replace_all(template, "").into_owned()
+}
+
 #[test]
 fn chat_ids_and_masks_equal_transformers() {
-    let expected = fixture("chat.json");
+    let mut refused = 0;
     for name in TOKENIZERS {
-        for case in expected[name].as_array().unwrap() {
-            check_chat(name, case, &case["template"]);
+        for (case, template) in chat_cases(name) {
+            refused += usize::from(check_chat(name, &case, &template) == Outcome::Refused);
         }
     }
+    assert!(
+        refused > 0,
+        "no template of the fixtures refuses a conversation"
+    );
 }
 
 #[test]
-fn masks_derived_from_prefixes_equal_generation_blocks() {
-    let expected = fixture("chat.json");
+fn masks_derived_from_prefixes_equal_generation_blocks_or_are_an_error() {
+    let mut not_nested = 0;
     for name in TOKENIZERS {
-        for case in expected[name].as_array().unwrap() {
-            assert!(
-                case["template_without_generation"].is_string(),
-                "{}",
-                case["name"]
-            );
-            check_chat(name, case, &case["template_without_generation"]);
+        for (case, template) in chat_cases(name) {
+            if case["refused"] == true {
+                continue;
+            }
+            assert_eq!(case["plain_is_same"], true, "{}", label(name, &case));
+            let outcome = check_chat(name, &case, &without_generation_tags(&template));
+            let expected = match case["plain_nests"].as_bool().unwrap() {
+                true => Outcome::Equal,
+                false => Outcome::NotNested,
+            };
+            assert_eq!(outcome, expected, "{}", label(name, &case));
+            not_nested += usize::from(outcome == Outcome::NotNested);
         }
     }
+    assert!(not_nested > 0, "every template of the fixtures nests");
 }
 
-fn check_chat(name: &str, case: &Value, template: &Value) {
-    let label = format!("{name}: {}", case["name"]);
-    let dir = model_dir(name, template.clone());
+#[derive(Debug, PartialEq)]
+enum Outcome {
+    Equal,
+    Refused,
+    NotNested,
+}
+
+fn label(tokenizer: &str, case: &Value) -> String {
+    format!("{tokenizer}: {}: {}", case["template"], case["name"])
+}
+
+/// Asserts that text, ids and mask are those of the fixture, or that both sides refuse.
+fn check_chat(name: &str, case: &Value, template: &str) -> Outcome {
+    let label = label(name, case);
+    let dir = model_dir(name, template.into());
     let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
     let tools = Some(&case["tools"]).filter(|tools| !tools.is_null());
     let messages = case["messages"].as_array().unwrap();
     let chat_template = tokenizer.chat_template().unwrap();
     let text = chat_template.render(messages, tools, GenerationPrompt::No);
+    if case["refused"] == true {
+        assert!(text.is_err(), "{label}");
+        return Outcome::Refused;
+    }
     assert_eq!(text.unwrap(), case["text"].as_str().unwrap(), "{label}");
     if let Some(prompt) = case["prompt"].as_str() {
         let text = chat_template.render(messages, tools, GenerationPrompt::Yes);
@@ -147,23 +193,34 @@ fn check_chat(name: &str, case: &Value, template: &Value) {
         Some(tools) => json!({"messages": messages, "tools": tools}),
         None => json!({"messages": messages}),
     };
-    let options = LoadOptions::default();
-    let dataset = load_bytes("chat.jsonl", &jsonl(&[record]), &options, Some(&tokenizer)).unwrap();
-    let example = &dataset.examples[0];
+    let options = LoadOptions {
+        unlabelled: Unlabelled::Keep,
+        ..LoadOptions::default()
+    };
+    let dataset = match load_bytes("chat.jsonl", &jsonl(&[record]), &options, Some(&tokenizer)) {
+        Ok(dataset) => dataset,
+        Err(error) => {
+            let reason = error.to_string();
+            assert!(reason.contains("cannot be told apart"), "{label}: {reason}");
+            return Outcome::NotNested;
+        }
+    };
+    let example = dataset.example(0);
     assert_eq!(
         example.input_ids,
         integers::<u32>(&case["input_ids"]),
         "{label}"
     );
-    let mask: Vec<i64> = integers(&case["assistant_mask"]);
+    let mask = case["assistant_mask"].as_str().unwrap().chars();
     for (i, (&label_id, is_assistant)) in example.labels.iter().zip(mask).enumerate() {
-        let expected = if is_assistant == 1 {
+        let expected = if is_assistant == '1' {
             i64::from(example.input_ids[i])
         } else {
             IGNORE_INDEX
         };
         assert_eq!(label_id, expected, "{label}: token {i}");
     }
+    Outcome::Equal
 }
 
 fn chat_template(source: &str) -> qlora::Result<ChatTemplate> {
@@ -260,6 +317,130 @@ fn strftime_now_refuses_a_bad_format() {
     assert!(bad.render(&[], None, GenerationPrompt::No).is_err());
 }
 
+/// The trained texts of one conversation, in a template with and in one without generation blocks.
+fn trained_texts(record: &Value, turns: Turns) -> Vec<Vec<String>> {
+    let chatml = std::fs::read_to_string(fixtures().join("templates/qwen2_5.jinja")).unwrap();
+    let templates = [chatml.clone(), without_generation_tags(&chatml)];
+    let texts = templates.iter().map(|template| {
+        let dir = model_dir("tokenizer", template.as_str().into());
+        let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+        let options = LoadOptions {
+            turns,
+            ..LoadOptions::default()
+        };
+        let bytes = jsonl(std::slice::from_ref(record));
+        let dataset = load_bytes("chat.jsonl", &bytes, &options, Some(&tokenizer)).unwrap();
+        let example = dataset.example(0);
+        let runs = example.labels.split(|&label| label == IGNORE_INDEX);
+        let runs = runs.filter(|run| !run.is_empty());
+        let text = |run: &[i64]| {
+            let ids: Vec<u32> = run.iter().map(|&id| id as u32).collect();
+            tokenizer.decode(&ids, SpecialTokens::Keep).unwrap()
+        };
+        runs.map(text).collect()
+    });
+    texts.collect()
+}
+
+#[test]
+fn turns_are_trained_with_their_end_token_as_the_options_and_messages_say() {
+    let all = json!({"messages": conversation()});
+    for found in trained_texts(&all, Turns::Every) {
+        assert_eq!(found, ["b<|im_end|>", "d<|im_end|>"]);
+    }
+    for found in trained_texts(&all, Turns::Last) {
+        assert_eq!(found, ["d<|im_end|>"]);
+    }
+    for flag in [json!({"train": false}), json!({"weight": 0})] {
+        let mut flagged = all.clone();
+        let (name, value) = flag.as_object().unwrap().iter().next().unwrap();
+        flagged["messages"][3][name] = value.clone();
+        for found in trained_texts(&flagged, Turns::Every) {
+            assert_eq!(found, ["b<|im_end|>"]);
+        }
+    }
+    let mut first = all.clone();
+    first["messages"][1]["train"] = true.into();
+    for found in trained_texts(&first, Turns::Last) {
+        assert_eq!(found, ["b<|im_end|>", "d<|im_end|>"]);
+    }
+}
+
+#[test]
+fn a_question_is_trained_where_its_flag_asks_for_it_and_the_template_tells_it_apart() {
+    let mut record = json!({"messages": conversation()});
+    record["messages"][0]["train"] = true.into();
+    let chatml = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}\
+                  {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    let dir = model_dir("tokenizer", chatml.into());
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    let options = LoadOptions::default();
+    let dataset = load_bytes(
+        "a.jsonl",
+        &jsonl(&[record.clone()]),
+        &options,
+        Some(&tokenizer),
+    )
+    .unwrap();
+    let example = dataset.example(0);
+    let first_trained = example
+        .labels
+        .iter()
+        .position(|&label| label != IGNORE_INDEX);
+    assert_eq!(
+        first_trained,
+        Some(0),
+        "the whole message, its head included"
+    );
+
+    let blocks =
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
+    let dir = model_dir("tokenizer", blocks.into());
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    expect_row_error(
+        &jsonl(&[record]),
+        &options,
+        Some(&tokenizer),
+        1,
+        "`messages[0]` is to be trained",
+    );
+}
+
+#[test]
+fn sharegpt_is_the_same_conversation_in_other_names() {
+    let call = json!({"name": "count", "arguments": {"what": "apples"}});
+    let openai = json!({"messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]},
+        {"role": "assistant", "content": null, "tool_calls": [
+            {"type": "function", "function": {"name": "count", "arguments": "{\"what\": \"apples\"}"}}]},
+        {"role": "tool", "content": "12", "name": null},
+        {"role": "assistant", "content": "12 apples.", "tool_calls": null},
+    ]});
+    let sharegpt = json!({"system": "Be brief.", "tools": "", "conversations": [
+        {"from": "human", "value": "How many?"},
+        {"from": "function_call", "value": call.to_string()},
+        {"from": "observation", "value": "12"},
+        {"from": "gpt", "value": "12 apples."},
+    ]});
+    let template = std::fs::read_to_string(fixtures().join("templates/qwen2_5.jinja")).unwrap();
+    let dir = model_dir("tokenizer", template.into());
+    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+    let options = LoadOptions::default();
+    let rows = [openai, sharegpt].map(|record| {
+        let dataset = load_bytes("a.jsonl", &jsonl(&[record]), &options, Some(&tokenizer)).unwrap();
+        dataset.example(0)
+    });
+    assert_eq!(rows[0], rows[1]);
+    let text = tokenizer
+        .decode(&rows[0].input_ids, SpecialTokens::Keep)
+        .unwrap();
+    assert!(
+        text.contains("\"arguments\": {\"what\": \"apples\"}"),
+        "{text}"
+    );
+}
+
 #[test]
 fn bad_messages_name_the_message() {
     let dir = model_dir(
@@ -282,7 +463,27 @@ fn bad_messages_name_the_message() {
         ),
         (
             json!([{"role": null, "content": ""}]),
-            "`messages[0].role` is null",
+            "`messages[0]` has no `role`",
+        ),
+        (
+            json!([{"role": 1, "content": ""}]),
+            "`messages[0].role` is a number",
+        ),
+        (
+            json!([{"role": "user", "content": [{"type": "image_url"}]}]),
+            "`messages[0].content[0]` is of type \"image_url\", only text",
+        ),
+        (
+            json!([{"role": "user", "content": "", "train": "no"}]),
+            "`messages[0].train` is \"no\"",
+        ),
+        (
+            json!([{"role": "assistant", "content": "", "weight": 0.5}]),
+            "`messages[0].weight` is 0.5",
+        ),
+        (
+            json!([{"role": "assistant", "tool_calls": {}}]),
+            "`messages[0].tool_calls` is an object",
         ),
     ] {
         let bytes = jsonl(&[json!({"messages": messages})]);

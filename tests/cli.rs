@@ -82,8 +82,8 @@ fn a_failure_ends_with_1_and_one_line() {
             "`lora_dropout`: must be at least 0 and less than 1",
         ),
         (
-            &["train", "--group-by-length"],
-            "`group_by_length`: true is not supported yet",
+            &["train", "--packing"],
+            "`packing`: fills sequences of max_seq_len tokens",
         ),
         (
             &[

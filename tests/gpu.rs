@@ -155,7 +155,7 @@ fn config(case: &ReferenceCase, output_dir: &Path) -> TrainConfig {
         model_name_or_path: case.dir.clone(),
         adapter: Some(run.join("init_adapter")),
         output_dir: output_dir.to_path_buf(),
-        dataset: run.join("data.jsonl"),
+        dataset: run.join("data.jsonl").into(),
         shuffle: false,
         per_device_train_batch_size: 2,
         gradient_accumulation_steps: 2,

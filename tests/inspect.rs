@@ -95,21 +95,124 @@ fn json_rows_are_what_training_sees() {
         let tokenizer = Tokenizer::from_dir(&model).unwrap();
         let expected = load(dir.path().join("chat.jsonl"), &options, Some(&tokenizer)).unwrap();
         let rows: Vec<Value> = expected
-            .examples
-            .iter()
+            .examples()
             .map(|e| json!({"input_ids": e.input_ids, "labels": e.labels}))
             .collect();
-        assert_eq!(rows.len(), 2);
+        assert_eq!(rows.len(), 3);
         assert_eq!(found["rows"], json!(rows));
         assert_eq!(found["dataset_format"], "messages");
-        assert_eq!(found["stats"]["dropped"], 1);
+        assert_eq!(found["stats"]["dropped"], 0);
         assert_eq!(found["stats"]["truncated"], 2);
     }
 }
 
 #[test]
+fn what_is_wrong_and_how_rows_are_laid_together_is_told() {
+    let dir = data_dir();
+    let rows = [
+        json!({"input_ids": [5, 6, 7]}),
+        json!({"input_ids": [8, 9], "labels": [-100, -100]}),
+        json!({"input_ids": vec![1; 9]}),
+    ];
+    let lines: Vec<String> = rows.iter().map(|row| format!("{row}\n")).collect();
+    std::fs::write(dir.path().join("mixed.jsonl"), lines.concat()).unwrap();
+    let arguments = [
+        "mixed.jsonl",
+        "--model",
+        "model",
+        "--max_seq_len",
+        "8",
+        "--packing",
+        "--rows",
+        "0",
+    ];
+    insta::assert_snapshot!(stdout(inspect(dir.path(), &arguments)));
+
+    let arguments = [&arguments[..], &["--json"]].concat();
+    let found = json_of(inspect(dir.path(), &arguments));
+    assert_eq!(
+        found["findings"]["all_masked"],
+        json!({"rows": 1, "first_line": 2})
+    );
+    assert_eq!(found["batches"]["sequences"], 2);
+    assert_eq!(
+        (&found["train_rows"], &found["rows"]),
+        (&json!(2), &json!([]))
+    );
+}
+
+#[test]
+fn the_page_for_a_browser_shows_the_rows_and_cannot_be_steered_by_them() {
+    let dir = data_dir();
+    let row = json!({"messages": [{"role": "user", "content": "<script>alert('x')</script> &"}, {"role": "assistant", "content": "12 été"}]});
+    std::fs::write(dir.path().join("chat.jsonl"), format!("{row}\n")).unwrap();
+    let written = stdout(inspect(
+        dir.path(),
+        &["chat.jsonl", "--model", "model", "--html", "look.html"],
+    ));
+    assert_eq!(written, "look.html\n");
+    let page = std::fs::read_to_string(dir.path().join("look.html")).unwrap();
+    assert!(!page.contains("<script") && page.contains("&lt;"), "{page}");
+    assert!(
+        page.contains("class=\"t s\">&lt;|im_end|&gt;</span>"),
+        "the end token is trained and special: {page}"
+    );
+    assert!(
+        page.contains("1 rows read, 0 dropped, 0 truncated"),
+        "{page}"
+    );
+    assert!(!page.contains("http"), "nothing is loaded from elsewhere");
+}
+
+#[test]
+fn a_name_on_the_hub_without_a_network_says_what_to_do() {
+    let dir = data_dir();
+    let mut command = inspect(dir.path(), &["alpaca", "--model", "model"]);
+    command
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_HOME", dir.path());
+    let assert = command.assert().code(1).stdout("");
+    assert.stderr(contains("error: alpaca: not a file here, and HF_HUB_OFFLINE is set while tatsu-lab/alpaca is not in"));
+    let mut command = inspect(dir.path(), &["org/name"]);
+    // Nothing listens there.
+    command
+        .env("HF_ENDPOINT", "http://127.0.0.1:9")
+        .env("HF_HOME", dir.path())
+        .env_remove("HF_HUB_OFFLINE");
+    let assert = command.assert().code(1).stdout("");
+    assert.stderr(contains("org/name cannot be fetched from the Hugging Face hub; without a network, give a local file"));
+    let vicuna = inspect(dir.path(), &["vicuna"]).assert().code(1);
+    vicuna.stderr(contains("never released"));
+}
+
+#[test]
+fn a_data_set_in_the_hubs_cache_is_found_by_its_name() {
+    let dir = data_dir();
+    let repository = dir.path().join("hub/datasets--tatsu-lab--alpaca");
+    let snapshot = repository.join("snapshots/abc/data");
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::create_dir_all(repository.join("refs")).unwrap();
+    std::fs::write(repository.join("refs/main"), "abc").unwrap();
+    std::fs::write(
+        snapshot.join("train-0.jsonl"),
+        "{\"instruction\": \"a\", \"output\": \"b\"}\n",
+    )
+    .unwrap();
+    let mut command = inspect(dir.path(), &["alpaca", "--model", "model", "--json"]);
+    command
+        .env("HF_HUB_OFFLINE", "1")
+        .env("HF_HOME", dir.path());
+    let found = json_of(command);
+    assert_eq!(
+        (&found["dataset_format"], &found["stats"]["rows"]),
+        (&json!("alpaca"), &json!(1))
+    );
+}
+
+#[test]
 fn bad_data_is_one_line_with_file_and_line() {
     let dir = data_dir();
+    std::fs::create_dir(dir.path().join("empty")).unwrap();
     let beyond = "{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 480]}\n";
     std::fs::write(dir.path().join("beyond.jsonl"), beyond).unwrap();
     for (arguments, expected) in [
@@ -127,8 +230,8 @@ fn bad_data_is_one_line_with_file_and_line() {
             "error: model/tokenizer.json/x: ",
         ),
         (
-            &["."],
-            "error: .: has neither config.json (a model) nor adapter_config.json (an adapter)",
+            &["empty"],
+            "error: empty: has neither config.json (a model) nor adapter_config.json (an adapter)",
         ),
         (&["model"], "error: model: "),
     ] {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
-use qlora::data::DatasetFormat;
+use qlora::data::{DatasetFormat, ExcessLength};
 use qlora::device::DeviceKind;
 use qlora::quant::QuantType;
 use qlora::store::TargetModules;
@@ -139,7 +139,8 @@ fn flags_win_over_the_file() {
 fn defaults_are_those_of_qlora_py() {
     let config = TrainConfig::default();
     assert_eq!((config.lora_r, config.lora_alpha), (64, 16.0));
-    assert_eq!((config.source_max_len, config.target_max_len), (1024, 256));
+    assert_eq!((config.source_max_len, config.target_max_len), (1024, None));
+    assert_eq!(config.longest_sequence(), 1024 + 256);
     assert_eq!((config.learning_rate, config.max_grad_norm), (2e-4, 0.3));
     assert_eq!((config.adam_beta1, config.adam_beta2), (0.9, 0.999));
     assert_eq!(config.gradient_accumulation_steps, 16);
@@ -283,13 +284,7 @@ fn a_qlora_py_key_passes_where_it_asks_for_what_is_done_anyway() {
         ("remove_unused_columns", "False"),
     ];
     assert_eq!(from_flags(&harmless), Ok(TrainConfig::default()));
-    for (key, value) in [
-        ("bits", "8"),
-        ("group_by_length", "true"),
-        ("packing", "true"),
-        ("bf16", "true"),
-        ("max_new_tokens", "32"),
-    ] {
+    for (key, value) in [("bits", "8"), ("bf16", "true"), ("max_new_tokens", "32")] {
         let error = from_flags(&[(key, value)]).unwrap_err();
         let expected = format!("config key `{key}`: {value} is not supported");
         assert!(
@@ -402,5 +397,105 @@ proptest! {
         let config = TrainConfig { seed, learning_rate, ..TrainConfig::default() };
         let text = config.resolved_toml().unwrap();
         prop_assert_eq!(from_file("config.toml", &text), Ok(config));
+    }
+}
+
+#[test]
+fn data_sets_weights_and_columns_are_read_from_files_and_flags() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    let toml = "model_name_or_path = \"m\"\ndataset = [\"a.jsonl\", \"b,c.jsonl\"]\ndataset_weights = [1, 0.5]\n\
+                excess_length_strategy = \"drop\"\n[dataset_columns]\ninstruction = \"question\"\n";
+    std::fs::write(&path, toml).unwrap();
+    let config = TrainConfig::load(Some(&path), &[]).unwrap();
+    assert_eq!(
+        config.dataset.0,
+        ["a.jsonl", "b,c.jsonl"].map(PathBuf::from)
+    );
+    assert_eq!(config.dataset_weights.as_ref().unwrap().0, [1.0, 0.5]);
+    assert_eq!(
+        config.dataset_columns.0,
+        [("instruction".to_string(), "question".to_string())]
+    );
+    assert_eq!(config.excess_length_strategy, ExcessLength::Drop);
+    // What a run directory keeps is the same configuration.
+    let again = dir.path().join("config.toml");
+    std::fs::write(&again, config.resolved_toml().unwrap()).unwrap();
+    assert_eq!(TrainConfig::load(Some(&again), &[]).unwrap(), config);
+
+    let flags = from_flags(&[
+        ("dataset", "a.jsonl, b.jsonl"),
+        ("dataset_weights", "2,1"),
+        ("dataset_columns", "input=q,output=a"),
+    ]);
+    let config = flags.unwrap();
+    assert_eq!(config.dataset.0, ["a.jsonl", "b.jsonl"].map(PathBuf::from));
+    assert_eq!(config.dataset_weights.unwrap().0, [2.0, 1.0]);
+    assert_eq!(config.dataset_columns.0.len(), 2);
+}
+
+#[test]
+fn data_keys_that_cannot_be_are_refused() {
+    for (flags, key, reason) in [
+        (
+            &[("dataset_weights", "1,2")][..],
+            "dataset_weights",
+            "2 weights for",
+        ),
+        (
+            &[("dataset", "a"), ("dataset_weights", "0")],
+            "dataset_weights",
+            "0 is not a weight",
+        ),
+        (
+            &[("dataset_weights", "x")],
+            "dataset_weights",
+            "expected a number or a list of numbers",
+        ),
+        (
+            &[("dataset_columns", "input")],
+            "dataset_columns",
+            "`input` is not a pair",
+        ),
+        (
+            &[("dataset_columns", "input=a,input=b")],
+            "dataset_columns",
+            "`input` is given twice",
+        ),
+        (&[("packing", "true")], "packing", "give max_seq_len"),
+        (
+            &[
+                ("packing", "true"),
+                ("max_seq_len", "8"),
+                ("group_by_length", "true"),
+            ],
+            "group_by_length",
+            "than packing",
+        ),
+        (
+            &[("group_by_length", "true"), ("shuffle", "false")],
+            "group_by_length",
+            "than shuffle = false",
+        ),
+        (
+            &[
+                ("per_device_train_batch_tokens", "8"),
+                ("per_device_train_batch_size", "2"),
+            ],
+            "per_device_train_batch_tokens",
+            "than per_device_train_batch_size",
+        ),
+        (
+            &[("excess_length_strategy", "cut")],
+            "excess_length_strategy",
+            "unknown variant `cut`",
+        ),
+    ] {
+        let error = from_flags(flags).unwrap_err();
+        let expected = format!("config key `{key}`: ");
+        assert!(
+            error.starts_with(&expected) && error.contains(reason),
+            "{error}"
+        );
     }
 }

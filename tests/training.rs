@@ -23,7 +23,7 @@ fn config(case: &ReferenceCase, output_dir: &Path) -> TrainConfig {
         model_name_or_path: case.dir.clone(),
         adapter: Some(run.join("init_adapter")),
         output_dir: output_dir.to_path_buf(),
-        dataset: run.join("data.jsonl"),
+        dataset: run.join("data.jsonl").into(),
         shuffle: false,
         per_device_train_batch_size: number("per_device_train_batch_size") as usize,
         gradient_accumulation_steps: number("gradient_accumulation_steps") as usize,
@@ -248,7 +248,7 @@ fn every_adapter_tensor_gets_a_gradient_and_moves() {
             TrainConfig {
                 model_name_or_path: case.dir.clone(),
                 output_dir: out.path().to_path_buf(),
-                dataset: data,
+                dataset: data.into(),
                 lora_r: 4,
                 gradient_accumulation_steps: 2,
                 max_steps: 3,

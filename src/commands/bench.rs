@@ -30,21 +30,29 @@ const DEFAULTS: [(&str, &str, &str); 3] = [
 ];
 
 /// Keys of `qlora train` that a benchmark cannot do as asked: it makes its own model and rows.
-const REFUSED: [&str; 6] = [
+const REFUSED: [&str; 12] = [
     "model_name_or_path",
     "adapter",
     "dataset",
+    "dataset_weights",
     "dataset_format",
+    "dataset_columns",
+    "dataset_cache_dir",
     "eval_dataset",
+    "group_by_length",
+    "packing",
+    "per_device_train_batch_tokens",
     "resume_from_checkpoint",
 ];
 
 /// Keys of `qlora train` that change nothing here: nothing is evaluated or saved, and every row is of full length.
-const WITHOUT_EFFECT: [&str; 14] = [
+const WITHOUT_EFFECT: [&str; 16] = [
     "output_dir",
     "source_max_len",
     "target_max_len",
+    "excess_length_strategy",
     "train_on_source",
+    "mask_history",
     "shuffle",
     "max_train_samples",
     "max_eval_samples",
@@ -134,7 +142,7 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
         config.quantize_options(),
     )?;
     config.model_name_or_path = synthetic.model();
-    config.dataset = synthetic.dataset();
+    config.dataset = synthetic.dataset().into();
     config.output_dir = synthetic.output_dir();
     config.max_steps = (WARM_UP_STEPS + counted) as i64;
 

@@ -65,6 +65,65 @@ impl clap::FromArgMatches for ConfigFlags {
     }
 }
 
+/// The keys that decide which rows are seen and how they are laid together.
+const DATA_KEYS: [&str; 18] = [
+    "dataset_format",
+    "dataset_columns",
+    "source_max_len",
+    "target_max_len",
+    "max_seq_len",
+    "excess_length_strategy",
+    "train_on_source",
+    "mask_history",
+    "shuffle",
+    "group_by_length",
+    "packing",
+    "max_train_samples",
+    "eval_dataset_size",
+    "dataset_cache_dir",
+    "per_device_train_batch_size",
+    "per_device_train_batch_tokens",
+    "gradient_accumulation_steps",
+    "data_seed",
+];
+
+/// Those of the configuration's keys that concern data, as flags.
+#[derive(Debug, Clone, Default)]
+pub struct DataFlags {
+    pub overrides: Vec<(String, String)>,
+}
+
+impl clap::Args for DataFlags {
+    fn augment_args(command: Command) -> Command {
+        command.args(data_keys().map(flag))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl clap::FromArgMatches for DataFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let given = data_keys().filter_map(|key| {
+            let text = matches.get_one::<String>(key.name)?;
+            Some((key.name.to_string(), text.clone()))
+        });
+        Ok(Self {
+            overrides: given.collect(),
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+fn data_keys() -> impl Iterator<Item = &'static Key> {
+    KEYS.iter().filter(|key| DATA_KEYS.contains(&key.name))
+}
+
 fn flag(key: &Key) -> Arg {
     let help = match key.default_text() {
         Some(default) => format!("{} [default: {default}]", key.help),

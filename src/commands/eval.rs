@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::builder::RangedU64ValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
-use qlora::data::{DatasetFormat, LoadOptions, TrainOnSource, Unlabelled};
+use qlora::data::{DatasetFormat, LoadOptions, TrainOnSource, Unlabelled, data_files, load_files};
 use qlora::infer::{Evaluation, LogProbs, evaluate};
 use qlora::store::AtomicFile;
 use safetensors::tensor::{Dtype, TensorView};
@@ -20,8 +20,8 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Rows to predict (.jsonl or .json); rows with `input_ids` are taken as they are
-    #[arg(long, value_name = "FILE")]
+    /// Rows to predict: what `train` takes as a data set; rows with `input_ids` are taken as they are
+    #[arg(long, value_name = "DATA")]
     data: PathBuf,
 
     /// Write the log-probability of every token: f32 [T-1] per row i, named logprobs.i
@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(long = "max_seq_len", alias = "max-seq-len", value_name = "N")]
     max_seq_len: Option<usize>,
 
-    /// Cut the source of alpaca and input-output rows
+    /// Cut the source of rows with a source and a target
     #[arg(
         long = "source_max_len",
         alias = "source-max-len",
@@ -49,14 +49,9 @@ pub struct Args {
     )]
     source_max_len: usize,
 
-    /// Cut the target of alpaca and input-output rows
-    #[arg(
-        long = "target_max_len",
-        alias = "target-max-len",
-        value_name = "N",
-        default_value_t = LoadOptions::default().target_max_len
-    )]
-    target_max_len: usize,
+    /// Cut the target of rows with a source and a target; 256 if not given, and 128 for super-natural-instructions
+    #[arg(long = "target_max_len", alias = "target-max-len", value_name = "N")]
+    target_max_len: Option<usize>,
 
     /// Count the loss of the source too
     #[arg(long = "train_on_source", alias = "train-on-source", num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
@@ -90,13 +85,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         vocab_size: Some(model.config().vocab_size),
         // Example i has to stay row i of the file.
         unlabelled: Unlabelled::Keep,
+        ..LoadOptions::default()
     };
     let tokenizer = args.model.tokenizer()?;
-    let dataset = qlora::data::load(&args.data, &options, tokenizer.as_ref())?;
+    let files = data_files(super::data_sources::resolve(&args.data)?)?;
+    let dataset = load_files(&files, &options, tokenizer.as_ref())?;
     eprintln!(
         "{}: {} rows, {}",
         args.data.display(),
-        dataset.examples.len(),
+        dataset.len(),
         dataset.detected
     );
 
@@ -104,11 +101,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(_) => LogProbs::EveryToken,
         None => LogProbs::Omit,
     };
-    let progress = ProgressBar::new(dataset.examples.len() as u64).with_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} rows, {eta} left")?,
-    );
+    let progress = ProgressBar::new(dataset.len() as u64).with_style(ProgressStyle::with_template(
+        "{bar:40} {pos}/{len} rows, {eta} left",
+    )?);
     let mut log_probs = BTreeMap::new();
-    let evaluation = evaluate(&model, &dataset.examples, wanted, |row, row_log_probs| {
+    let evaluation = evaluate(&model, dataset.examples(), wanted, |row, row_log_probs| {
         log_probs.extend(row_log_probs.map(|values| (format!("logprobs.{row}"), values)));
         progress.inc(1);
         Ok(())

@@ -3,23 +3,28 @@
 //! A data file is shown as training would see it: token ids, and which of them carry loss.
 
 mod dataset;
+mod html;
 mod weights;
 
 use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use qlora::data::{Dataset, DatasetFormat, LoadOptions, Tokenizer, load};
-use serde_json::{Value, json};
+use qlora::data::{Tokenizer, data_files};
+use qlora::store::AtomicFile;
+use qlora::train::{BatchPlan, RunData, TrainConfig};
+use serde_json::Value;
 
+use super::DataFlags;
 use dataset::{Marks, View};
 
 /// How many rows are shown when nothing is said.
 const DEFAULT_ROWS: usize = 3;
+const DEFAULT_HTML_ROWS: usize = 100;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A data file (.jsonl or .json), a model directory or an adapter directory
+    /// Data as `train` takes it (a file, a directory of files, a name), a model directory or an adapter directory
     #[arg(value_name = "PATH")]
     path: PathBuf,
 
@@ -32,41 +37,26 @@ pub struct Args {
     )]
     model: Option<PathBuf>,
 
-    /// Format of the data file: tokenized, alpaca, input-output or messages; detected if not given
-    #[arg(
-        long = "dataset_format",
-        value_name = "FORMAT",
-        alias = "dataset-format"
-    )]
-    dataset_format: Option<DatasetFormat>,
-
-    /// Cut rows to this many tokens
-    #[arg(long = "max_seq_len", value_name = "N", alias = "max-seq-len")]
-    max_seq_len: Option<usize>,
-
-    /// Cut the source of alpaca and input-output rows
-    #[arg(long = "source_max_len", value_name = "N", alias = "source-max-len", default_value_t = LoadOptions::default().source_max_len)]
-    source_max_len: usize,
-
-    /// Cut the target of alpaca and input-output rows
-    #[arg(long = "target_max_len", value_name = "N", alias = "target-max-len", default_value_t = LoadOptions::default().target_max_len)]
-    target_max_len: usize,
-
-    /// Loss on the source too
-    #[arg(long = "train_on_source", alias = "train-on-source", num_args = 0..=1, value_name = "BOOL", default_missing_value = "true", default_value_t = false, hide_possible_values = true)]
-    train_on_source: bool,
-
-    /// Rows to show [default: 3, or all with --json]
+    /// Rows to show [default: 3; 100 with --html, all with --json]
     #[arg(long, value_name = "N")]
     rows: Option<usize>,
 
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+
+    /// Write a page for the browser instead
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    html: Option<PathBuf>,
+
+    #[command(flatten)]
+    data: DataFlags,
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    if args.path.is_dir() {
+    let has = |name: &str| args.path.join(name).exists();
+    let is_weights = has("config.json") || has("adapter_config.json");
+    if is_weights || (args.path.is_dir() && data_files(&args.path).is_err()) {
         let contents = weights::Contents::read(&args.path)?;
         return if args.json {
             print_json(&contents.json())
@@ -81,30 +71,29 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 fn inspect_dataset(args: &Args) -> anyhow::Result<()> {
+    let mut config = TrainConfig::load_partial(None, &args.data.overrides)?;
+    config.dataset = args.path.clone().into();
+    super::data_sources::prepare(&mut config)?;
     let tokenizer = args.model.as_ref().map(Tokenizer::from_dir).transpose()?;
-    let options = LoadOptions {
-        format: args.dataset_format,
-        source_max_len: args.source_max_len,
-        target_max_len: args.target_max_len,
-        max_seq_len: args.max_seq_len,
-        train_on_source: args.train_on_source.into(),
-        vocab_size: args.model.as_deref().map(vocab_size).transpose()?.flatten(),
-        ..LoadOptions::default()
-    };
-    let dataset = load(&args.path, &options, tokenizer.as_ref())?;
-    if args.json {
-        let rows = args.rows.unwrap_or(usize::MAX);
-        return print_json(&dataset_json(&args.path, &dataset, rows));
-    }
-    let view = View {
+    let vocab_size = args.model.as_deref().map(vocab_size).transpose()?.flatten();
+    let data = RunData::load(&config, tokenizer.as_ref(), vocab_size)?;
+    let plan = BatchPlan::of(&data, &config);
+    let view = |rows: usize| View {
         path: &args.path,
-        dataset: &dataset,
+        data: &data,
+        plan: &plan,
         tokenizer: tokenizer.as_ref(),
-        max_seq_len: args.max_seq_len,
-        rows: args.rows.unwrap_or(DEFAULT_ROWS),
-        marks: marks(),
+        config: &config,
+        rows: args.rows.unwrap_or(rows),
     };
-    print_text(&view.to_string())
+    if let Some(path) = &args.html {
+        AtomicFile::write(path, html::page(&view(DEFAULT_HTML_ROWS)))?;
+        return print_text(&format!("{}\n", path.display()));
+    }
+    if args.json {
+        return print_json(&view(usize::MAX).json());
+    }
+    print_text(&view(DEFAULT_ROWS).text(marks()))
 }
 
 /// Colours on a terminal unless `NO_COLOR` is set to anything (no-color.org).
@@ -127,20 +116,6 @@ fn vocab_size(model: &Path) -> anyhow::Result<Option<usize>> {
     let config: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
     let vocab_size = config["vocab_size"].as_u64();
     Ok(vocab_size.and_then(|size| usize::try_from(size).ok()))
-}
-
-fn dataset_json(path: &Path, dataset: &Dataset, rows: usize) -> Value {
-    let examples = dataset.examples.iter().take(rows);
-    let rows: Vec<Value> = examples
-        .map(|example| json!({"input_ids": example.input_ids, "labels": example.labels}))
-        .collect();
-    json!({
-        "path": path,
-        "dataset_format": dataset.format,
-        "detected": dataset.detected,
-        "stats": dataset.stats,
-        "rows": rows,
-    })
 }
 
 fn print_json(value: &Value) -> anyhow::Result<()> {

@@ -2,6 +2,7 @@
 
 pub mod bench;
 mod config_flags;
+mod data_sources;
 pub mod demo;
 pub mod eval;
 pub mod generate;
@@ -15,7 +16,7 @@ mod shape_args;
 pub mod train;
 pub mod verify;
 
-pub use config_flags::ConfigFlags;
+pub use config_flags::{ConfigFlags, DataFlags};
 pub use model_args::ModelArgs;
 pub use shape_args::ShapeArgs;
 

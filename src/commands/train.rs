@@ -22,11 +22,12 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     super::outlive_closed_pipe();
-    let config = TrainConfig::load(args.config.as_deref(), &args.flags.overrides)?;
+    let mut config = TrainConfig::load(args.config.as_deref(), &args.flags.overrides)?;
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
     let placement = Placement::open(config.device)?;
+    super::data_sources::prepare(&mut config)?;
     let mut trainer = Trainer::new(config, &placement)?;
     let outcome = train(&mut trainer)?;
     let output_dir = &trainer.config().output_dir;
@@ -70,8 +71,11 @@ pub fn train(trainer: &mut Trainer) -> anyhow::Result<Outcome> {
                 super::log(
                     &bar,
                     format!(
-                        "step {:>6}  skipped: loss {}, gradient norm {}, rows {:?}",
-                        record.step, record.loss, record.grad_norm, record.skipped_rows
+                        "step {:>6}  skipped: loss {}, gradient norm {}, rows {}",
+                        record.step,
+                        record.loss,
+                        record.grad_norm,
+                        record.skipped_rows.join(", ")
                     ),
                 );
             } else if record.step.is_multiple_of(logging_steps) {
@@ -113,16 +117,30 @@ fn describe(trainer: &Trainer) {
         super::note(&format!("continuing from {}", resumed.checkpoint.display()));
     }
     let data = trainer.data();
-    super::note(&data.train.detected);
-    let stats = &data.train.stats;
+    for source in data.sources.iter().chain(&data.eval_source) {
+        let (path, dataset) = (source.path.display(), &source.dataset);
+        let stats = &dataset.stats;
+        super::note(&format!("{path}: {}", dataset.detected));
+        super::note(&format!(
+            "{path}: {} rows with {} tokens, {} of them with loss; {} dropped, {} truncated",
+            dataset.len(),
+            stats.tokens,
+            stats.target_tokens,
+            stats.dropped,
+            stats.truncated,
+        ));
+        for sentence in dataset.findings.sentences() {
+            super::note(&format!("{path}: {sentence}"));
+        }
+    }
+    let unused = match data.unused {
+        0 => String::new(),
+        rows => format!(", {rows} unused (max_train_samples, max_eval_samples)"),
+    };
     super::note(&format!(
-        "{} training rows with {} tokens, {} of them with loss; {} dropped, {} truncated; {} evaluation rows",
-        data.train.examples.len(),
-        stats.tokens,
-        stats.target_tokens,
-        stats.dropped,
-        stats.truncated,
-        data.eval.as_ref().map_or(0, Vec::len),
+        "{} training rows, {} evaluation rows{unused}",
+        data.train_len(),
+        data.eval_len().unwrap_or(0),
     ));
     let trained: usize = trainer
         .decoder()

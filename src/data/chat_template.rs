@@ -5,17 +5,18 @@
 //! for each assistant turn up to it and through it; where these texts are not prefixes of each other the turn
 //! cannot be told apart, and that is an error.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, context};
+use minijinja::value::Serde;
+use minijinja::{Environment, context};
 use regex::Regex;
-use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::python_compat;
 use crate::{Error, Result};
 
 /// Unicode noncharacters, printed around a generation block and taken out again; text that has them is refused.
@@ -48,6 +49,7 @@ pub struct RenderedChat {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     path: PathBuf,
+    source: String,
     special_tokens: Map<String, Value>,
     added_tokens: Vec<String>,
     has_generation_blocks: bool,
@@ -76,13 +78,14 @@ impl ChatTemplate {
         let mut template = Self {
             environment: environment(),
             path,
+            source,
             special_tokens,
             added_tokens,
             has_generation_blocks,
         };
         template
             .environment
-            .add_template_owned(TEMPLATE_NAME, mark_generation_blocks(&source))
+            .add_template_owned(TEMPLATE_NAME, mark_generation_blocks(&template.source))
             .map_err(|e| template.error(&e))?;
         Ok(template)
     }
@@ -97,8 +100,10 @@ impl ChatTemplate {
         tools: Option<&Value>,
         prompt: GenerationPrompt,
     ) -> Result<String> {
-        let marked = self.render_marked(messages, tools, prompt)?;
-        Ok(self.take_markers(&marked)?.text)
+        let marked = self
+            .conversation(messages, tools)?
+            .render(messages.len(), prompt)?;
+        Ok(self.take_markers(marked)?.text)
     }
 
     /// The text of a whole conversation with the parts that the assistant wrote.
@@ -111,86 +116,178 @@ impl ChatTemplate {
         messages: &[Value],
         tools: Option<&Value>,
     ) -> Result<RenderedChat> {
-        let marked = self.render_marked(messages, tools, GenerationPrompt::No)?;
-        let mut chat = self.take_markers(&marked)?;
-        if !self.has_generation_blocks {
-            chat.assistant = self.assistant_turns(messages, tools, &chat.text)?;
-        }
-        Ok(chat)
+        let is_assistant = messages
+            .iter()
+            .map(|message| message["role"] == "assistant");
+        self.render_turns(messages, tools, &is_assistant.collect::<Vec<_>>())
     }
 
-    fn render_marked(
+    /// The text of a whole conversation with the parts that the messages marked in `trained` (one for each message) make
+    /// up.
+    ///
+    /// # Errors
+    /// As [`render_for_training`](Self::render_for_training), but only turns that are marked have to be told apart; and
+    /// if a turn is marked that no generation block holds.
+    pub fn render_turns(
         &self,
         messages: &[Value],
         tools: Option<&Value>,
-        prompt: GenerationPrompt,
-    ) -> Result<String> {
+        trained: &[bool],
+    ) -> Result<RenderedChat> {
+        let conversation = self.conversation(messages, tools)?;
+        let marked = conversation.render(messages.len(), GenerationPrompt::No)?;
+        if !self.has_generation_blocks {
+            let assistant = self.turns(&conversation, trained, &marked)?;
+            return Ok(RenderedChat {
+                text: marked,
+                assistant,
+            });
+        }
+        let chat = self.take_markers(marked)?;
+        self.keep_trained(chat, messages, trained)
+    }
+
+    /// The template as it was written.
+    pub(super) fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Today's date, if the template prints it.
+    pub(super) fn date(&self) -> Option<String> {
+        let is_dated = self.source.contains(python_compat::STRFTIME_NOW);
+        is_dated.then(|| chrono::Local::now().date_naive().to_string())
+    }
+
+    fn conversation<'a>(
+        &'a self,
+        messages: &'a [Value],
+        tools: Option<&'a Value>,
+    ) -> Result<Conversation<'a>> {
         if messages.iter().chain(tools).any(has_marker) {
             return Err(Error::malformed(
                 &self.path,
                 "a message has U+FDD0 or U+FDD1, which mark generated text; take it out",
             ));
         }
-        let template = self
-            .environment
-            .get_template(TEMPLATE_NAME)
-            .map_err(|e| self.error(&e))?;
-        let special_tokens = minijinja::Value::from(Serde(&self.special_tokens));
-        let variables = context! {
-            messages => Serde(messages),
-            tools => Serde(tools),
-            documents => (),
-            add_generation_prompt => prompt == GenerationPrompt::Yes,
-            ..special_tokens
-        };
-        template.render(variables).map_err(|e| self.error(&e))
+        Ok(Conversation {
+            template: self,
+            roles: messages.iter().map(|message| &message["role"]).collect(),
+            messages: messages
+                .iter()
+                .map(|message| minijinja::Value::from(Serde(message)))
+                .collect(),
+            tools: minijinja::Value::from(Serde(tools)),
+        })
     }
 
     /// Removes the markers and returns what stood between them.
-    fn take_markers(&self, marked: &str) -> Result<RenderedChat> {
+    fn take_markers(&self, marked: String) -> Result<RenderedChat> {
+        if !self.has_generation_blocks {
+            return Ok(RenderedChat {
+                text: marked,
+                assistant: Vec::new(),
+            });
+        }
         let mut text = String::with_capacity(marked.len());
         let mut assistant = Vec::new();
         let mut begin = None;
-        for c in marked.chars() {
-            match (c, begin) {
-                (GENERATION_BEGIN, None) => begin = Some(text.len()),
-                (GENERATION_END, Some(start)) => {
+        let mut rest = marked.as_str();
+        while let Some(at) = rest.find([GENERATION_BEGIN, GENERATION_END]) {
+            text.push_str(&rest[..at]);
+            let is_begin = rest[at..].starts_with(GENERATION_BEGIN);
+            match (is_begin, begin) {
+                (true, None) => begin = Some(text.len()),
+                (false, Some(start)) => {
                     assistant.push(start..text.len());
                     begin = None;
                 }
-                (GENERATION_BEGIN | GENERATION_END, _) => {
+                _ => {
                     return Err(Error::malformed(
                         &self.path,
                         "the chat template nests generation blocks",
                     ));
                 }
-                _ => text.push(c),
             }
+            rest = &rest[at + GENERATION_BEGIN.len_utf8()..];
         }
+        text.push_str(rest);
         Ok(RenderedChat { text, assistant })
     }
 
-    /// Derives the assistant's turns from the texts up to and through each of them, all prefixes of `text`.
-    fn assistant_turns(
+    /// Leaves of the generation blocks those whose messages are trained.
+    fn keep_trained(
         &self,
+        mut chat: RenderedChat,
         messages: &[Value],
-        tools: Option<&Value>,
+        trained: &[bool],
+    ) -> Result<RenderedChat> {
+        let assistants: Vec<usize> = (0..messages.len())
+            .filter(|&i| messages[i]["role"] == "assistant")
+            .collect();
+        if let Some(i) = (0..messages.len()).find(|i| trained[*i] && !assistants.contains(i)) {
+            return Err(Error::malformed(
+                &self.path,
+                format!(
+                    "`messages[{i}]` is to be trained, but only the assistant's messages stand in generation blocks"
+                ),
+            ));
+        }
+        if assistants.iter().all(|&i| trained[i]) {
+            return Ok(chat);
+        }
+        if assistants.len() != chat.assistant.len() {
+            return Err(Error::malformed(
+                &self.path,
+                format!(
+                    "the chat template has {} generation blocks for {} messages of the assistant, so they cannot be \
+                     trained one by one",
+                    chat.assistant.len(),
+                    assistants.len()
+                ),
+            ));
+        }
+        let mut is_trained = assistants.iter().map(|&i| trained[i]);
+        chat.assistant
+            .retain(|_| is_trained.next().unwrap_or(false));
+        Ok(chat)
+    }
+
+    /// Derives the trained turns from the texts up to and through each of them, all prefixes of `text`.
+    fn turns(
+        &self,
+        conversation: &Conversation,
+        trained: &[bool],
         text: &str,
     ) -> Result<Vec<Range<usize>>> {
+        let count = conversation.messages.len();
         let mut turns = Vec::new();
-        for (i, message) in messages.iter().enumerate() {
-            if message["role"] != "assistant" {
-                continue;
+        for i in (0..count).filter(|&i| trained[i]) {
+            let prompt = match conversation.roles[i] == "assistant" {
+                true => GenerationPrompt::Yes,
+                false => GenerationPrompt::No,
+            };
+            let before = conversation.render(i, prompt)?;
+            if prompt == GenerationPrompt::Yes && !conversation.opens_turn(i, &before)? {
+                return Err(Error::malformed(
+                    &self.path,
+                    format!(
+                        "the chat template does not open the assistant's turn before `messages[{i}]` as it does after a \
+                         question, so what the assistant wrote cannot be told apart; put `{{% generation %}}` blocks around \
+                         it in the template"
+                    ),
+                ));
             }
-            let before = self.render(&messages[..i], tools, GenerationPrompt::Yes)?;
-            let through = self.render(&messages[..=i], tools, GenerationPrompt::No)?;
-            if !through.starts_with(&before) || !text.starts_with(&through) {
+            let through = match i + 1 == count {
+                true => Cow::Borrowed(text),
+                false => Cow::Owned(conversation.render(i + 1, GenerationPrompt::No)?),
+            };
+            if !through.starts_with(&before) || !text.starts_with(through.as_ref()) {
                 return Err(Error::malformed(
                     &self.path,
                     format!(
                         "the chat template does not render `messages[{i}]` in the same way with and without what \
                          follows it, so what the assistant wrote cannot be told apart; put `{{% generation %}}` blocks \
-                         around it in the template, or split the conversation"
+                         around it in the template, split the conversation, or train its last answer alone (mask_history)"
                     ),
                 ));
             }
@@ -219,6 +316,52 @@ impl ChatTemplate {
     }
 }
 
+/// A conversation in the template engine's values, which are converted once however often it is rendered.
+struct Conversation<'a> {
+    template: &'a ChatTemplate,
+    roles: Vec<&'a Value>,
+    messages: Vec<minijinja::Value>,
+    tools: minijinja::Value,
+}
+
+impl Conversation<'_> {
+    /// Whether the opening of a turn at the end of `before`, the text of the first `count` messages, is the one that
+    /// stands after the first question. Templates that open a turn only there would have it trained elsewhere.
+    fn opens_turn(&self, count: usize, before: &str) -> Result<bool> {
+        let is_question = |i: &usize| self.roles[*i] == "user";
+        let question = (0..self.roles.len()).find(is_question);
+        let (Some(question), Some(last)) = (question, count.checked_sub(1)) else {
+            return Ok(true);
+        };
+        if is_question(&last) {
+            return Ok(true);
+        }
+        let opening = |count: usize, before: &str| -> Result<Option<String>> {
+            let closed = self.render(count, GenerationPrompt::No)?;
+            Ok(before.strip_prefix(closed.as_str()).map(String::from))
+        };
+        let after_question = self.render(question + 1, GenerationPrompt::Yes)?;
+        Ok(opening(count, before)? == opening(question + 1, &after_question)?)
+    }
+
+    /// The text of the first `count` messages, with markers.
+    fn render(&self, count: usize, prompt: GenerationPrompt) -> Result<String> {
+        let error = |e| self.template.error(&e);
+        let template = self.template.environment.get_template(TEMPLATE_NAME);
+        let special_tokens = minijinja::Value::from(Serde(&self.template.special_tokens));
+        let variables = context! {
+            messages => minijinja::Value::from(self.messages[..count].to_vec()),
+            tools => &self.tools,
+            documents => (),
+            add_generation_prompt => prompt == GenerationPrompt::Yes,
+            ..special_tokens
+        };
+        template
+            .and_then(|template| template.render(variables))
+            .map_err(error)
+    }
+}
+
 /// Whether text in `value` could pass for a marker.
 fn has_marker(value: &Value) -> bool {
     let is_marker = |text: &str| text.contains([GENERATION_BEGIN, GENERATION_END]);
@@ -242,7 +385,7 @@ fn mark_generation_blocks(source: &str) -> String {
         .into_owned()
 }
 
-/// The environment of transformers' `apply_chat_template`: its whitespace rules, functions and filters.
+/// The environment of transformers' `apply_chat_template`: its white space rules, functions and filters.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder()
@@ -251,10 +394,7 @@ fn environment() -> Environment<'static> {
         .build()
         .expect("the default delimiters are valid");
     environment.set_syntax(syntax);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_filter("tojson", to_json);
-    environment.add_function("raise_exception", raise_exception);
-    environment.add_function("strftime_now", strftime_now);
+    python_compat::add_to(&mut environment);
     for (name, marker) in [
         ("generation", GENERATION_BEGIN),
         ("endgeneration", GENERATION_END),
@@ -264,180 +404,4 @@ fn environment() -> Environment<'static> {
             .expect("a marker is a valid template");
     }
     environment
-}
-
-fn raise_exception(message: String) -> Result<String, minijinja::Error> {
-    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-}
-
-fn strftime_now(format: String) -> Result<String, minijinja::Error> {
-    use std::fmt::Write;
-    let mut text = String::new();
-    match write!(text, "{}", chrono::Local::now().format(&format)) {
-        Ok(()) => Ok(text),
-        Err(_) => Err(minijinja::Error::new(
-            ErrorKind::InvalidOperation,
-            format!("strftime_now: {format:?} is not a date format"),
-        )),
-    }
-}
-
-/// `json.dumps` with the defaults of transformers: nothing escaped for HTML, `ensure_ascii=False`.
-fn to_json(value: minijinja::Value, options: Kwargs) -> Result<String, minijinja::Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let ensure_ascii = options
-        .get::<Option<bool>>("ensure_ascii")?
-        .unwrap_or(false);
-    let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-    let separators: Option<Vec<String>> = options.get("separators")?;
-    options.assert_all_used()?;
-
-    let failed = |e: serde_json::Error| {
-        minijinja::Error::new(ErrorKind::BadSerialization, format!("tojson: {e}"))
-    };
-    let mut value = serde_json::to_value(&value).map_err(failed)?;
-    if sort_keys {
-        value.sort_all_objects();
-    }
-    let (item, key) = match separators.as_deref() {
-        Some([item, key]) => (item.clone(), key.clone()),
-        Some(_) => {
-            return Err(minijinja::Error::new(
-                ErrorKind::InvalidOperation,
-                "tojson: separators are two strings",
-            ));
-        }
-        None if indent.is_some() => (",".into(), ": ".into()),
-        None => (", ".into(), ": ".into()),
-    };
-    let mut json = Vec::new();
-    let formatter = PythonJson {
-        item,
-        key,
-        indent,
-        depth: 0,
-        has_value: false,
-    };
-    value
-        .serialize(&mut serde_json::Serializer::with_formatter(
-            &mut json, formatter,
-        ))
-        .map_err(failed)?;
-    let json = String::from_utf8(json).expect("serde_json writes UTF-8");
-    Ok(if ensure_ascii {
-        escape_non_ascii(&json)
-    } else {
-        json
-    })
-}
-
-fn escape_non_ascii(json: &str) -> String {
-    let mut escaped = String::with_capacity(json.len());
-    for c in json.chars() {
-        if c.is_ascii() {
-            escaped.push(c);
-        } else {
-            for unit in c.encode_utf16(&mut [0; 2]) {
-                escaped.push_str(&format!("\\u{unit:04x}"));
-            }
-        }
-    }
-    escaped
-}
-
-/// The separators and line breaks of Python's `json.dumps`.
-struct PythonJson {
-    item: String,
-    key: String,
-    indent: Option<usize>,
-    depth: usize,
-    has_value: bool,
-}
-
-impl PythonJson {
-    fn open(&mut self) {
-        self.depth += 1;
-        self.has_value = false;
-    }
-
-    fn close<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        self.depth -= 1;
-        if self.has_value {
-            self.line_break(writer)?;
-        }
-        Ok(())
-    }
-
-    fn next<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        is_first: bool,
-    ) -> std::io::Result<()> {
-        if !is_first {
-            writer.write_all(self.item.as_bytes())?;
-        }
-        self.line_break(writer)
-    }
-
-    fn line_break<W: ?Sized + std::io::Write>(&self, writer: &mut W) -> std::io::Result<()> {
-        match self.indent {
-            Some(width) => write!(writer, "\n{:1$}", "", width * self.depth),
-            None => Ok(()),
-        }
-    }
-}
-
-impl serde_json::ser::Formatter for PythonJson {
-    fn begin_array<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        self.open();
-        writer.write_all(b"[")
-    }
-
-    fn end_array<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        self.close(writer)?;
-        writer.write_all(b"]")
-    }
-
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        is_first: bool,
-    ) -> std::io::Result<()> {
-        self.next(writer, is_first)
-    }
-
-    fn end_array_value<W: ?Sized + std::io::Write>(&mut self, _: &mut W) -> std::io::Result<()> {
-        self.has_value = true;
-        Ok(())
-    }
-
-    fn begin_object<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        self.open();
-        writer.write_all(b"{")
-    }
-
-    fn end_object<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        self.close(writer)?;
-        writer.write_all(b"}")
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        is_first: bool,
-    ) -> std::io::Result<()> {
-        self.next(writer, is_first)
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-    ) -> std::io::Result<()> {
-        writer.write_all(self.key.as_bytes())
-    }
-
-    fn end_object_value<W: ?Sized + std::io::Write>(&mut self, _: &mut W) -> std::io::Result<()> {
-        self.has_value = true;
-        Ok(())
-    }
 }

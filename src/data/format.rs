@@ -1,86 +1,165 @@
-//! Record formats: which columns a record has, and how they become token ids and labels.
-//!
-//! `alpaca` and `input-output` follow qlora.py (artidoro/qlora, July 2023): its prompts, and its collator, which
-//! tokenizes `bos + input` and `output + eos` apart and cuts each on the right.
+//! Dataset formats: their names, and which one a row has.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use super::{Example, LoadOptions, Tokenizer, TrainOnSource};
-use crate::{IGNORE_INDEX, Result};
+use super::columns::{Columns, names, quoted};
+use crate::Result;
 
-const ALPACA_WITH_INPUT: &str = "Below is an instruction that describes a task, paired with an input that provides \
-further context. Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n\
-### Input:\n{input}\n\n### Response: ";
-const ALPACA_WITHOUT_INPUT: &str = "Below is an instruction that describes a task. Write a response that \
-appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response: ";
-
-/// What a record of a data file looks like (`dataset_format`).
+/// What a row of a data file looks like (`dataset_format`).
+///
+/// The names are those of qlora.py where it has one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", try_from = "String")]
 pub enum DatasetFormat {
     /// `input_ids` and, unless every token carries loss, `labels` with -100 for no loss; not shifted.
     Tokenized,
-    /// `instruction`, `output` and optionally `input`, in the prompts of Stanford Alpaca.
-    Alpaca,
-    /// `input` and `output`, without a prompt around them.
-    InputOutput,
     /// `messages` with `role` and `content`, through the model's chat template; loss on assistant turns.
     Messages,
+    /// `conversations` with `from` and `value`: the same in ShareGPT's names.
+    Sharegpt,
+    /// Super-Natural Instructions: `Definition`, `Positive Examples` and `Instance` or `Instances`.
+    SuperNaturalInstructions,
+    /// `instruction`, `output` and optionally `input`, in the prompts of Stanford Alpaca.
+    Alpaca,
+    /// Unnatural Instructions: `instances`, and optionally `reformulations`, with `instruction_with_input` and `output`.
+    UnnaturalInstructions,
+    /// `input` and `output`, without a prompt around them.
+    InputOutput,
+    /// `prompt` and `completion`.
+    SelfInstruct,
+    /// `inputs` and `targets`.
+    Flan,
+    /// `chosen`: a whole dialogue, all of it with loss.
+    HhRlhf,
+    /// `text` with one question after `<human>: ` and one answer after `<bot>: `.
+    Chip2,
+    /// `text` with a whole dialogue (`### Human:` and `### Assistant:`), all of it with loss.
+    Oasst1,
+    /// `text`, all of it with loss.
+    Completion,
 }
+
+/// Other names of a format, as data sets are called.
+const SYNONYMS: [(&str, DatasetFormat); 4] = [
+    ("alpaca-clean", DatasetFormat::Alpaca),
+    ("longform", DatasetFormat::InputOutput),
+    ("openai", DatasetFormat::Messages),
+    ("super-ni", DatasetFormat::SuperNaturalInstructions),
+];
 
 impl DatasetFormat {
     /// All formats, in the order in which detection tries them.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 13] = [
         Self::Tokenized,
         Self::Messages,
+        Self::Sharegpt,
+        Self::SuperNaturalInstructions,
+        Self::UnnaturalInstructions,
         Self::Alpaca,
         Self::InputOutput,
+        Self::SelfInstruct,
+        Self::Flan,
+        Self::HhRlhf,
+        Self::Chip2,
+        Self::Oasst1,
+        Self::Completion,
     ];
 
     /// The name in configs and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tokenized => "tokenized",
-            Self::Alpaca => "alpaca",
-            Self::InputOutput => "input-output",
             Self::Messages => "messages",
+            Self::Sharegpt => "sharegpt",
+            Self::SuperNaturalInstructions => "super-natural-instructions",
+            Self::Alpaca => "alpaca",
+            Self::UnnaturalInstructions => "unnatural-instructions",
+            Self::InputOutput => "input-output",
+            Self::SelfInstruct => "self-instruct",
+            Self::Flan => "flan",
+            Self::HhRlhf => "hh-rlhf",
+            Self::Chip2 => "chip2",
+            Self::Oasst1 => "oasst1",
+            Self::Completion => "completion",
         }
     }
 
-    /// The columns a record must have.
+    /// Longest target in tokens where nothing else is said: that of qlora.py, or of Wang et al. (arXiv:2204.07705).
+    pub fn default_target_max_len(self) -> usize {
+        match self {
+            Self::SuperNaturalInstructions => 128,
+            _ => 256,
+        }
+    }
+
+    /// The columns that a row must have. Unnatural Instructions also come without `instances`, one to a row.
     fn required_columns(self) -> &'static [&'static str] {
         match self {
             Self::Tokenized => &["input_ids"],
             Self::Messages => &["messages"],
+            Self::Sharegpt => &["conversations"],
+            Self::SuperNaturalInstructions => &["Definition"],
             Self::Alpaca => &["instruction", "output"],
+            Self::UnnaturalInstructions => &["instances"],
             Self::InputOutput => &["input", "output"],
+            Self::SelfInstruct => &["prompt", "completion"],
+            Self::Flan => &["inputs", "targets"],
+            Self::HhRlhf => &["chosen"],
+            Self::Chip2 | Self::Oasst1 | Self::Completion => &["text"],
         }
     }
 
-    /// The format of a file whose first record is `record`, with a sentence that says why; or what was looked for.
-    pub(super) fn detect(record: &Map<String, Value>) -> Result<(Self, String), String> {
-        let found = Self::ALL.into_iter().find(|format| {
-            format
-                .required_columns()
+    /// What the text of a row has to contain besides.
+    fn required_text(self) -> &'static [&'static str] {
+        match self {
+            Self::Chip2 => &["<human>: ", "\n<bot>: "],
+            Self::Oasst1 => &["### Human:", "### Assistant:"],
+            _ => &[],
+        }
+    }
+
+    fn fits(self, row: &Columns) -> bool {
+        let has_columns = self
+            .required_columns()
+            .iter()
+            .all(|name| row.contains_key(*name));
+        let text = row.get("text").and_then(Value::as_str).unwrap_or_default();
+        let has_text = self.required_text().iter().all(|part| text.contains(part));
+        let is_flat = self == Self::UnnaturalInstructions
+            && ["instruction_with_input", "output"]
                 .iter()
-                .all(|column| record.contains_key(*column))
-        });
-        match found {
+                .all(|name| row.contains_key(*name));
+        (has_columns && has_text) || is_flat
+    }
+
+    /// The format of a file whose first row is `row`, with a sentence that says why; or what was looked for.
+    pub(super) fn detect(row: &Columns) -> Result<(Self, String), String> {
+        match Self::ALL.into_iter().find(|format| format.fits(row)) {
             Some(format) => Ok((
                 format,
                 format!(
-                    "dataset_format {} was detected: the first row has {}",
-                    format.name(),
-                    quoted(format.required_columns())
+                    "dataset_format {format} was detected: the first row has {}",
+                    format.reason()
                 ),
             )),
             None => Err(format!(
-                "no dataset_format fits the columns {}; expected {}",
-                quoted(&record.keys().map(String::as_str).collect::<Vec<_>>()),
+                "no dataset_format fits the columns {}; expected {}; dataset_columns can give columns other names",
+                names(row),
                 Self::ALL
-                    .map(|f| format!("{} ({})", quoted(f.required_columns()), f.name()))
+                    .map(|format| format!("{} ({format})", format.reason()))
                     .join(", or ")
             )),
+        }
+    }
+
+    fn reason(self) -> String {
+        let columns = quoted(self.required_columns());
+        match self.required_text() {
+            [] => columns,
+            parts => format!(
+                "{columns} with {}",
+                quoted(&parts.iter().map(|part| part.trim()).collect::<Vec<_>>())
+            ),
         }
     }
 }
@@ -91,14 +170,24 @@ impl std::fmt::Display for DatasetFormat {
     }
 }
 
+impl TryFrom<String> for DatasetFormat {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        name.parse()
+    }
+}
+
 impl std::str::FromStr for DatasetFormat {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
         let canonical = name.replace('_', "-");
-        Self::ALL
-            .into_iter()
-            .find(|format| format.name() == canonical)
+        let known = Self::ALL.into_iter().map(|format| (format.name(), format));
+        known
+            .chain(SYNONYMS)
+            .find(|(known, _)| *known == canonical)
+            .map(|(_, format)| format)
             .ok_or_else(|| {
                 format!(
                     "`{name}` is not a dataset format; expected {}",
@@ -106,216 +195,4 @@ impl std::str::FromStr for DatasetFormat {
                 )
             })
     }
-}
-
-fn quoted(names: &[&str]) -> String {
-    if names.is_empty() {
-        return "(none)".into();
-    }
-    names
-        .iter()
-        .map(|name| format!("`{name}`"))
-        .collect::<Vec<_>>()
-        .join(", ")
-}
-
-/// Turns one record into token ids and unshifted labels, before `max_seq_len` is applied. The error is the reason.
-pub(super) fn example(
-    record: &Map<String, Value>,
-    format: DatasetFormat,
-    line: usize,
-    options: &LoadOptions,
-    tokenizer: Option<&Tokenizer>,
-) -> Result<Example, String> {
-    let tokenizer = || tokenizer.ok_or_else(|| format!("format {format} needs a tokenizer"));
-    let (input_ids, labels) = match format {
-        DatasetFormat::Tokenized => tokenized(record)?,
-        DatasetFormat::Alpaca => {
-            let (source, target) = alpaca(record)?;
-            source_target(tokenizer()?, &source, &target, options)?
-        }
-        DatasetFormat::InputOutput => {
-            let (source, target) = (text(record, "input")?, text(record, "output")?);
-            source_target(tokenizer()?, source, target, options)?
-        }
-        DatasetFormat::Messages => messages(record, tokenizer()?, options)?,
-    };
-    Ok(Example {
-        input_ids,
-        labels,
-        line,
-    })
-}
-
-fn column<'a>(record: &'a Map<String, Value>, name: &str) -> Result<&'a Value, String> {
-    record.get(name).ok_or_else(|| {
-        format!(
-            "column `{name}` is missing; the row has {}",
-            quoted(&record.keys().map(String::as_str).collect::<Vec<_>>())
-        )
-    })
-}
-
-fn text<'a>(record: &'a Map<String, Value>, name: &str) -> Result<&'a str, String> {
-    let value = column(record, name)?;
-    value
-        .as_str()
-        .ok_or_else(|| format!("`{name}` is {}, expected a string", kind(value)))
-}
-
-/// A JSON value's type, as an error names it.
-pub(super) fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
-    }
-}
-
-fn tokenized(record: &Map<String, Value>) -> Result<(Vec<u32>, Vec<i64>), String> {
-    let input_ids = integers::<u32>(record, "input_ids")?;
-    if input_ids.is_empty() {
-        return Err("`input_ids` is empty".into());
-    }
-    let labels = match record.get("labels") {
-        None => input_ids.iter().map(|&id| i64::from(id)).collect(),
-        Some(_) => integers::<i64>(record, "labels")?,
-    };
-    if labels.len() != input_ids.len() {
-        return Err(format!(
-            "`labels` has {} entries and `input_ids` has {}, expected as many",
-            labels.len(),
-            input_ids.len()
-        ));
-    }
-    if let Some(i) = labels.iter().position(|&l| l < 0 && l != IGNORE_INDEX) {
-        return Err(format!(
-            "`labels[{i}]` is {}, expected a token id or {IGNORE_INDEX}",
-            labels[i]
-        ));
-    }
-    Ok((input_ids, labels))
-}
-
-fn integers<T: TryFrom<i64>>(record: &Map<String, Value>, name: &str) -> Result<Vec<T>, String> {
-    let value = column(record, name)?;
-    let values = value
-        .as_array()
-        .ok_or_else(|| format!("`{name}` is {}, expected an array of integers", kind(value)))?;
-    values
-        .iter()
-        .enumerate()
-        .map(|(i, value)| {
-            value
-                .as_i64()
-                .and_then(|number| T::try_from(number).ok())
-                .ok_or_else(|| format!("`{name}[{i}]` is {value}, expected a token id"))
-        })
-        .collect()
-}
-
-/// The prompt is filled in one pass, so that braces in the data stay as they are.
-fn alpaca(record: &Map<String, Value>) -> Result<(String, String), String> {
-    let instruction = text(record, "instruction")?;
-    let output = text(record, "output")?;
-    let input = match record.get("input") {
-        None => "",
-        Some(_) => text(record, "input")?,
-    };
-    let prompt = if input.is_empty() {
-        ALPACA_WITHOUT_INPUT
-    } else {
-        ALPACA_WITH_INPUT
-    };
-    let (before, after) = prompt
-        .split_once("{instruction}")
-        .expect("the prompt has an instruction");
-    let source = format!(
-        "{before}{instruction}{}",
-        after.replacen("{input}", input, 1)
-    );
-    Ok((source, output.to_string()))
-}
-
-fn source_target(
-    tokenizer: &Tokenizer,
-    source: &str,
-    target: &str,
-    options: &LoadOptions,
-) -> Result<(Vec<u32>, Vec<i64>), String> {
-    let bos = tokenizer.bos_token().unwrap_or_default();
-    let eos = tokenizer.eos_token().unwrap_or_default();
-    let encode = |text: String, max_len: usize| -> Result<Vec<u32>, String> {
-        let mut ids = tokenizer.encode(&text).map_err(|e| e.to_string())?;
-        ids.truncate(max_len);
-        Ok(ids)
-    };
-    let mut input_ids = encode(format!("{bos}{source}"), options.source_max_len)?;
-    let target_ids = encode(format!("{target}{eos}"), options.target_max_len)?;
-    let source_len = input_ids.len();
-    input_ids.extend(target_ids);
-    let mut labels: Vec<i64> = input_ids.iter().map(|&id| i64::from(id)).collect();
-    if options.train_on_source == TrainOnSource::No {
-        labels[..source_len].fill(IGNORE_INDEX);
-    }
-    Ok((input_ids, labels))
-}
-
-fn messages(
-    record: &Map<String, Value>,
-    tokenizer: &Tokenizer,
-    options: &LoadOptions,
-) -> Result<(Vec<u32>, Vec<i64>), String> {
-    let value = column(record, "messages")?;
-    let messages = value
-        .as_array()
-        .ok_or_else(|| format!("`messages` is {}, expected an array", kind(value)))?;
-    check_messages(messages)?;
-    let template = tokenizer.chat_template().ok_or(
-        "the model has no chat template; add `chat_template` to its tokenizer_config.json or use dataset_format \
-         input-output",
-    )?;
-    let chat = template
-        .render_for_training(messages, record.get("tools"))
-        .map_err(|e| e.to_string())?;
-    let encoding = tokenizer
-        .encode_with_offsets(&chat.text)
-        .map_err(|e| e.to_string())?;
-    let mut labels: Vec<i64> = encoding.ids.iter().map(|&id| i64::from(id)).collect();
-    if options.train_on_source == TrainOnSource::No {
-        let mask = encoding.mask(&chat.assistant);
-        for (label, is_assistant) in labels.iter_mut().zip(mask) {
-            if !is_assistant {
-                *label = IGNORE_INDEX;
-            }
-        }
-    }
-    Ok((encoding.ids, labels))
-}
-
-fn check_messages(messages: &[Value]) -> Result<(), String> {
-    if messages.is_empty() {
-        return Err("`messages` is empty".into());
-    }
-    for (i, message) in messages.iter().enumerate() {
-        let object = message
-            .as_object()
-            .ok_or_else(|| format!("`messages[{i}]` is {}, expected an object", kind(message)))?;
-        for name in ["role", "content"] {
-            match object.get(name) {
-                Some(Value::String(_)) => {}
-                Some(value) => {
-                    return Err(format!(
-                        "`messages[{i}].{name}` is {}, expected a string",
-                        kind(value)
-                    ));
-                }
-                None => return Err(format!("`messages[{i}]` has no `{name}`")),
-            }
-        }
-    }
-    Ok(())
 }

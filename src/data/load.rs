@@ -1,310 +1,343 @@
-//! Reads a local data file (`.jsonl`, or `.json` with an array) into examples, in file order.
+//! Reads local data files into tokenized rows, in file order.
 //!
-//! Records are parsed and tokenized in parallel. A record that cannot be used stops the load with its line; nothing
-//! is skipped but rows that have no loss after truncation, and those are counted.
+//! Rows are read as a stream, and parsed and tokenized in parallel while the next ones are read. A row that cannot be used
+//! stops the load with its line; what is left out or cut is counted.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde_json::{Map, Value};
 
-use super::{DatasetFormat, Example, Tokenizer, TrainOnSource, format};
+use super::cache::Cache;
+use super::encode::{Encoded, Encoder, rename};
+use super::reader::{self, Record, Records};
+use super::token_rows::{TokenRows, TokenRowsWriter};
+use super::{DatasetFormat, Example, Findings, LoadOptions, LoadStats, Tokenizer, Unlabelled};
 use crate::{Error, Result};
 
-/// What becomes of a row without a single label other than -100.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Unlabelled {
-    /// It is left out and counted: it cannot train anything.
-    #[default]
-    Drop,
-    /// It stays, so that example i is record i of the file.
-    Keep,
-}
+/// Records that are tokenized together: enough for all threads, little memory.
+const CHUNK_RECORDS: usize = 4096;
+const CHUNK_BYTES: usize = 16 << 20;
 
-/// How a data file is read. Lengths are in tokens.
-#[derive(Debug, Clone)]
-pub struct LoadOptions {
-    /// `None` detects the format from the first record.
-    pub format: Option<DatasetFormat>,
-    /// Cut of `bos + input`, for `alpaca` and `input-output`.
-    pub source_max_len: usize,
-    /// Cut of `output + eos`, for `alpaca` and `input-output`.
-    pub target_max_len: usize,
-    /// Cut of the whole row, for every format.
-    pub max_seq_len: Option<usize>,
-    /// Ignored by `tokenized`, whose labels say it.
-    pub train_on_source: TrainOnSource,
-    /// Only the first records are read.
-    pub max_samples: Option<usize>,
-    /// Ids from here on are refused.
-    pub vocab_size: Option<usize>,
-    pub unlabelled: Unlabelled,
-}
-
-impl Default for LoadOptions {
-    /// The lengths of qlora.py.
-    fn default() -> Self {
-        Self {
-            format: None,
-            source_max_len: 1024,
-            target_max_len: 256,
-            max_seq_len: None,
-            train_on_source: TrainOnSource::No,
-            max_samples: None,
-            vocab_size: None,
-            unlabelled: Unlabelled::Drop,
-        }
-    }
-}
-
-/// Counts of one [`load`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
-pub struct LoadStats {
-    /// Records in the file, or `max_samples` if that is fewer.
-    pub rows: usize,
-    /// Rows without a label other than -100.
-    pub dropped: usize,
-    /// Rows cut by `max_seq_len`.
-    pub truncated: usize,
-    /// Tokens of the rows that stay.
-    pub tokens: usize,
-    /// Of those, tokens that are predicted with loss.
-    pub target_tokens: usize,
-}
-
-/// A data file as examples, in file order.
-#[derive(Debug, Clone)]
+/// Tokenized rows in file order, with what is known about them.
+#[derive(Debug)]
 pub struct Dataset {
-    pub examples: Vec<Example>,
+    rows: TokenRows,
     pub format: DatasetFormat,
     /// A sentence that says which format is used and why.
     pub detected: String,
     pub stats: LoadStats,
+    pub findings: Findings,
 }
 
-/// Reads `path` as `options` say. Every format but `tokenized` needs the `tokenizer`.
+impl Dataset {
+    /// Rows that training can use.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens of row `i`.
+    ///
+    /// # Panics
+    /// If there is no row `i`.
+    pub fn token_count(&self, i: usize) -> usize {
+        self.rows.token_count(i)
+    }
+
+    /// Row `i`.
+    ///
+    /// # Panics
+    /// If there is no row `i`.
+    pub fn example(&self, i: usize) -> Example {
+        self.rows.example(i)
+    }
+
+    /// All rows in their order.
+    pub fn examples(&self) -> impl ExactSizeIterator<Item = Example> {
+        (0..self.len()).map(|i| self.example(i))
+    }
+}
+
+/// What is kept beside rows in the cache.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Summary {
+    format: DatasetFormat,
+    detected: String,
+    stats: LoadStats,
+    findings: Findings,
+}
+
+/// Reads the file `path` as `options` say. Every format but `tokenized` needs the `tokenizer`.
 ///
 /// # Errors
-/// [`Error::Row`] with the line of a record that cannot be used: bad JSON, invalid UTF-8, a missing column, a wrong
-/// type, a token id beyond the vocabulary; also if no row has a label other than -100. [`Error::Malformed`] if the
-/// file is empty or not of a known kind; [`Error::Config`] if the format needs a tokenizer and there is none.
+/// As [`load_files`].
 pub fn load(
     path: impl AsRef<Path>,
     options: &LoadOptions,
     tokenizer: Option<&Tokenizer>,
 ) -> Result<Dataset> {
-    let path = path.as_ref();
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let mut records = split_records(path, &bytes)?;
-    records.truncate(options.max_samples.unwrap_or(usize::MAX));
-    let first = records
-        .first()
-        .ok_or_else(|| Error::malformed(path, "the file has no rows"))?;
-    let (format, detected) = choose_format(path, first, options)?;
-    if format != DatasetFormat::Tokenized && tokenizer.is_none() {
-        return Err(Error::config(
-            "dataset_format",
-            format!(
-                "{format} needs the model's tokenizer; give a model directory that has a tokenizer.json"
-            ),
-        ));
-    }
-
-    let rows: Vec<(Example, Cut)> = records
-        .par_iter()
-        .map(|record| {
-            prepare(record, format, options, tokenizer).map_err(|reason| Error::Row {
-                path: path.to_path_buf(),
-                line: record.line,
-                reason,
-            })
-        })
-        // Of several bad rows the first in the file is reported, whichever thread came first.
-        .collect::<Vec<_>>()
-        .into_iter()
-        .collect::<Result<_>>()?;
-    collect_examples(path, rows, format, detected, options)
+    load_files(&[path.as_ref().to_path_buf()], options, tokenizer)
 }
 
-/// Whether `max_seq_len` cut a row.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Cut {
-    No,
-    Yes,
-}
-
-/// A record before it is parsed.
-struct Record<'a> {
-    line: usize,
-    content: Content<'a>,
-}
-
-enum Content<'a> {
-    Line(&'a [u8]),
-    Value(Value),
-}
-
-impl Record<'_> {
-    fn parse(&self) -> Result<std::borrow::Cow<'_, Map<String, Value>>, String> {
-        use std::borrow::Cow;
-        match &self.content {
-            Content::Line(bytes) => {
-                let text = std::str::from_utf8(bytes).map_err(|e| {
-                    format!("invalid UTF-8 at byte {} of the line", e.valid_up_to() + 1)
-                })?;
-                match serde_json::from_str(text).map_err(|e| bad_json(&e))? {
-                    Value::Object(record) => Ok(Cow::Owned(record)),
-                    other => Err(not_an_object(&other)),
-                }
-            }
-            Content::Value(Value::Object(record)) => Ok(Cow::Borrowed(record)),
-            Content::Value(other) => Err(not_an_object(other)),
-        }
-    }
-}
-
-fn not_an_object(value: &Value) -> String {
-    format!("the row is {}, expected an object", format::kind(value))
-}
-
-/// serde_json's message without its line number, which counts within the row.
-fn bad_json(error: &serde_json::Error) -> String {
-    let message = error.to_string();
-    let message = message
-        .rsplit_once(" at line ")
-        .map_or(message.as_str(), |(message, _)| message);
-    format!("bad JSON: {message} at column {}", error.column())
-}
-
-/// Splits a file into its records: the elements of a `.json` array, or the lines that are not blank.
-fn split_records<'a>(path: &Path, bytes: &'a [u8]) -> Result<Vec<Record<'a>>> {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
-    if extension != "jsonl" && extension != "json" {
-        return Err(Error::malformed(
-            path,
-            "expected a data file that ends in .jsonl (one JSON object a line) or .json (an array of objects)",
-        ));
-    }
-    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
-    let is_array = bytes.trim_ascii_start().first() == Some(&b'[');
-    if extension == "json" && is_array {
-        let values: Vec<Value> = serde_json::from_slice(bytes).map_err(|e| Error::Row {
-            path: path.to_path_buf(),
-            line: e.line(),
-            reason: bad_json(&e),
-        })?;
-        let record = |(i, value)| Record {
-            line: i + 1,
-            content: Content::Value(value),
-        };
-        return Ok(values.into_iter().enumerate().map(record).collect());
-    }
-    let lines = bytes.split(|&byte| byte == b'\n').enumerate();
-    Ok(lines
-        .filter(|(_, line)| !line.trim_ascii().is_empty())
-        .map(|(i, line)| Record {
-            line: i + 1,
-            content: Content::Line(line),
-        })
-        .collect())
-}
-
-fn choose_format(
-    path: &Path,
-    first: &Record,
-    options: &LoadOptions,
-) -> Result<(DatasetFormat, String)> {
-    if let Some(format) = options.format {
-        return Ok((format, format!("dataset_format {format}, as asked for")));
-    }
-    first
-        .parse()
-        .and_then(|record| DatasetFormat::detect(&record))
-        .map_err(|reason| Error::Row {
-            path: path.to_path_buf(),
-            line: first.line,
-            reason,
-        })
-}
-
-/// One record as an example, cut to `max_seq_len` and checked against the vocabulary.
-fn prepare(
-    record: &Record,
-    format: DatasetFormat,
+/// Reads several files as one, such as the shards of a data set.
+///
+/// # Errors
+/// [`Error::Row`] with the line of a row that cannot be used: bad JSON, invalid UTF-8, a missing column, a wrong type, a
+/// token id beyond the vocabulary, too many tokens under [`ExcessLength::Error`](super::ExcessLength::Error); also if no
+/// row can be trained on. [`Error::Malformed`] if there are no rows or a file is not of a known kind; [`Error::Config`]
+/// if the format needs a tokenizer and there is none.
+pub fn load_files(
+    files: &[PathBuf],
     options: &LoadOptions,
     tokenizer: Option<&Tokenizer>,
-) -> Result<(Example, Cut), String> {
-    let columns = record.parse()?;
-    let mut example = format::example(&columns, format, record.line, options, tokenizer)?;
-    if let Some(vocab_size) = options.vocab_size {
-        let beyond = |id: i64| id >= vocab_size as i64;
-        let input_ids = example.input_ids.iter().map(|&id| i64::from(id));
-        for (name, id) in input_ids
-            .map(|id| ("input_ids", id))
-            .chain(example.labels.iter().map(|&label| ("labels", label)))
-        {
-            if beyond(id) {
-                return Err(format!(
-                    "`{name}` has token id {id}, beyond the model's vocabulary of {vocab_size}"
-                ));
-            }
-        }
-    }
-    let max_seq_len = options.max_seq_len.unwrap_or(usize::MAX);
-    let cut = if example.input_ids.len() > max_seq_len {
-        Cut::Yes
-    } else {
-        Cut::No
+) -> Result<Dataset> {
+    let cache = match &options.cache_dir {
+        Some(dir) => Some(Cache::new(dir, files, options, tokenizer)?),
+        None => None,
     };
-    example.input_ids.truncate(max_seq_len);
-    example.labels.truncate(max_seq_len);
-    Ok((example, cut))
+    if let Some((rows, summary)) = cache.as_ref().map(Cache::open).transpose()?.flatten()
+        && let Ok(summary) = serde_json::from_slice(&summary)
+    {
+        return Ok(dataset(rows, summary));
+    }
+    let directory = options.cache_dir.clone().unwrap_or_else(std::env::temp_dir);
+    let mut loading = Loading::new(options, tokenizer, TokenRowsWriter::new(directory));
+    for file in files {
+        loading.read(file)?;
+    }
+    let (rows, summary) = loading.finish(files)?;
+    let rows = match &cache {
+        Some(cache) => {
+            let summary = serde_json::to_vec(&summary)
+                .map_err(|e| Error::malformed(cache.path(), e.to_string()))?;
+            rows.finish_as(cache.path(), &summary)?
+        }
+        None => rows.finish()?,
+    };
+    Ok(dataset(rows, summary))
 }
 
-fn collect_examples(
-    path: &Path,
-    rows: Vec<(Example, Cut)>,
-    format: DatasetFormat,
-    detected: String,
-    options: &LoadOptions,
-) -> Result<Dataset> {
-    let mut stats = LoadStats {
-        rows: rows.len(),
-        ..LoadStats::default()
-    };
-    let mut examples = Vec::with_capacity(rows.len());
-    let mut first_dropped = None;
-    for (example, cut) in rows {
-        stats.truncated += usize::from(cut == Cut::Yes);
-        let target_tokens = example.target_count();
-        if target_tokens == 0 && options.unlabelled == Unlabelled::Drop {
-            stats.dropped += 1;
-            first_dropped.get_or_insert(example.line);
-            continue;
+fn dataset(rows: TokenRows, summary: Summary) -> Dataset {
+    Dataset {
+        rows,
+        format: summary.format,
+        detected: summary.detected,
+        stats: summary.stats,
+        findings: summary.findings,
+    }
+}
+
+/// The state of one load.
+struct Loading<'a> {
+    options: &'a LoadOptions,
+    tokenizer: Option<&'a Tokenizer>,
+    /// Known after the first row.
+    format: Option<(DatasetFormat, String)>,
+    rows: TokenRowsWriter,
+    stats: LoadStats,
+    findings: Findings,
+    /// Records that may still be read.
+    remaining: usize,
+}
+
+/// Some records of a file, and what stopped the reader after them.
+struct Chunk {
+    records: Vec<Record>,
+    error: Option<Error>,
+}
+
+impl<'a> Loading<'a> {
+    fn new(
+        options: &'a LoadOptions,
+        tokenizer: Option<&'a Tokenizer>,
+        rows: TokenRowsWriter,
+    ) -> Self {
+        Self {
+            options,
+            tokenizer,
+            format: None,
+            rows,
+            stats: LoadStats::default(),
+            findings: Findings {
+                pad_is_eos: tokenizer.is_some_and(Tokenizer::pads_with_eos),
+                ..Findings::default()
+            },
+            remaining: options.max_samples.unwrap_or(usize::MAX),
         }
-        stats.tokens += example.input_ids.len();
-        stats.target_tokens += target_tokens;
-        examples.push(example);
     }
-    if let (true, Some(line)) = (examples.is_empty(), first_dropped) {
-        return Err(Error::Row {
-            path: path.to_path_buf(),
-            line,
-            reason: format!(
-                "all labels are -100, and so in all {} rows: there is nothing to train on{}",
-                stats.rows,
-                if stats.truncated > 0 {
-                    "; raise max_seq_len, which cut the answers off"
-                } else {
-                    ""
+
+    fn read(&mut self, path: &Path) -> Result<()> {
+        let mut records = reader::open(path)?;
+        let mut chunk = self.next_chunk(&mut records);
+        self.remaining -= chunk.records.len();
+        while let Some(first) = chunk.records.first() {
+            let format = self.format(path, first)?;
+            let encoder = Encoder {
+                format,
+                options: self.options,
+                tokenizer: self.tokenizer,
+            };
+            let read = std::mem::take(&mut chunk.records);
+            let (encoded, next) = match chunk.error.take() {
+                Some(error) => (encode(path, &encoder, read), Err(error)),
+                None => rayon::join(
+                    || encode(path, &encoder, read),
+                    || Ok(self.next_chunk(&mut records)),
+                ),
+            };
+            self.add(encoded?)?;
+            chunk = next?;
+            self.remaining -= chunk.records.len();
+        }
+        match chunk.error {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn next_chunk(&self, records: &mut Records) -> Chunk {
+        let mut chunk = Chunk {
+            records: Vec::new(),
+            error: None,
+        };
+        let mut bytes = 0;
+        while chunk.records.len() < self.remaining.min(CHUNK_RECORDS) && bytes < CHUNK_BYTES {
+            match records.next() {
+                None => break,
+                Some(Err(error)) => {
+                    chunk.error = Some(error);
+                    break;
                 }
-            ),
-        });
+                Some(Ok(record)) => {
+                    bytes += record.bytes();
+                    chunk.records.push(record);
+                }
+            }
+        }
+        chunk
     }
-    Ok(Dataset {
-        examples,
-        format,
-        detected,
-        stats,
-    })
+
+    /// The format of the rows, which the first one decides.
+    fn format(&mut self, path: &Path, first: &Record) -> Result<DatasetFormat> {
+        if let Some((format, _)) = self.format {
+            return Ok(format);
+        }
+        let (format, detected) = match self.options.format {
+            Some(format) => (format, format!("dataset_format {format}, as asked for")),
+            None => first
+                .clone()
+                .parse()
+                .and_then(|row| rename(row, &self.options.columns))
+                .and_then(|row| DatasetFormat::detect(&row))
+                .map_err(|reason| row_error(path, first.line, reason))?,
+        };
+        if format != DatasetFormat::Tokenized && self.tokenizer.is_none() {
+            return Err(Error::config(
+                "dataset_format",
+                format!(
+                    "{format} needs the model's tokenizer; give a model directory that has a tokenizer.json"
+                ),
+            ));
+        }
+        self.format = Some((format, detected));
+        Ok(format)
+    }
+
+    fn add(&mut self, rows: Vec<Encoded>) -> Result<()> {
+        for row in rows {
+            self.stats.rows += 1;
+            let line = row.example.line;
+            if row.is_too_long {
+                self.findings.too_long.add(line);
+                self.stats.dropped += 1;
+                continue;
+            }
+            self.stats.truncated += usize::from(row.cut.row);
+            let target_tokens = row.example.target_count();
+            if target_tokens == 0 && self.options.unlabelled == Unlabelled::Drop {
+                self.findings.all_masked.add(line);
+                self.stats.dropped += 1;
+                continue;
+            }
+            for (is_found, finding) in [
+                (row.cut.answer, &mut self.findings.answer_cut),
+                (row.has_doubled_bos, &mut self.findings.doubled_bos),
+                (row.lacks_end, &mut self.findings.missing_end),
+            ] {
+                if is_found {
+                    finding.add(line);
+                }
+            }
+            self.stats.tokens += row.example.input_ids.len();
+            self.stats.target_tokens += target_tokens;
+            self.rows.push(&row.example)?;
+        }
+        Ok(())
+    }
+
+    fn finish(self, files: &[PathBuf]) -> Result<(TokenRowsWriter, Summary)> {
+        let file = files.first().map_or(Path::new(""), PathBuf::as_path);
+        let (format, detected) = self
+            .format
+            .ok_or_else(|| Error::malformed(file, "the file has no rows"))?;
+        let stats = self.stats;
+        if stats.dropped == stats.rows {
+            let Findings {
+                all_masked,
+                too_long,
+                ..
+            } = self.findings;
+            let line = all_masked.first_line.or(too_long.first_line).unwrap_or(1);
+            let reason = match (all_masked.rows, too_long.rows) {
+                (0, 0) => "the file has no instances".to_string(),
+                (0, _) => format!(
+                    "all {} rows are longer than the limits, and excess_length_strategy drop leaves none; raise max_seq_len",
+                    stats.rows
+                ),
+                _ => format!(
+                    "all labels are -100, and so in all {} rows: there is nothing to train on{}",
+                    stats.rows,
+                    if stats.truncated + too_long.rows > 0 {
+                        "; raise max_seq_len, which cut the answers off"
+                    } else {
+                        ""
+                    }
+                ),
+            };
+            return Err(row_error(file, line, reason));
+        }
+        let summary = Summary {
+            format,
+            detected,
+            stats,
+            findings: self.findings,
+        };
+        Ok((self.rows, summary))
+    }
+}
+
+/// Of several bad rows the first in the file is reported, whichever thread came first.
+fn encode(path: &Path, encoder: &Encoder, records: Vec<Record>) -> Result<Vec<Encoded>> {
+    let rows: Vec<Result<Vec<Encoded>>> = records
+        .into_par_iter()
+        .map(|record| {
+            let line = record.line;
+            encoder
+                .encode(record)
+                .map_err(|reason| row_error(path, line, reason))
+        })
+        .collect();
+    let rows: Vec<Vec<Encoded>> = rows.into_iter().collect::<Result<_>>()?;
+    Ok(rows.into_iter().flatten().collect())
+}
+
+fn row_error(path: &Path, line: usize, reason: String) -> Error {
+    Error::Row {
+        path: path.to_path_buf(),
+        line,
+        reason,
+    }
 }

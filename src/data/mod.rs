@@ -1,40 +1,47 @@
 //! Records to tokens and masks, and those to batches. No device, no model.
 //!
-//! A data file goes through [`load`]: each record becomes an [`Example`] by its [`DatasetFormat`], with the model's own
-//! [`Tokenizer`] and [`ChatTemplate`]. [`RowOrder`] says which example comes at which position of a run, and
+//! A data file goes through [`load`]: each row becomes an [`Example`] by its [`DatasetFormat`], with the model's own
+//! [`Tokenizer`] and [`ChatTemplate`]. [`SequenceOrder`] says which examples come at which position of a run, and
 //! [`Batch::from_examples`] lays examples one after another.
+//!
+//! ```text
+//! reader (file -> rows)   format (which columns)   source_target, conversation (-> text and turns)   chat_template (-> spans)
+//! encode (-> token ids and labels)   excess_length (cuts)   token_rows, cache (on disk)   sequence_order, packing (-> batches)
+//! ```
 
+mod cache;
 mod chat_template;
+mod columns;
+mod conversation;
+mod encode;
+mod excess_length;
+mod files;
 mod format;
 mod load;
+mod options;
+mod packing;
+mod python_compat;
+mod reader;
 mod row_order;
+mod sequence_order;
+mod source_target;
 mod split_mix;
+mod token_rows;
 mod tokenizer;
 
 pub use chat_template::{ChatTemplate, GenerationPrompt, RenderedChat};
+pub use excess_length::ExcessLength;
+pub use files::{data_files, training_files};
 pub use format::DatasetFormat;
-pub use load::{Dataset, LoadOptions, LoadStats, Unlabelled, load};
+pub use load::{Dataset, load, load_files};
+pub use options::{Finding, Findings, LoadOptions, LoadStats, TrainOnSource, Turns, Unlabelled};
+pub use reader::is_data_file;
 pub use row_order::{RowOrder, Shuffle};
+pub use sequence_order::{Arrangement, SequenceOrder, Share};
 pub use split_mix::SplitMix64;
 pub use tokenizer::{Encoding, SpecialTokens, Tokenizer};
 
 use crate::IGNORE_INDEX;
-
-/// Which tokens of a source-and-target row carry loss (`train_on_source` of qlora.py).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum TrainOnSource {
-    /// Loss on the answer only.
-    #[default]
-    No,
-    /// Loss on every token of the row.
-    Yes,
-}
-
-impl From<bool> for TrainOnSource {
-    fn from(train_on_source: bool) -> Self {
-        if train_on_source { Self::Yes } else { Self::No }
-    }
-}
 
 /// One training row.
 #[derive(Debug, Clone, PartialEq, Eq)]

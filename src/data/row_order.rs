@@ -60,7 +60,7 @@ impl RowOrder {
 }
 
 /// Fisher-Yates over `0..rows`.
-fn permutation(rows: usize, data_seed: u64, epoch: u64) -> Vec<usize> {
+pub(super) fn permutation(rows: usize, data_seed: u64, epoch: u64) -> Vec<usize> {
     let mut generator = generator(data_seed, epoch);
     let mut permutation: Vec<usize> = (0..rows).collect();
     for last in (1..rows).rev() {

@@ -29,6 +29,7 @@ pub struct Tokenizer {
     add_bos_token: bool,
     add_eos_token: bool,
     chat_template: Option<ChatTemplate>,
+    file_hash: blake3::Hash,
 }
 
 /// Token ids with the bytes of the text that each covers.
@@ -39,17 +40,28 @@ pub struct Encoding {
 }
 
 impl Encoding {
-    /// Which tokens lie in one of the byte ranges `spans`: from the first to the last token that overlaps it.
+    /// Which tokens lie in one of the byte ranges `spans`, which are in their order: from the first to the last token that
+    /// overlaps it.
     pub fn mask(&self, spans: &[Range<usize>]) -> Vec<bool> {
         let mut mask = vec![false; self.ids.len()];
+        let mut token = 0;
         for span in spans {
-            let overlaps = |&(start, end): &(usize, usize)| {
-                start < end && start < span.end && span.start < end
-            };
-            let first = self.offsets.iter().position(overlaps);
-            let last = self.offsets.iter().rposition(overlaps);
-            if let (Some(first), Some(last)) = (first, last) {
+            let mut first_and_last = None;
+            while let Some(&(start, end)) = self
+                .offsets
+                .get(token)
+                .filter(|(start, _)| *start < span.end)
+            {
+                if start < end && span.start < end {
+                    first_and_last =
+                        Some((first_and_last.map_or(token, |(first, _)| first), token));
+                }
+                token += 1;
+            }
+            if let Some((first, last)) = first_and_last {
                 mask[first..=last].fill(true);
+                // A token that reaches into the next span belongs to both.
+                token = last;
             }
         }
         mask
@@ -117,6 +129,7 @@ impl Tokenizer {
             path,
             special_tokens,
             eos_token_ids: Vec::new(),
+            file_hash: blake3::hash(&bytes),
             chat_template,
         };
         tokenizer.eos_token_ids = generation_eos_ids(dir)?;
@@ -230,6 +243,31 @@ impl Tokenizer {
     /// The ids that end a generation: those of `generation_config.json` and the tokenizer's eos.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
+    }
+
+    /// Whether the model ends its text with `id`: one of [`eos_token_ids`](Self::eos_token_ids), or another special token,
+    /// such as the end of a turn.
+    pub fn is_end(&self, id: u32) -> bool {
+        self.eos_token_ids.contains(&id) || self.is_special(id)
+    }
+
+    /// Whether padding cannot be told from the end of a text.
+    pub fn pads_with_eos(&self) -> bool {
+        self.pad_token_id().is_some() && self.pad_token_id() == self.eos_token_id()
+    }
+
+    /// A hash of all that decides which tokens a row becomes: of the vocabulary, the special tokens, and the chat
+    /// template with, if it asks for it, the date.
+    pub(super) fn fingerprint(&self) -> [u8; 32] {
+        let template = self.chat_template.as_ref();
+        let parts = serde_json::json!([
+            self.file_hash.to_hex().as_str(),
+            self.special_tokens,
+            self.eos_token_ids,
+            template.map(ChatTemplate::source),
+            template.and_then(ChatTemplate::date),
+        ]);
+        *blake3::hash(parts.to_string().as_bytes()).as_bytes()
     }
 
     /// The chat template of the model, if it has one.

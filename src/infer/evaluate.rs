@@ -7,6 +7,9 @@
 //!
 //! Source: arXiv:1706.04599 for the calibration error.
 
+use std::borrow::Borrow;
+use std::iter::Peekable;
+
 use crate::data::{Batch, Example};
 use crate::model::{Decoder, Sequences, TokenLoss};
 use crate::{Error, IGNORE_INDEX, Result};
@@ -45,15 +48,17 @@ pub enum LogProbs {
 /// [`Error::Config`] if no token of any example has a label; [`Error::Shape`] for an id beyond the vocabulary.
 pub fn evaluate(
     decoder: &Decoder,
-    examples: &[Example],
+    examples: impl IntoIterator<Item: Borrow<Example>>,
     log_probs: LogProbs,
     mut on_example: impl FnMut(usize, Option<Vec<f32>>) -> Result<()>,
 ) -> Result<Evaluation> {
     let mut totals = Totals::default();
     let mut done = 0;
-    while done < examples.len() {
-        let group = next_group(&examples[done..]);
-        let batch = Batch::from_examples(&group.iter().collect::<Vec<_>>());
+    let mut examples = examples.into_iter().peekable();
+    while examples.peek().is_some() {
+        let group = next_group(&mut examples);
+        let group: Vec<&Example> = group.iter().map(Borrow::borrow).collect();
+        let batch = Batch::from_examples(&group);
         let targets = match log_probs {
             LogProbs::Omit => batch.labels.clone(),
             LogProbs::EveryToken => next_tokens(&batch),
@@ -85,15 +90,17 @@ pub fn evaluate(
     totals.evaluation()
 }
 
-/// The first examples, as many as fit into [`BATCH_TOKENS`], but at least one.
-fn next_group(examples: &[Example]) -> &[Example] {
+/// The next examples, as many as fit into [`BATCH_TOKENS`], but at least one.
+fn next_group<E: Borrow<Example>>(examples: &mut Peekable<impl Iterator<Item = E>>) -> Vec<E> {
+    let mut group = Vec::new();
     let mut tokens = 0;
-    let fits = examples.iter().take_while(|example| {
-        tokens += example.input_ids.len();
-        tokens <= BATCH_TOKENS
-    });
-    let count = fits.count().max(1);
-    &examples[..count]
+    while let Some(example) = examples.next_if(|example| {
+        tokens += example.borrow().input_ids.len();
+        tokens <= BATCH_TOKENS || group.is_empty()
+    }) {
+        group.push(example);
+    }
+    group
 }
 
 /// The token after each row, as labels; the last row of a sequence has none.
@@ -228,10 +235,11 @@ mod tests {
     #[test]
     fn groups_hold_whole_examples_within_the_token_budget() {
         let examples = [3000, 1000, 1000, 1000].map(|tokens| example(vec![0; tokens]));
-        assert_eq!(next_group(&examples).len(), 1);
-        assert_eq!(next_group(&examples[1..]).len(), 2);
-        assert_eq!(next_group(&examples[3..]).len(), 1);
+        let mut examples = examples.iter().peekable();
+        let groups = [1, 2, 1, 0].map(|_| next_group(&mut examples).len());
+        assert_eq!(groups, [1, 2, 1, 0]);
     }
+
     #[test]
     fn next_tokens_stop_at_the_end_of_a_sequence() {
         let examples = [

@@ -38,7 +38,7 @@ pub struct TrainerState {
     pub total_steps: usize,
     /// Passes over the training data so far.
     pub epoch: f64,
-    /// Position in the order of rows, of the first row of the step at hand.
+    /// Position in the order of rows, of the first sequence of the step at hand. A packed one counts as one.
     pub examples_seen: u64,
     /// Updates of the optimizer: the steps that were not skipped.
     pub optimizer_updates: usize,

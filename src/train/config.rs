@@ -3,6 +3,7 @@
 //! Names and defaults are those of qlora.py and of `TrainingArguments` in transformers, so that a qlora.py command
 //! line can be pasted. A key that nobody reads is an error, never ignored.
 
+mod datasets;
 mod file;
 mod foreign;
 mod values;
@@ -11,10 +12,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use datasets::{DatasetColumns, DatasetList, DatasetWeights};
 pub use foreign::{FOREIGN_KEYS, SYNONYMS};
 pub use values::{ByteCount, ComputeDtype, EvalMetric, OnNonFinite, Optim, Resume, ValueKind};
 
-use crate::data::DatasetFormat;
+use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use crate::store::TargetModules;
@@ -38,6 +40,7 @@ impl Key {
         match defaults.get(self.name)? {
             serde_json::Value::Null => None,
             serde_json::Value::String(text) if text.is_empty() => None,
+            serde_json::Value::Array(items) if items.is_empty() => None,
             serde_json::Value::String(text) => Some(text.clone()),
             other => Some(other.to_string()),
         }
@@ -93,28 +96,42 @@ train_config! {
     adapter: Option<PathBuf> = None;
     /// Run directory: metrics, checkpoints and the final adapter
     output_dir: PathBuf = PathBuf::from("./output");
-    /// Training data file (required)
-    dataset: PathBuf = PathBuf::new();
-    /// Evaluation data file
+    /// Training data (required): a file, a directory of them, a name on the Hugging Face hub, or several of these
+    dataset: DatasetList = DatasetList::default();
+    /// How often each data set of several is used in an epoch: 2 twice, 0.5 half of its rows; unset: once
+    dataset_weights: Option<DatasetWeights> = None;
+    /// Evaluation data, named in the same ways
     eval_dataset: Option<PathBuf> = None;
-    /// tokenized, messages, alpaca or input-output; unset: recognised from the first row
+    /// What a row looks like; unset: recognised from the first row, see README
     dataset_format: Option<DatasetFormat> = None;
-    /// Longest source, in tokens; the rest is cut off
+    /// Columns that the format calls otherwise: instruction=question,output=answer
+    dataset_columns: DatasetColumns = DatasetColumns::default();
+    /// Longest source, in tokens
     source_max_len: usize = 1024;
-    /// Longest target, in tokens; the rest is cut off
-    target_max_len: usize = 256;
+    /// Longest target, in tokens; unset: 256, and 128 for super-natural-instructions
+    target_max_len: Option<usize> = None;
     /// Longest sequence, in tokens
     max_seq_len: Option<usize> = None;
+    /// What becomes of longer rows: truncate, drop or error
+    excess_length_strategy: ExcessLength = ExcessLength::Truncate;
     /// Take the loss on the source as well
     train_on_source: bool = false;
+    /// Of a conversation, take the loss on the last answer only
+    mask_history: bool = false;
     /// Shuffle the rows anew in each epoch; false: file order
     shuffle: bool = true;
-    /// Use only so many training rows
+    /// Shuffle so that rows of about one length come together, the longest first
+    group_by_length: bool = false;
+    /// Lay rows together into sequences of max_seq_len tokens; they do not see each other
+    packing: bool = false;
+    /// Use only so many rows of each training data set
     max_train_samples: Option<usize> = None;
     /// Use only so many evaluation rows
     max_eval_samples: Option<usize> = None;
     /// Rows split off the training data for evaluation, chosen by data_seed
     eval_dataset_size: Option<usize> = None;
+    /// Where tokenized rows are kept for the next run; unset: for large files, qlora/ in the user's cache directory
+    dataset_cache_dir: Option<PathBuf> = None;
 
     ["Quantization and LoRA"]
     /// 4-bit code for weights that are not quantized yet: nf4 or fp4
@@ -135,6 +152,8 @@ train_config! {
     ["Optimization"]
     /// Sequences in a micro-batch
     per_device_train_batch_size: usize = 1;
+    /// Tokens in a micro-batch, filled with as many rows as fit, instead of a number of sequences
+    per_device_train_batch_tokens: Option<usize> = None;
     /// Taken for the sake of qlora.py; evaluation takes one sequence at a time
     per_device_eval_batch_size: usize = 1;
     /// Micro-batches in an optimizer step
@@ -221,11 +240,14 @@ impl TrainConfig {
     /// and [`Error::Io`] for the file.
     pub fn load(path: Option<&Path>, overrides: &[(String, String)]) -> Result<Self> {
         let config = Self::load_partial(path, overrides)?;
-        for (key, value) in [
-            ("model_name_or_path", &config.model_name_or_path),
-            ("dataset", &config.dataset),
+        for (key, is_missing) in [
+            (
+                "model_name_or_path",
+                config.model_name_or_path.as_os_str().is_empty(),
+            ),
+            ("dataset", config.dataset.0.is_empty()),
         ] {
-            if value.as_os_str().is_empty() {
+            if is_missing {
                 return Err(Error::config(
                     key,
                     format!("is required; give it in the config file or as --{key} PATH"),
@@ -262,8 +284,12 @@ impl TrainConfig {
 
     /// Tokens of the longest sequence: `max_seq_len`, or what source and target may have together.
     pub fn longest_sequence(&self) -> usize {
+        let format = self.dataset_format.unwrap_or(DatasetFormat::Alpaca);
+        let target_max_len = self
+            .target_max_len
+            .unwrap_or(format.default_target_max_len());
         self.max_seq_len
-            .unwrap_or(self.source_max_len + self.target_max_len)
+            .unwrap_or(self.source_max_len + target_max_len)
     }
 
     /// How weights that are not in 4 bits yet are quantized.
@@ -296,6 +322,7 @@ impl TrainConfig {
         self.validate_sizes()?;
         self.validate_optimization()?;
         self.validate_best_model()?;
+        self.validate_batches()?;
         if self.eval_dataset.is_some() && self.eval_dataset_size.is_some() {
             return Err(Error::config(
                 "eval_dataset_size",
@@ -343,13 +370,17 @@ impl TrainConfig {
         let at_least_one = [
             ("lora_r", Some(self.lora_r)),
             ("source_max_len", Some(self.source_max_len)),
-            ("target_max_len", Some(self.target_max_len)),
+            ("target_max_len", self.target_max_len),
             ("max_train_samples", self.max_train_samples),
             ("max_eval_samples", self.max_eval_samples),
             ("eval_dataset_size", self.eval_dataset_size),
             (
                 "per_device_train_batch_size",
                 Some(self.per_device_train_batch_size),
+            ),
+            (
+                "per_device_train_batch_tokens",
+                self.per_device_train_batch_tokens,
             ),
             (
                 "per_device_eval_batch_size",
@@ -394,6 +425,44 @@ impl TrainConfig {
             }
         }
         Ok(())
+    }
+
+    fn validate_batches(&self) -> Result<()> {
+        if let Some(weights) = &self.dataset_weights
+            && weights.0.len() != self.dataset.0.len()
+        {
+            let reason = format!(
+                "has {} weights for {} data sets",
+                weights.0.len(),
+                self.dataset.0.len()
+            );
+            return Err(Error::config("dataset_weights", reason));
+        }
+        if self.packing && self.max_seq_len.is_none() {
+            return Err(Error::config(
+                "packing",
+                "fills sequences of max_seq_len tokens; give max_seq_len",
+            ));
+        }
+        let has_token_budget = self.per_device_train_batch_tokens.is_some();
+        #[rustfmt::skip]
+        let conflicts = [
+            ("group_by_length", self.group_by_length, "packing", self.packing),
+            ("group_by_length", self.group_by_length, "per_device_train_batch_tokens", has_token_budget),
+            ("group_by_length", self.group_by_length, "shuffle = false", !self.shuffle),
+            ("packing", self.packing, "per_device_train_batch_tokens", has_token_budget),
+            ("per_device_train_batch_tokens", has_token_budget, "per_device_train_batch_size", self.per_device_train_batch_size != 1),
+        ];
+        match conflicts
+            .into_iter()
+            .find(|(_, one, _, other)| *one && *other)
+        {
+            Some((key, _, other, _)) => Err(Error::config(
+                key,
+                format!("orders the rows in another way than {other}; give one of them"),
+            )),
+            None => Ok(()),
+        }
     }
 
     fn validate_optimization(&self) -> Result<()> {

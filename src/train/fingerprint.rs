@@ -22,6 +22,7 @@ pub const KEYS_WITHOUT_EFFECT: &[&str] = &[
     "adapter",
     "output_dir",
     "dataset",
+    "dataset_cache_dir",
     "eval_dataset",
     "max_eval_samples",
     "per_device_eval_batch_size",
@@ -56,7 +57,11 @@ pub struct Fingerprint {
 impl Fingerprint {
     /// # Errors
     /// Those of [`Checkpoint::fingerprint`].
-    pub fn new(config: &TrainConfig, base: &Checkpoint, rows: &[Example]) -> Result<Self> {
+    pub fn new(
+        config: &TrainConfig,
+        base: &Checkpoint,
+        rows: impl Iterator<Item = Example>,
+    ) -> Result<Self> {
         Ok(Self {
             config: effective_keys(config)?,
             base_model_sha256: base.fingerprint()?,
@@ -117,7 +122,7 @@ fn effective_keys(config: &TrainConfig) -> Result<BTreeMap<String, Value>> {
         .collect())
 }
 
-fn rows_sha256(rows: &[Example]) -> String {
+fn rows_sha256(rows: impl IntoIterator<Item = Example>) -> String {
     let mut hash = Sha256::new();
     for row in rows {
         hash.update((row.input_ids.len() as u64).to_le_bytes());
@@ -188,9 +193,9 @@ mod tests {
             line: 1,
         };
         let digests = [
-            rows_sha256(&[row(&[1, 2]), row(&[3])]),
-            rows_sha256(&[row(&[1]), row(&[2, 3])]),
-            rows_sha256(&[row(&[1, 2]), row(&[4])]),
+            rows_sha256([row(&[1, 2]), row(&[3])]),
+            rows_sha256([row(&[1]), row(&[2, 3])]),
+            rows_sha256([row(&[1, 2]), row(&[4])]),
         ];
         assert!(digests[0] != digests[1] && digests[0] != digests[2]);
     }

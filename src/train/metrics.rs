@@ -31,7 +31,7 @@ pub struct StepRecord {
     pub peak_memory_bytes: Option<u64>,
     /// The lines of the data that made the step be skipped (`on_non_finite`); empty for a step that was taken.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub skipped_rows: Vec<usize>,
+    pub skipped_rows: Vec<String>,
 }
 
 fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
@@ -237,13 +237,13 @@ mod tests {
         let skipped = StepRecord {
             loss: f64::NAN,
             grad_norm: f64::INFINITY,
-            skipped_rows: vec![3, 9],
+            skipped_rows: vec!["3".into(), "9".into()],
             ..step(1)
         };
         let json = serde_json::to_string(&skipped).unwrap();
-        assert!(json.contains(r#""loss":null"#) && json.contains(r#""skipped_rows":[3,9]"#));
+        assert!(json.contains(r#""loss":null"#) && json.contains(r#""skipped_rows":["3","9"]"#));
         let read: StepRecord = serde_json::from_str(&json).unwrap();
-        assert!(read.loss.is_nan() && read.skipped_rows == [3, 9]);
+        assert!(read.loss.is_nan() && read.skipped_rows == ["3", "9"]);
         let taken = serde_json::to_string(&step(1)).unwrap();
         assert!(!taken.contains("skipped_rows"));
     }

@@ -1,5 +1,6 @@
 //! Training: the configuration, the step, the optimizer, schedules, checkpoints and metrics.
 
+pub mod batch_plan;
 mod best_model;
 pub mod checkpoint;
 mod checkpoint_writer;
@@ -18,6 +19,7 @@ pub mod schedule;
 mod synthetic;
 mod trainer;
 
+pub use batch_plan::BatchPlan;
 pub use best_model::BestModel;
 pub use config::TrainConfig;
 pub use fingerprint::Fingerprint;
@@ -26,6 +28,6 @@ pub use replay::{ReplayOptions, ReplayReport, replay};
 pub use requests::Requests;
 pub use resume::Resumed;
 pub use run::{Event, Outcome};
-pub use run_data::RunData;
+pub use run_data::{RunData, Source, load_options};
 pub use synthetic::{Shape, SyntheticRun};
 pub use trainer::Trainer;

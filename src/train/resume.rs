@@ -237,7 +237,7 @@ mod tests {
     fn trainer(output_dir: &Path, resume_from_checkpoint: Resume) -> Trainer {
         let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/engine/llama_gqa");
         let config = TrainConfig {
-            dataset: case.join("train/data.jsonl"),
+            dataset: case.join("train/data.jsonl").into(),
             model_name_or_path: case,
             output_dir: output_dir.to_path_buf(),
             lora_r: 4,

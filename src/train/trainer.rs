@@ -11,9 +11,9 @@ use super::metrics::{EvalRecord, StepRecord};
 use super::optimizer::Optimizer;
 use super::plan::{Engine, LongestBatch, Plan, Workload};
 use super::resume::Resumed;
-use super::run_data::{RunData, load_data};
+use super::run_data::RunData;
 use super::schedule::Schedule;
-use crate::data::{Batch, Example, RowOrder};
+use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
 use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
 use crate::model::{Decoder, DecoderConfig, MicroBatch, Regularization, block_sizes};
@@ -31,7 +31,7 @@ pub struct Trainer {
     workload: Workload,
     plan: Plan,
     data: RunData,
-    order: RowOrder,
+    order: SequenceOrder,
     pub(super) optimizer: Optimizer,
     pub(super) schedule: Schedule,
     pub(super) total_steps: usize,
@@ -45,10 +45,10 @@ pub struct Trainer {
     pub(super) resumed: Option<Resumed>,
 }
 
-/// A micro-batch, with the lines of its rows in the data file.
+/// A micro-batch, with the training rows that it is made of.
 struct SourcedBatch {
     batch: Batch,
-    lines: Vec<usize>,
+    rows: Vec<usize>,
 }
 
 /// So many steps in a row may be skipped (`on_non_finite`): after more, it is the run that is broken and not a row.
@@ -63,7 +63,9 @@ impl Trainer {
     pub fn new(config: TrainConfig, placement: &Placement) -> Result<Self> {
         let base = store::Checkpoint::open(&config.model_name_or_path)?;
         let model = DecoderConfig::from_json(base.config(), &base.config_path())?;
-        let data = load_data(&config, model.vocab_size)?;
+        let tokenizer = Tokenizer::find(&config.model_name_or_path)?;
+        let data = RunData::load(&config, tokenizer.as_ref(), Some(model.vocab_size))?;
+        let mut order = data.order(&config);
         let adapter = config.adapter.as_ref().map(Adapter::read).transpose()?;
         let adapter_config = match &adapter {
             Some(Adapter { config: found, .. }) => AdapterConfig {
@@ -79,7 +81,13 @@ impl Trainer {
             moments: config.optim.into(),
             micro_batches: config.gradient_accumulation_steps,
             dropout: adapter_config.lora_dropout > 0.0,
-            ..Workload::new(model, blocks, engine, lora, longest_batch(&config, &data))
+            ..Workload::new(
+                model,
+                blocks,
+                engine,
+                lora,
+                LongestBatch::full(config.per_device_train_batch_size, order.longest_sequence()),
+            )
         };
         let plan = Plan::of_run(&config, &workload, placement)?;
         let placement = Placement {
@@ -95,26 +103,20 @@ impl Trainer {
         }
         let batch = config.per_device_train_batch_size * config.gradient_accumulation_steps;
         let total_steps = match config.epochs() {
-            Some(epochs) => (data.train.examples.len() as f64 * epochs / batch as f64)
-                .ceil()
-                .max(1.0) as usize,
+            Some(epochs) => (order.sequences(epochs) / batch as f64).ceil().max(1.0) as usize,
             None => config.max_steps as usize,
         };
         let mut trainer = Self {
             workload,
             plan,
-            order: RowOrder::new(
-                data.train.examples.len(),
-                config.data_seed,
-                config.shuffle.into(),
-            ),
+            order,
             optimizer: Optimizer::new(&config, &decoder)?,
             schedule: Schedule::from_config(&config, total_steps),
             state: TrainerState {
                 total_steps,
                 ..TrainerState::default()
             },
-            fingerprint: Fingerprint::new(&config, &base, &data.train.examples)?,
+            fingerprint: Fingerprint::new(&config, &base, data.train_examples())?,
             base_files: base.watch(),
             disk: Arc::new(SystemDisk),
             known_checkpoints: Vec::new(),
@@ -205,7 +207,11 @@ impl Trainer {
             self.state.optimizer_updates += 1;
             self.state.skipped_in_a_row = 0;
         } else {
-            skipped_rows = suspects(&micro_batches[taken_up..], &losses.is_finite);
+            let suspects = suspects(&micro_batches[taken_up..], &losses.is_finite);
+            skipped_rows = suspects
+                .iter()
+                .map(|&row| self.data.row_name(row))
+                .collect();
             self.expect_skip_allowed(loss, grad_norm, &skipped_rows)?;
             self.state.skipped_in_a_row += 1;
         }
@@ -228,7 +234,7 @@ impl Trainer {
 
     /// Scores the evaluation rows; `None` if the run has none.
     pub fn evaluate(&self) -> Result<Option<EvalRecord>> {
-        let Some(rows) = &self.data.eval else {
+        let Some(rows) = self.data.eval_examples() else {
             return Ok(None);
         };
         let evaluation = evaluate(&self.decoder, rows, LogProbs::Omit, |_, _| Ok(()))?;
@@ -306,12 +312,16 @@ impl Trainer {
         (0..self.config.gradient_accumulation_steps)
             .map(|micro_batch| {
                 let start = self.state.examples_seen + (micro_batch * rows) as u64;
-                let examples: Vec<&Example> = (start..start + rows as u64)
-                    .map(|position| &self.data.train.examples[self.order.row(position)])
+                let rows: Vec<usize> = (start..start + rows as u64)
+                    .flat_map(|position| self.order.rows(position).to_vec())
+                    .collect();
+                let examples: Vec<Example> = rows
+                    .iter()
+                    .map(|&row| self.data.train_example(row))
                     .collect();
                 SourcedBatch {
-                    batch: Batch::from_examples(&examples),
-                    lines: examples.iter().map(|example| example.line).collect(),
+                    batch: Batch::from_examples(&examples.iter().collect::<Vec<_>>()),
+                    rows,
                 }
             })
             .collect()
@@ -333,10 +343,10 @@ impl Trainer {
             self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps;
         self.state.global_step += 1;
         self.state.examples_seen += batch as u64;
-        self.state.epoch = self.state.examples_seen as f64 / self.data.train.examples.len() as f64;
+        self.state.epoch = self.order.epochs(self.state.examples_seen);
     }
 
-    fn expect_skip_allowed(&self, loss: f64, grad_norm: f64, rows: &[usize]) -> Result<()> {
+    fn expect_skip_allowed(&self, loss: f64, grad_norm: f64, rows: &[String]) -> Result<()> {
         let skips = self.config.on_non_finite == OnNonFinite::Skip;
         if skips && self.state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW {
             return Ok(());
@@ -345,7 +355,7 @@ impl Trainer {
             step: self.state.global_step + 1,
             loss,
             grad_norm,
-            dataset: self.config.dataset.clone(),
+            dataset: self.config.dataset.to_string(),
             rows: rows.to_vec(),
             hint: match skips {
                 true => "so were the steps before it; lower learning_rate",
@@ -383,22 +393,15 @@ impl StepLosses {
     }
 }
 
-/// The longest micro-batch that the training rows can make.
-fn longest_batch(config: &TrainConfig, data: &RunData) -> LongestBatch {
-    let sizes = |example: &Example| (example.input_ids.len(), example.target_count());
-    let rows = data.train.examples.iter().map(sizes);
-    LongestBatch::of(rows, config.per_device_train_batch_size)
-}
-
-/// The lines of the micro-batches whose loss is not finite; all of them where every loss is, and so it is the gradient.
+/// The rows of the micro-batches whose loss is not finite; all of them where every loss is, and so it is the gradient.
 fn suspects(micro_batches: &[SourcedBatch], is_finite: &[bool]) -> Vec<usize> {
     let all_finite = is_finite.iter().all(|finite| *finite);
     let suspects = micro_batches.iter().zip(is_finite);
     let suspects = suspects.filter(|(_, finite)| all_finite || !**finite);
-    let mut lines: Vec<usize> = suspects.flat_map(|(m, _)| m.lines.clone()).collect();
-    lines.sort_unstable();
-    lines.dedup();
-    lines
+    let mut rows: Vec<usize> = suspects.flat_map(|(m, _)| m.rows.clone()).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    rows
 }
 
 fn new_adapter_config(config: &TrainConfig) -> AdapterConfig {

@@ -1,5 +1,8 @@
 //! The fixtures of `make_data.py`, and data files made on the spot.
 
+// Each test file uses a part of it.
+#![allow(dead_code)]
+
 use std::path::{Path, PathBuf};
 
 use qlora::Error;

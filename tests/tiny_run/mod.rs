@@ -19,7 +19,7 @@ pub fn model() -> PathBuf {
 /// Twenty steps of two micro-batches, with evaluations and checkpoints every five.
 pub fn config(output_dir: &Path) -> TrainConfig {
     TrainConfig {
-        dataset: model().join("train/data.jsonl"),
+        dataset: model().join("train/data.jsonl").into(),
         model_name_or_path: model(),
         output_dir: output_dir.to_path_buf(),
         eval_dataset_size: Some(4),

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::data::DatasetFormat;
+use super::{DatasetColumns, DatasetList, DatasetWeights};
+use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::quant::QuantType;
 use crate::store::TargetModules;
@@ -23,6 +24,10 @@ pub enum ValueKind {
     Text,
     /// One text, or a list of texts.
     List,
+    /// One number, or a list of numbers.
+    Numbers,
+    /// `name=other` pairs.
+    Pairs,
     /// `true`, `false` or a path.
     BoolOrPath,
 }
@@ -37,6 +42,8 @@ impl ValueKind {
             Self::Path => "PATH",
             Self::Text => "NAME",
             Self::List => "NAMES",
+            Self::Numbers => "X,X",
+            Self::Pairs => "A=B",
             Self::BoolOrPath => "BOOL|PATH",
         }
     }
@@ -59,6 +66,8 @@ impl ValueKind {
             Self::Path => "a path",
             Self::Text => "a name",
             Self::List => "a name or a list of names",
+            Self::Numbers => "a number or a list of numbers",
+            Self::Pairs => "pairs such as instruction=question",
             Self::BoolOrPath => "true, false or a path",
         };
         let found = match &value {
@@ -80,7 +89,26 @@ impl ValueKind {
             (Self::Path | Self::Text | Self::List, Value::String(text)) => {
                 Some(Value::String(text))
             }
-            (Self::List, Value::Array(items)) => items
+            (Self::Numbers, Value::String(text)) => {
+                let numbers = text.split(',').map(|number| parse_finite(number.trim()));
+                numbers.collect::<Option<Vec<f64>>>().map(Value::from)
+            }
+            (Self::Numbers, Value::Number(number)) => Some(Value::Array(vec![number.into()])),
+            (Self::Numbers, Value::Array(items)) => items
+                .iter()
+                .all(Value::is_number)
+                .then_some(Value::Array(items)),
+            (Self::Pairs, Value::String(text)) => Some(
+                text.split(',')
+                    .map(|pair| pair.trim().to_string())
+                    .collect(),
+            ),
+            (Self::Pairs, Value::Object(pairs)) => pairs
+                .into_iter()
+                .map(|(name, other)| Some(format!("{name}={}", other.as_str()?)))
+                .collect::<Option<Vec<String>>>()
+                .map(Value::from),
+            (Self::List | Self::Pairs, Value::Array(items)) => items
                 .iter()
                 .all(Value::is_string)
                 .then_some(Value::Array(items)),
@@ -122,6 +150,10 @@ config_value! {
     f64 => Number,
     PathBuf => Path,
     DatasetFormat => Text,
+    DatasetList => List,
+    DatasetWeights => Numbers,
+    DatasetColumns => Pairs,
+    ExcessLength => Text,
     QuantType => Text,
     SchedulerType => Text,
     Optim => Text,

@@ -20,26 +20,12 @@ pub struct LongestBatch {
 }
 
 impl LongestBatch {
-    /// Of micro-batches of `sequences` rows that have the longest length and loss on every token.
+    /// Of `sequences` sequences of the longest length, with loss on every token.
     pub fn full(sequences: usize, length: usize) -> Self {
         Self {
             rows: sequences * length,
             label_rows: sequences * length,
             positions: length,
-        }
-    }
-
-    /// Of micro-batches of any `sequences` of these rows, given by their tokens and those of them that carry loss.
-    pub fn of(rows: impl Iterator<Item = (usize, usize)>, sequences: usize) -> Self {
-        let (mut lengths, mut labels): (Vec<_>, Vec<_>) = rows.unzip();
-        let largest = |sizes: &mut Vec<usize>| -> usize {
-            sizes.sort_unstable_by_key(|&size| std::cmp::Reverse(size));
-            sizes.iter().take(sequences).sum()
-        };
-        Self {
-            rows: largest(&mut lengths),
-            label_rows: largest(&mut labels),
-            positions: lengths.first().copied().unwrap_or(0),
         }
     }
 }
