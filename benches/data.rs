@@ -76,7 +76,7 @@ fn write_tokenizer(dir: &Path) {
         .vocab_size(VOCAB_SIZE)
         .show_progress(false)
         .special_tokens(special.to_vec())
-        .initial_alphabet(ByteLevel::alphabet())
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
     let mut tokenizer = TokenizerBuilder::new()
         .with_model(BPE::default())

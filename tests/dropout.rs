@@ -276,7 +276,7 @@ placement_test!(
 fn config(output_dir: &Path, lora_dropout: Option<f64>) -> TrainConfig {
     let case = ReferenceCase::read("llama_gqa").dir;
     TrainConfig {
-        dataset: case.join("train/data.jsonl"),
+        dataset: case.join("train/data.jsonl").into(),
         model_name_or_path: case,
         output_dir: output_dir.to_path_buf(),
         lora_r: 4,
@@ -377,7 +377,7 @@ fn a_step_has_a_mask_for_each_of_its_micro_batches() {
     std::fs::write(&dataset, rows).unwrap();
     let config = TrainConfig {
         adapter: Some(case.dir.join("adapter")),
-        dataset,
+        dataset: dataset.into(),
         per_device_train_batch_size: 1,
         ..config(dir.path(), Some(P))
     };
@@ -385,7 +385,7 @@ fn a_step_has_a_mask_for_each_of_its_micro_batches() {
     trainer.step().unwrap();
 
     let decoder = case.decoder();
-    let batch = Batch::from_examples(&[&trainer.data().train.examples[0]]);
+    let batch = Batch::from_examples(&[&trainer.data().train_example(0)]);
     let with = |micro_batches: [usize; 2]| {
         qlora::ops::adamw::zero(decoder.parameters().grads()).unwrap();
         for number in micro_batches {
@@ -416,7 +416,7 @@ fn evaluation_drops_nothing() {
     let found = trainer.evaluate().unwrap().unwrap().eval_loss;
     let checkpoint = trainer.save_checkpoint().unwrap();
     let decoder = decoder_with_adapter(&case.dir, &checkpoint, &Placement::cpu());
-    let rows = trainer.data().eval.as_ref().unwrap();
+    let rows = trainer.data().eval_examples().unwrap();
     let expected = evaluate(&decoder, rows, LogProbs::Omit, |_, _| Ok(())).unwrap();
     assert_eq!(found, expected.loss);
 }

@@ -121,7 +121,7 @@ fn sequences_that_are_not_those_of_the_rows_are_refused() {
 fn config(output_dir: &Path, neftune_noise_alpha: Option<f64>) -> TrainConfig {
     let case = ReferenceCase::read("llama_gqa").dir;
     TrainConfig {
-        dataset: case.join("train/data.jsonl"),
+        dataset: case.join("train/data.jsonl").into(),
         model_name_or_path: case,
         output_dir: output_dir.to_path_buf(),
         eval_dataset_size: Some(3),
@@ -185,7 +185,7 @@ fn evaluation_adds_no_noise() {
     let found = trainer.evaluate().unwrap().unwrap().eval_loss;
     let checkpoint = trainer.save_checkpoint().unwrap();
     let decoder = decoder_with_adapter(&case.dir, &checkpoint, &Placement::cpu());
-    let rows = trainer.data().eval.as_ref().unwrap();
+    let rows = trainer.data().eval_examples().unwrap();
     let expected = evaluate(&decoder, rows, LogProbs::Omit, |_, _| Ok(())).unwrap();
     assert_eq!(found, expected.loss);
 }

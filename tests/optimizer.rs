@@ -134,7 +134,7 @@ placement_test!(in_every_order the_cpu_gives_the_bits_of_the_kernel, |placement|
 fn config(output_dir: &Path, optim: Optim) -> TrainConfig {
     let case = ReferenceCase::read("llama_gqa").dir;
     TrainConfig {
-        dataset: case.join("train/data.jsonl"),
+        dataset: case.join("train/data.jsonl").into(),
         model_name_or_path: case,
         output_dir: output_dir.to_path_buf(),
         lora_r: 64,

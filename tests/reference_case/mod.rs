@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 use qlora::data::{Batch, Example};
 use qlora::device::Placement;
-use qlora::model::{Decoder, MicroBatch, Sequences};
+use qlora::model::{Decoder, MicroBatch, Regularization, Sequences};
 use qlora::ops::dropout::Dropout;
 use qlora::store::{Adapter, Checkpoint};
 use safetensors::tensor::{Dtype, SafeTensors};
