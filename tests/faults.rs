@@ -196,8 +196,11 @@ fn a_disk_that_is_full_stops_the_run_and_the_rest_is_done_when_there_is_room() {
         shell.args(["--max_steps", "20", "--resume_from_checkpoint", "true"]);
         shell.output().unwrap()
     };
-    let error = error_line(&limited(8));
+    let output = limited(8);
+    let error = error_line(&output);
     assert!(error.contains("checkpoint-10"), "{error}");
+    let hint = "checkpoint-5; --resume_from_checkpoint true continues from it";
+    assert!(stderr(&output).contains(hint), "{}", stderr(&output));
     let left = names(dir.path());
     assert!(left.contains(&"checkpoint-5".to_string()), "{left:?}");
     assert!(
