@@ -216,20 +216,23 @@ fn a_disk_that_is_full_stops_the_run_and_the_rest_is_done_when_there_is_room() {
 fn a_directory_that_is_removed_under_the_run_has_the_state_again() {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("run");
-    // When a checkpoint is complete: one that is on its way would fail, and the run would end with that.
-    let mut is_saved = false;
-    let removes_after_a_checkpoint = |event: Event<'_>| match event {
-        Event::Checkpoint(_) => is_saved = true,
-        Event::Step(_) if std::mem::take(&mut is_saved) => fs::remove_dir_all(&output).unwrap(),
-        _ => {}
+    // Before the first checkpoint: one that is on its way would fail, and the run would end with that.
+    let removes_at_step_7 = |event: Event<'_>| {
+        if let Event::Step(record) = event
+            && record.step == 7
+        {
+            fs::remove_dir_all(&output).unwrap();
+        }
     };
-    let mut trainer = trainer(config(&output)).unwrap();
-    let error = trainer.run(&AtomicBool::new(false), removes_after_a_checkpoint);
+    let saves_at_15 = TrainConfig {
+        save_steps: 15,
+        ..config(&output)
+    };
+    let mut trainer = trainer(saves_at_15).unwrap();
+    let error = trainer.run(&AtomicBool::new(false), removes_at_step_7);
     let error = error.unwrap_err().to_string();
     assert!(error.contains("metrics.jsonl"), "{error}");
-    let left = names(&output);
-    assert_eq!(left.len(), 1, "{left:?}");
-    assert!(left[0].starts_with("checkpoint-"), "{left:?}");
+    assert_eq!(names(&output), ["checkpoint-15"]);
 
     let whole = tempfile::tempdir().unwrap();
     run(config(whole.path())).unwrap();
