@@ -196,8 +196,11 @@ fn a_disk_that_is_full_stops_the_run_and_the_rest_is_done_when_there_is_room() {
         shell.args(["--max_steps", "20", "--resume_from_checkpoint", "true"]);
         shell.output().unwrap()
     };
-    let error = error_line(&limited(8));
+    let output = limited(8);
+    let error = error_line(&output);
     assert!(error.contains("checkpoint-10"), "{error}");
+    let hint = "checkpoint-5; --resume_from_checkpoint true continues from it";
+    assert!(stderr(&output).contains(hint), "{}", stderr(&output));
     let left = names(dir.path());
     assert!(left.contains(&"checkpoint-5".to_string()), "{left:?}");
     assert!(
@@ -213,6 +216,7 @@ fn a_disk_that_is_full_stops_the_run_and_the_rest_is_done_when_there_is_room() {
 fn a_directory_that_is_removed_under_the_run_has_the_state_again() {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("run");
+    // Before the first checkpoint: one that is on its way would fail, and the run would end with that.
     let removes_at_step_7 = |event: Event<'_>| {
         if let Event::Step(record) = event
             && record.step == 7
@@ -220,11 +224,15 @@ fn a_directory_that_is_removed_under_the_run_has_the_state_again() {
             fs::remove_dir_all(&output).unwrap();
         }
     };
-    let mut trainer = trainer(config(&output)).unwrap();
+    let saves_at_15 = TrainConfig {
+        save_steps: 15,
+        ..config(&output)
+    };
+    let mut trainer = trainer(saves_at_15).unwrap();
     let error = trainer.run(&AtomicBool::new(false), removes_at_step_7);
     let error = error.unwrap_err().to_string();
     assert!(error.contains("metrics.jsonl"), "{error}");
-    assert_eq!(names(&output), ["checkpoint-10"]);
+    assert_eq!(names(&output), ["checkpoint-15"]);
 
     let whole = tempfile::tempdir().unwrap();
     run(config(whole.path())).unwrap();

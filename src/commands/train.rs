@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::device::Placement;
-use qlora::train::{Event, Outcome, Requests, TrainConfig, Trainer};
+use qlora::train::{Event, Outcome, Requests, TrainConfig, Trainer, checkpoint};
 
 use super::interrupt::Signals;
 use super::{ConfigFlags, Interrupted};
@@ -106,6 +106,13 @@ pub fn train(trainer: &mut Trainer) -> anyhow::Result<Outcome> {
         Event::Notice(text) => super::log(&bar, text.to_string()),
     });
     bar.finish_and_clear();
+    let newest = checkpoint::list(&trainer.config().output_dir);
+    if let (Err(_), Some(newest)) = (&outcome, newest.unwrap_or_default().pop()) {
+        super::note(&format!(
+            "the newest checkpoint is {}; --resume_from_checkpoint true continues from it",
+            newest.display()
+        ));
+    }
     Ok(outcome?)
 }
 

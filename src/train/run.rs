@@ -43,6 +43,8 @@ struct Outputs<'o> {
     saves: CheckpointWriter,
     /// The checkpoint of the latest position that has one.
     newest: Option<PathBuf>,
+    /// Whether the latest one could not be written.
+    save_failed: bool,
     observe: &'o mut dyn FnMut(Event<'_>),
 }
 
@@ -138,7 +140,7 @@ impl Trainer {
     /// Starts a checkpoint, unless there is one of this position.
     fn save(&mut self, outputs: &mut Outputs<'_>) -> Result<()> {
         let path = self.config.output_dir.join(self.state.checkpoint_name());
-        if outputs.newest.as_ref() == Some(&path) {
+        if outputs.newest.as_ref() == Some(&path) && !outputs.save_failed {
             return Ok(());
         }
         outputs.report_last_checkpoint()?;
@@ -154,18 +156,21 @@ impl Trainer {
         Ok(())
     }
 
-    /// Saves the state of before a step that failed without changing it.
+    /// Saves the state where the run ended with all of it: before a step that failed without changing it, and after a
+    /// checkpoint that could not be written, once more.
     fn save_from_before(&mut self, error: &Error, outputs: &mut Outputs<'_>) {
-        if matches!(
+        let failed_before_update = matches!(
             error,
             Error::NonFiniteStep { .. } | Error::OutOfDeviceMemory { .. }
-        ) {
-            self.state.partial_step = None;
-            // The error that ended the run is the one to tell.
-            if let Err(second) = self.save(outputs) {
-                let notice = format!("the state could not be saved: {second}");
-                (outputs.observe)(Event::Notice(&notice));
-            }
+        );
+        if !failed_before_update && !outputs.save_failed {
+            return;
+        }
+        let saved = self.save(outputs);
+        // The error that ended the run is the one to tell.
+        if let Err(second) = saved.and_then(|()| outputs.report_last_checkpoint()) {
+            let notice = format!("the state could not be saved: {second}");
+            (outputs.observe)(Event::Notice(&notice));
         }
     }
 
@@ -219,6 +224,7 @@ impl Trainer {
                 self.config.save_total_limit,
             ),
             newest: self.known_checkpoints.contains(&here).then_some(here),
+            save_failed: false,
             observe,
         })
     }
@@ -266,20 +272,20 @@ impl Trainer {
 
 impl Outputs<'_> {
     fn report_finished_checkpoint(&mut self) -> Result<()> {
-        let finished = self.saves.finished()?;
-        self.report(finished);
-        Ok(())
+        let finished = self.saves.finished();
+        self.report(finished)
     }
 
     fn report_last_checkpoint(&mut self) -> Result<()> {
-        let last = self.saves.wait()?;
-        self.report(last);
-        Ok(())
+        let last = self.saves.wait();
+        self.report(last)
     }
 
-    fn report(&mut self, checkpoint: Option<PathBuf>) {
-        if let Some(path) = checkpoint {
+    fn report(&mut self, checkpoint: Result<Option<PathBuf>>) -> Result<()> {
+        self.save_failed = checkpoint.is_err();
+        if let Some(path) = checkpoint? {
             (self.observe)(Event::Checkpoint(&path));
         }
+        Ok(())
     }
 }

@@ -167,7 +167,6 @@ impl Trainer {
                 (0, 0.0)
             }
         };
-        let taken_up = done;
         let mut losses = StepLosses::after(loss_sum);
         let inputs: Vec<_> = micro_batches
             .iter()
@@ -207,7 +206,7 @@ impl Trainer {
             self.state.optimizer_updates += 1;
             self.state.skipped_in_a_row = 0;
         } else {
-            let suspects = suspects(&micro_batches[taken_up..], &losses.is_finite);
+            let suspects = suspects(&micro_batches, &losses.is_finite);
             skipped_rows = suspects
                 .iter()
                 .map(|&row| self.data.row_name(row))
@@ -394,10 +393,13 @@ impl StepLosses {
 }
 
 /// The rows of the micro-batches whose loss is not finite; all of them where every loss is, and so it is the gradient.
+/// `is_finite` is of the last micro-batches: those before a pause had a finite loss.
 fn suspects(micro_batches: &[SourcedBatch], is_finite: &[bool]) -> Vec<usize> {
-    let all_finite = is_finite.iter().all(|finite| *finite);
+    let before = vec![true; micro_batches.len() - is_finite.len()];
+    let is_finite = [&before, is_finite].concat();
+    let all_finite = !is_finite.contains(&false);
     let suspects = micro_batches.iter().zip(is_finite);
-    let suspects = suspects.filter(|(_, finite)| all_finite || !**finite);
+    let suspects = suspects.filter(|(_, finite)| all_finite || !finite);
     let mut rows: Vec<usize> = suspects.flat_map(|(m, _)| m.rows.clone()).collect();
     rows.sort_unstable();
     rows.dedup();
