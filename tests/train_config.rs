@@ -230,7 +230,11 @@ fn a_bad_value_is_an_error_that_names_its_key() {
             "expected one of `constant`",
         ),
         ("optim", "paged_adamw_8bit", "use adamw_8bit"),
-        ("dataset_format", "parquet", "expected one of `tokenized`"),
+        (
+            "dataset_format",
+            "parquet",
+            "expected `tokenized`, `messages`",
+        ),
         ("optim", "sgd", "use adamw_torch or adamw_8bit"),
         ("lora_target_modules", "(q_proj", "is not a regex"),
         ("compute_dtype", "bf16", "only f32 is supported on the CPU"),
