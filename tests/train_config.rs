@@ -226,7 +226,11 @@ fn a_bad_value_is_an_error_that_names_its_key() {
             "expected one of `constant`",
         ),
         ("optim", "paged_adamw_8bit", "not built yet"),
-        ("dataset_format", "parquet", "expected one of `tokenized`"),
+        (
+            "dataset_format",
+            "parquet",
+            "expected `tokenized`, `messages`",
+        ),
         ("optim", "sgd", "use adamw_torch"),
         ("lora_target_modules", "(q_proj", "is not a regex"),
         ("compute_dtype", "bf16", "only f32 is supported on the CPU"),

@@ -188,7 +188,11 @@ impl SequenceOrder {
         if !matches!(self.arrangement, Arrangement::Packed { .. }) {
             return Some(self.rows_in_an_epoch() as u64);
         }
-        let is_whole = |share: &Share| share.rows_in_an_epoch() % share.rows.len().max(1) == 0;
+        let is_whole = |share: &Share| {
+            share
+                .rows_in_an_epoch()
+                .is_multiple_of(share.rows.len().max(1))
+        };
         if !self.shares.iter().all(is_whole) {
             return None;
         }
