@@ -100,9 +100,14 @@ impl Row {
 mod tests {
     use super::*;
 
-    /// A row whose token ids are its positions; ranges are trained.
-    fn row(len: u32, trained: &[std::ops::Range<i64>]) -> Row {
-        let label = |i: i64| trained.iter().any(|range| range.contains(&i)).then_some(i);
+    /// A row whose token ids are its positions; ranges, each its start and its end, are trained.
+    fn row(len: u32, trained: &[[i64; 2]]) -> Row {
+        let label = |i: i64| {
+            trained
+                .iter()
+                .any(|[start, end]| (*start..*end).contains(&i))
+                .then_some(i)
+        };
         Row {
             input_ids: (0..len).collect(),
             labels: (0..i64::from(len))
@@ -123,14 +128,14 @@ mod tests {
     #[test]
     fn a_row_that_fits_stays_as_it_is() {
         assert_eq!(
-            cut(row(4, &[2..4]), 4, None),
+            cut(row(4, &[[2, 4]]), 4, None),
             ((0..4).collect(), Cut::default())
         );
     }
 
     #[test]
     fn a_prompt_loses_its_beginning_before_an_answer_loses_its_end() {
-        let (ids, found) = cut(row(10, &[7..10]), 6, None);
+        let (ids, found) = cut(row(10, &[[7, 10]]), 6, None);
         assert_eq!(ids, [4, 5, 6, 7, 8, 9]);
         assert_eq!(
             found,
@@ -143,13 +148,13 @@ mod tests {
 
     #[test]
     fn bos_stays_in_front_of_the_end_of_the_prompt() {
-        let (ids, _) = cut(row(10, &[7..10]), 6, Some(0));
+        let (ids, _) = cut(row(10, &[[7, 10]]), 6, Some(0));
         assert_eq!(ids, [0, 5, 6, 7, 8, 9]);
     }
 
     #[test]
     fn an_answer_longer_than_half_loses_its_end_and_that_is_said() {
-        let (ids, found) = cut(row(12, &[6..12]), 6, None);
+        let (ids, found) = cut(row(12, &[[6, 12]]), 6, None);
         assert_eq!(ids, [3, 4, 5, 6, 7, 8]);
         assert_eq!(
             found,
@@ -162,24 +167,24 @@ mod tests {
 
     #[test]
     fn several_answers_are_cut_on_the_right() {
-        let (ids, found) = cut(row(12, &[2..4, 8..12]), 10, None);
+        let (ids, found) = cut(row(12, &[[2, 4], [8, 12]]), 10, None);
         assert_eq!(ids, (0..10).collect::<Vec<_>>());
         assert!(found.answer);
-        let (ids, found) = cut(row(12, &[2..4, 8..12]), 6, None);
+        let (ids, found) = cut(row(12, &[[2, 4], [8, 12]]), 6, None);
         assert_eq!(ids, (0..6).collect::<Vec<_>>());
         assert!(!found.answer);
     }
 
     #[test]
     fn the_first_of_several_answers_stays_where_the_prompt_leaves_no_room() {
-        let (ids, found) = cut(row(20, &[10..12, 15..18]), 6, None);
+        let (ids, found) = cut(row(20, &[[10, 12], [15, 18]]), 6, None);
         assert_eq!(ids, [6, 7, 8, 9, 10, 11]);
         assert!(!found.answer);
     }
 
     #[test]
     fn a_row_without_a_prompt_is_cut_on_the_right() {
-        let (ids, found) = cut(row(5, std::slice::from_ref(&(0..5))), 3, Some(0));
+        let (ids, found) = cut(row(5, &[[0, 5]]), 3, Some(0));
         assert_eq!(ids, [0, 1, 2]);
         assert!(found.answer);
     }
