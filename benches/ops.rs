@@ -52,6 +52,7 @@ fn linears(c: &mut Criterion) {
             a: &a,
             b: &b,
             scaling: 2.0,
+            mask: None,
         };
         let (d_a, d_b) = (zeros(&[R, d_in]), zeros(&[d_out, R]));
         let (_, u) = linear::forward(&x, &weight, None, Some(lora)).unwrap();
@@ -79,7 +80,8 @@ fn linears(c: &mut Criterion) {
             format!("backward_input with LoRA {d_in}x{d_out}"),
             |bench| {
                 bench.iter(|| {
-                    linear::backward_input(black_box(&dy), &weight, Some((&du, &a)), None).unwrap()
+                    linear::backward_input(black_box(&dy), &weight, Some((&du, lora)), None)
+                        .unwrap()
                 });
             },
         );

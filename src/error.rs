@@ -82,25 +82,102 @@ pub enum Error {
     #[error("{0}")]
     Train(String),
 
+    /// The loss or the gradient of a step is not finite. The adapter is as before the step.
+    #[error(
+        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite, with {} of {}; {hint}",
+        rows_text(rows),
+        dataset
+    )]
+    NonFiniteStep {
+        /// Counted from 1.
+        step: usize,
+        loss: f64,
+        grad_norm: f64,
+        /// The training data, by its paths.
+        dataset: String,
+        /// The lines of the micro-batches it came up in, counted from 1.
+        rows: Vec<usize>,
+        hint: &'static str,
+    },
+
+    /// Another run writes to a run directory.
+    #[error(
+        "output_dir {}: {owner} is running in it; wait for its end or choose another directory, or remove {} if it is gone",
+        dir.display(), lock.display()
+    )]
+    Locked {
+        dir: PathBuf,
+        owner: String,
+        lock: PathBuf,
+    },
+
+    /// The device failed, or is gone.
+    #[error(
+        "the device failed; when it works again (nvidia-smi tells), continue with resume_from_checkpoint = true ({detail})"
+    )]
+    DeviceLost { detail: String },
+
     /// The device has no memory left for a tensor.
     #[error(
         "out of device memory; lower per_device_train_batch_size or max_seq_len, or set gradient_checkpointing ({detail})"
     )]
     OutOfDeviceMemory { detail: String },
 
+    #[error("the run needs {}, and {} are there: {advice}", gigabytes(*.needed), gigabytes(*.limit))]
+    DoesNotFit {
+        /// Bytes, with every block computing its activations again.
+        needed: u64,
+        /// Bytes.
+        limit: u64,
+        /// The smallest change that would fit.
+        advice: String,
+    },
+
     #[error(transparent)]
     Candle(candle_core::Error),
 }
 
+/// The driver's codes after which a CUDA context is of no more use.
+const DEVICE_FAILURES: [&str; 12] = [
+    "CUDA_ERROR_DEVICE_UNAVAILABLE",
+    "CUDA_ERROR_ECC_UNCORRECTABLE",
+    "CUDA_ERROR_EXTERNAL_DEVICE",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    "CUDA_ERROR_SYSTEM_NOT_READY",
+    "CUDA_ERROR_UNKNOWN",
+];
+
+/// `row 3`, `rows 3, 9, 12`, with an end after so many.
+fn rows_text(rows: &[usize]) -> String {
+    const SHOWN: usize = 16;
+    let shown: Vec<String> = rows.iter().take(SHOWN).map(usize::to_string).collect();
+    let plural = if rows.len() == 1 { "" } else { "s" };
+    let more = match rows.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("row{plural} {}{more}", shown.join(", "))
+}
+
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
+        // The driver's code, which candle carries as text alone.
         let detail = error.to_string();
-        // The driver's code for it, which candle carries as text alone.
-        if detail.contains("CUDA_ERROR_OUT_OF_MEMORY") {
-            return Self::OutOfDeviceMemory { detail };
+        match Self::from_driver(&detail, detail.clone()) {
+            Self::Train(_) => Self::Candle(error),
+            of_device => of_device,
         }
-        Self::Candle(error)
     }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 impl Error {
@@ -108,6 +185,17 @@ impl Error {
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
         move |source| Self::Io { path, source }
+    }
+
+    /// An error of the CUDA driver, told by its code: `text` has it somewhere.
+    pub(crate) fn from_driver(text: &str, detail: String) -> Self {
+        if text.contains("CUDA_ERROR_OUT_OF_MEMORY") {
+            return Self::OutOfDeviceMemory { detail };
+        }
+        match DEVICE_FAILURES.iter().any(|code| text.contains(code)) {
+            true => Self::DeviceLost { detail },
+            false => Self::Train(detail),
+        }
     }
 
     /// A file that is not what it should be.
@@ -124,5 +212,39 @@ impl Error {
             key: key.into(),
             reason: reason.into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from_driver(code: &str) -> Error {
+        candle_core::Error::Msg(format!("DriverError({code}, \"...\")")).into()
+    }
+
+    #[test]
+    fn failures_of_the_device_are_told_by_what_can_be_done() {
+        let memory = from_driver("CUDA_ERROR_OUT_OF_MEMORY");
+        assert!(matches!(memory, Error::OutOfDeviceMemory { .. }));
+        assert!(memory.to_string().contains("gradient_checkpointing"));
+        for code in DEVICE_FAILURES {
+            let lost = from_driver(code);
+            assert!(matches!(lost, Error::DeviceLost { .. }), "{code}");
+            let text = lost.to_string();
+            assert!(text.contains(code) && text.contains("resume_from_checkpoint"));
+        }
+        assert!(matches!(
+            from_driver("CUDA_ERROR_INVALID_VALUE"),
+            Error::Candle(_)
+        ));
+    }
+
+    #[test]
+    fn rows_are_listed_up_to_a_number() {
+        assert_eq!(rows_text(&[3]), "row 3");
+        let rows: Vec<usize> = (1..=20).collect();
+        let text = rows_text(&rows);
+        assert!(text.starts_with("rows 1, 2, ") && text.ends_with("15, 16 and 4 more"));
     }
 }

@@ -27,12 +27,16 @@ enum Command {
     Quantize(commands::quantize::Args),
     /// Fine-tune: train a LoRA adapter on a 4-bit model
     Train(commands::train::Args),
+    /// Say what a training run takes of a GPU's memory, and whether it fits, before it starts
+    Plan(Box<commands::plan::Args>),
     /// Measure how well a model predicts the rows of a data file
     Eval(commands::eval::Args),
     /// Write text from a prompt
     Generate(commands::generate::Args),
     /// Show what is in a data file, a model or an adapter
     Inspect(commands::inspect::Args),
+    /// Hold what a run left against what it does now
+    Verify(commands::verify::Args),
     /// Measure speed and memory on synthetic weights
     Bench(commands::bench::Args),
 }
@@ -40,9 +44,10 @@ enum Command {
 fn main() -> ExitCode {
     commands::die_quietly_on_closed_pipe();
     commands::keep_freed_memory();
+    commands::mapped_file_fault::explain();
     // clap prints its own errors and ends with status 2.
     let cli = Cli::parse();
-    match run(cli) {
+    match on_threads(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", commands::one_line(&error));
@@ -51,17 +56,25 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+/// Runs the command on one of the threads that share its work: an operation then has one thread less to wake (2 % of a
+/// training step).
+fn on_threads(cli: Cli) -> anyhow::Result<()> {
     if let Some(threads) = cli.threads {
         commands::use_threads(threads)?;
     }
+    rayon::scope(|_| run(cli))
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Quantize(args) => commands::quantize::run(args),
         Command::Demo(args) => commands::demo::run(args),
         Command::Train(args) => commands::train::run(args),
+        Command::Plan(args) => commands::plan::run(*args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Inspect(args) => commands::inspect::run(args),
+        Command::Verify(args) => commands::verify::run(args),
         Command::Bench(args) => commands::bench::run(args),
     }
 }

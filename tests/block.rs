@@ -9,6 +9,8 @@ use oracle::{Random, assert_close, f32, f64s, oracle};
 use qlora::device::Placement;
 use qlora::model::{ActivationPolicy, Decoder, InputGrad, Layout, Module};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
+use qlora::ops::dropout::Dropout;
+use qlora::ops::linear::ReferenceLora;
 use qlora::ops::rope::Positions;
 use qlora::ops::{gated_act, linear, residual, rms_norm, rope};
 use qlora::store::{Adapter, Checkpoint};
@@ -64,17 +66,23 @@ fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
     }
 }
 
-/// `inputs`: x, then A and B of each module.
+/// `inputs`: x, then A and B of each module; `factors`: what dropout multiplies the input of each adapter by.
 fn reference(
     inputs: &[Tensor],
     frozen: &Frozen,
     (cos, sin): (&Tensor, &Tensor),
     (segments, heads): (&[Segment], Heads),
     (eps, scaling): (f64, f64),
+    factors: Option<&[Tensor]>,
 ) -> Tensor {
     let project = |x: &Tensor, module: Module| {
         let i = module as usize;
-        let lora = (&inputs[1 + 2 * i], &inputs[2 + 2 * i], scaling);
+        let lora = ReferenceLora {
+            a: &inputs[1 + 2 * i],
+            b: &inputs[2 + 2 * i],
+            scaling,
+            dropout: factors.map(|factors| &factors[i]),
+        };
         linear::reference(x, &frozen.weights[i], frozen.biases[i].as_ref(), Some(lora)).unwrap()
     };
     let by_head = |t: Tensor| t.reshape((t.dim(0).unwrap(), (), heads.head_dim)).unwrap();
@@ -100,7 +108,7 @@ fn reference(
     residual::reference(&mid, &project(&act, Module::Down)).unwrap()
 }
 
-fn check(case: &str) {
+fn check(case: &str, dropout: Option<Dropout>) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/engine")
         .join(case);
@@ -145,6 +153,13 @@ fn check(case: &str) {
     }
     let scaling = decoder.linear(0, Module::Q).lora.as_ref().unwrap().scaling;
     let frozen = frozen(&decoder, &checkpoint);
+    let factors = dropout.map(|dropout| {
+        Module::ALL.map(|module| {
+            let mask = dropout.mask(0, module as usize);
+            mask.reference(n, config.linear_shape(module).1).unwrap()
+        })
+    });
+    let factors = factors.as_ref().map(|factors| &factors[..]);
     let (want, grads) = oracle(&mut random, &inputs, &dy, |t| {
         reference(
             t,
@@ -152,6 +167,7 @@ fn check(case: &str) {
             (&cos, &sin),
             (&segments, heads),
             (config.rms_norm_eps, scaling),
+            factors,
         )
     });
 
@@ -160,6 +176,7 @@ fn check(case: &str) {
         positions: &rows,
         segments: &segments,
         rope: &rope,
+        dropout,
     };
     let mut kept = Vec::new();
     for policy in [ActivationPolicy::Keep, ActivationPolicy::Recompute] {
@@ -198,20 +215,27 @@ fn check(case: &str) {
 
 #[test]
 fn a_block_of_odd_sizes_equals_its_reference() {
-    check("llama_odd");
+    check("llama_odd", None);
 }
 
 #[test]
 fn a_block_with_query_and_key_norm_equals_its_reference() {
-    check("qwen3");
+    check("qwen3", None);
+}
+
+#[test]
+fn a_block_with_dropout_equals_its_reference() {
+    for case in ["llama_odd", "qwen3", "qwen2"] {
+        check(case, Dropout::new(0.3, 5, 6, 7));
+    }
 }
 
 #[test]
 fn a_block_with_biases_equals_its_reference() {
-    check("qwen2");
+    check("qwen2", None);
 }
 
 #[test]
 fn a_block_with_a_sliding_window_equals_its_reference() {
-    check("mistral_sw");
+    check("mistral_sw", None);
 }

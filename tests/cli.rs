@@ -51,7 +51,7 @@ fn wrong_usage_ends_with_2_and_the_nearest_name() {
             &["train", "--lora_r", "-1"],
             "expected a non-negative integer, found `-1`",
         ),
-        (&["train", "--optim", "adamw_8bit"], "not built yet"),
+        (&["train", "--optim", "paged_adamw_8bit"], "not built yet"),
         (
             &["train", "--double_quant", "perhaps"],
             "expected true or false",
@@ -78,8 +78,8 @@ fn a_failure_ends_with_1_and_one_line() {
         (&["train", "missing.toml"], "missing.toml: No such file"),
         (&["train", "--lora_r", "0"], "`lora_r`: must be at least 1"),
         (
-            &["train", "--lora_dropout", "0.1"],
-            "`lora_dropout`: 0.1 is not supported yet",
+            &["train", "--lora_dropout", "1"],
+            "`lora_dropout`: must be at least 0 and less than 1",
         ),
         (
             &["train", "--packing"],
@@ -213,7 +213,7 @@ fn readme_shows_the_help_texts_as_they_are() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(&path).unwrap();
     let mut updated = readme.clone();
-    let names = ["qlora", "bench speed", "bench kernels"].map(str::to_string);
+    let names = ["qlora", "bench speed", "bench kernels", "verify run"].map(str::to_string);
     for name in names.into_iter().chain(commands()) {
         let arguments: Vec<&str> = name.split(' ').filter(|word| *word != "qlora").collect();
         let block = format!("\n```text\n{}```\n", help(&arguments));

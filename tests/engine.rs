@@ -9,7 +9,9 @@ use qlora::infer::{
     Finish, GenerateOptions, LogProbs, Sampler, SamplingOptions, evaluate, generate,
 };
 use qlora::model::{ActivationPolicy, Decoder, KvCache};
-use reference_case::{CASES, ReferenceCase, largest_difference, relative_error, sequences, values};
+use reference_case::{
+    CASES, ReferenceCase, largest_difference, micro_batch, relative_error, sequences, values,
+};
 
 /// Loss and gradients by name of the mean loss over the case's batch.
 fn gradients(
@@ -21,8 +23,9 @@ fn gradients(
     let targets = batch.target_count();
     let d_loss = 1.0 / targets as f32;
     let losses = decoder
-        .backward(sequences(&batch), &batch.labels, d_loss, policies)
+        .backward(&[micro_batch(&batch, None)], d_loss, policies)
         .unwrap()
+        .remove(0)
         .read()
         .unwrap();
     let loss = losses.iter().map(|l| f64::from(l.loss)).sum::<f64>() / targets as f64;
@@ -111,8 +114,7 @@ fn a_second_backward_adds_to_the_gradient() {
     let backward = || {
         decoder
             .backward(
-                sequences(&batch),
-                &batch.labels,
+                &[micro_batch(&batch, None)],
                 0.5,
                 &[ActivationPolicy::Keep; 2],
             )

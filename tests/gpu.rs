@@ -15,7 +15,9 @@ use qlora::infer::{GenerateOptions, LogProbs, Sampler, SamplingOptions, evaluate
 use qlora::model::{ActivationPolicy, KvCache};
 use qlora::train::config::Resume;
 use qlora::train::{TrainConfig, Trainer};
-use reference_case::{CASES, ReferenceCase, TRAINED_CASES, relative_error, sequences, values};
+use reference_case::{
+    CASES, ReferenceCase, TRAINED_CASES, micro_batch, relative_error, sequences, values,
+};
 
 /// Loss and gradients by name of the mean loss over the case's batch.
 fn gradients(
@@ -28,13 +30,12 @@ fn gradients(
     let targets = batch.target_count();
     let losses = decoder
         .backward(
-            sequences(&batch),
-            &batch.labels,
+            &[micro_batch(&batch, None)],
             1.0 / targets as f32,
             &policies,
         )
         .unwrap();
-    let losses = losses.read().unwrap();
+    let losses = losses.into_iter().next().unwrap().read().unwrap();
     let loss = losses.iter().map(|l| f64::from(l.loss)).sum::<f64>() / targets as f64;
     let mut grads: Vec<_> = decoder
         .trainables()

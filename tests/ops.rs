@@ -7,7 +7,8 @@ use oracle::{Random, assert_close, f32, f64s, oracle, segments};
 use qlora::IGNORE_INDEX;
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
-use qlora::ops::linear::{self, Lora, LoraGrad};
+use qlora::ops::dropout::Dropout;
+use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
 use qlora::ops::weight::Weight;
@@ -46,7 +47,17 @@ fn quantized(t: &Tensor) -> (Weight, Tensor) {
 #[test]
 fn linear_with_lora_equals_its_reference() {
     let mut random = Random::new("linear");
-    for (n, d_in, d_out, r) in [(5, 42, 30, 3), (67, 80, 300, 4), (1, 200, 7, 1)] {
+    let mask = Dropout::new(0.4, 1, 2, 3).unwrap().mask(4, 5);
+    for (n, d_in, d_out, r, mask) in [
+        (5, 42, 30, 3, None),
+        (67, 80, 300, 4, None),
+        (1, 200, 7, 1, None),
+        (5, 42, 30, 3, Some(mask)),
+        (67, 80, 300, 33, Some(mask)),
+        // More than a block of rows and of columns.
+        (259, 271, 40, 5, Some(mask)),
+    ] {
+        let factors = mask.map(|mask| mask.reference(n, d_in).unwrap());
         let (x, w) = (random.tensor(&[n, d_in]), random.tensor(&[d_out, d_in]));
         let (weight, w) = quantized(&w);
         let bias = random.tensor(&[d_out]);
@@ -54,13 +65,20 @@ fn linear_with_lora_equals_its_reference() {
         let dy = random.tensor(&[n, d_out]);
         let inputs = [x.clone(), a.clone(), b.clone()];
         let (want, grads) = oracle(&mut random, &inputs, &dy, |t| {
-            linear::reference(&t[0], &w, Some(&bias), Some((&t[1], &t[2], 0.5))).unwrap()
+            let lora = ReferenceLora {
+                a: &t[1],
+                b: &t[2],
+                scaling: 0.5,
+                dropout: factors.as_ref(),
+            };
+            linear::reference(&t[0], &w, Some(&bias), Some(lora)).unwrap()
         });
         let (x, a, b, bias, dy) = (f32(&x), f32(&a), f32(&b), f32(&bias), f32(&dy));
         let lora = Lora {
             a: &a,
             b: &b,
             scaling: 0.5,
+            mask,
         };
         let (y, u) = linear::forward(&x, &weight, Some(&bias), Some(lora)).unwrap();
         assert_close("y", &y, &want, TOLERANCE);
@@ -70,11 +88,11 @@ fn linear_with_lora_equals_its_reference() {
             d_b: &d_b,
         };
         let du = linear::backward_lora(&dy, &x, &u.unwrap(), lora, grad).unwrap();
-        let dx = linear::backward_input(&dy, &weight, Some((&du, &a)), None).unwrap();
+        let dx = linear::backward_input(&dy, &weight, Some((&du, lora)), None).unwrap();
         assert_close("dx", &dx, &grads[0], TOLERANCE);
         assert_close("dA", &d_a, &grads[1], TOLERANCE);
         assert_close("dB", &d_b, &grads[2], TOLERANCE);
-        let twice = linear::backward_input(&dy, &weight, Some((&du, &a)), Some(dx)).unwrap();
+        let twice = linear::backward_input(&dy, &weight, Some((&du, lora)), Some(dx)).unwrap();
         assert_close(
             "dx added to dx",
             &twice,

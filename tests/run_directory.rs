@@ -1,7 +1,9 @@
 //! The directory of a training run: what is in it, continuing from it, and what is left after a failure.
 
+mod tiny_run;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use qlora::device::Placement;
@@ -9,55 +11,7 @@ use qlora::store::Adapter;
 use qlora::train::config::Resume;
 use qlora::train::{Event, Outcome, TrainConfig, Trainer};
 use serde_json::Value;
-
-fn config(output_dir: &Path) -> TrainConfig {
-    let case = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/engine/llama_gqa");
-    TrainConfig {
-        dataset: case.join("train/data.jsonl").into(),
-        model_name_or_path: case,
-        output_dir: output_dir.to_path_buf(),
-        eval_dataset_size: Some(4),
-        eval_steps: Some(5),
-        lora_r: 4,
-        learning_rate: 5e-3,
-        per_device_train_batch_size: 2,
-        gradient_accumulation_steps: 2,
-        max_steps: 20,
-        save_steps: 5,
-        ..TrainConfig::default()
-    }
-}
-
-fn run(config: TrainConfig) -> qlora::Result<Outcome> {
-    Trainer::new(config, &Placement::cpu())?.run(&AtomicBool::new(false), |_| ())
-}
-
-fn bytes(dir: &Path, file: &str) -> Vec<u8> {
-    fs::read(dir.join(file)).unwrap_or_else(|e| panic!("{}: {e}", dir.join(file).display()))
-}
-
-/// The records without what depends on the clock and on other tests.
-fn metrics(dir: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
-    text.lines()
-        .map(|line| {
-            let mut record: Value = serde_json::from_str(line).unwrap();
-            for key in ["tokens_per_second", "peak_memory_bytes"] {
-                record.as_object_mut().unwrap().remove(key);
-            }
-            record
-        })
-        .collect()
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let entries = fs::read_dir(dir).unwrap();
-    let mut names: Vec<String> = entries
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
-}
+use tiny_run::{bytes, config, metrics, names, run};
 
 #[test]
 fn a_run_leaves_adapter_checkpoints_config_and_metrics() {
@@ -83,6 +37,7 @@ fn a_run_leaves_adapter_checkpoints_config_and_metrics() {
         [
             "adapter_config.json",
             "adapter_model.safetensors",
+            "manifest.json",
             "optimizer.safetensors",
             "trainer_state.json"
         ]

@@ -210,6 +210,8 @@ fn a_bad_value_is_an_error_that_names_its_key() {
         ("learning_rate", "fast", "expected a number, found `fast`"),
         ("adam_beta1", "1", "less than 1"),
         ("adam_beta2", "-0.1", "at least 0"),
+        ("lora_dropout", "1", "at least 0 and less than 1"),
+        ("lora_dropout", "-0.1", "at least 0 and less than 1"),
         ("warmup_ratio", "1.1", "from 0 to 1"),
         ("max_steps", "0", "at least 1, or -1"),
         ("max_steps", "-2", "at least 1, or -1"),
@@ -225,13 +227,13 @@ fn a_bad_value_is_an_error_that_names_its_key() {
             "polynomial",
             "expected one of `constant`",
         ),
-        ("optim", "paged_adamw_8bit", "not built yet"),
+        ("optim", "paged_adamw_8bit", "use adamw_8bit"),
         (
             "dataset_format",
             "parquet",
             "expected `tokenized`, `messages`",
         ),
-        ("optim", "sgd", "use adamw_torch"),
+        ("optim", "sgd", "use adamw_torch or adamw_8bit"),
         ("lora_target_modules", "(q_proj", "is not a regex"),
         ("compute_dtype", "bf16", "only f32 is supported on the CPU"),
         ("min_lr_rate", "0.1", "only used by"),
@@ -276,7 +278,6 @@ fn a_model_and_a_data_set_are_required() {
 fn a_qlora_py_key_passes_where_it_asks_for_what_is_done_anyway() {
     let harmless = [
         ("bits", "4"),
-        ("lora_dropout", "0.0"),
         ("group_by_length", "False"),
         ("do_train", "true"),
         ("report_to", "none"),
@@ -285,18 +286,60 @@ fn a_qlora_py_key_passes_where_it_asks_for_what_is_done_anyway() {
         ("remove_unused_columns", "False"),
     ];
     assert_eq!(from_flags(&harmless), Ok(TrainConfig::default()));
-    for (key, value) in [
-        ("bits", "8"),
-        ("lora_dropout", "0.1"),
-        ("bf16", "true"),
-        ("max_new_tokens", "32"),
-    ] {
+    for (key, value) in [("bits", "8"), ("bf16", "true"), ("max_new_tokens", "32")] {
         let error = from_flags(&[(key, value)]).unwrap_err();
         let expected = format!("config key `{key}`: {value} is not supported");
         assert!(
             error.starts_with(&expected) && error.contains("leave it out"),
             "{error}"
         );
+    }
+}
+
+#[test]
+fn bf16_passes_where_it_says_what_the_device_does() {
+    let cuda = ("device", "cuda");
+    for given in [
+        &[("bf16", "true"), cuda][..],
+        &[("bf16", "True"), cuda, ("compute_dtype", "bf16")],
+        &[("bf16", "false")],
+        &[("bf16", "False"), ("compute_dtype", "f32")],
+    ] {
+        assert!(from_flags(given).is_ok(), "{given:?}");
+    }
+    for (given, remedy) in [
+        (&[("bf16", "true")][..], "set it to false"),
+        (&[("bf16", "false"), cuda], "set it to true"),
+        (&[("fp16", "true"), cuda], "set it to false"),
+    ] {
+        let error = from_flags(given).unwrap_err();
+        let named = error.starts_with(&format!("config key `{}`: ", given[0].0));
+        let says = error.contains("f32 on the CPU, bf16 on CUDA") && error.contains(remedy);
+        assert!(named && says, "{error}");
+    }
+}
+
+#[test]
+fn the_names_of_an_optimizer_are_one() {
+    for (optim, names) in [
+        (
+            Optim::AdamwTorch,
+            &[
+                "adamw_torch",
+                "adamw_hf",
+                "adamw_torch_fused",
+                "paged_adamw_32bit",
+            ][..],
+        ),
+        (Optim::Adamw8bit, &["adamw_8bit", "adamw_bnb_8bit"]),
+    ] {
+        for name in names {
+            assert_eq!(
+                from_flags(&[("optim", name)]).unwrap().optim,
+                optim,
+                "{name}"
+            );
+        }
     }
 }
 

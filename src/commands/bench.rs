@@ -6,11 +6,10 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use qlora::device::{Placement, anonymous_memory_bytes};
-use qlora::model::ActivationPolicy;
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
 use serde_json::json;
 
-use super::ConfigFlags;
+use super::{ConfigFlags, ShapeArgs};
 
 /// Steps before the ones that count.
 const WARM_UP_STEPS: usize = 1;
@@ -83,51 +82,8 @@ enum Bench {
 #[derive(Debug, clap::Args)]
 #[command(mut_args = training_flag)]
 struct SpeedArgs {
-    /// Size of the model: llama-110m, tinyllama-1.1b, llama-7b or llama3-8b; single sizes below win over it
-    #[arg(long, default_value = "llama-110m", value_parser = parse_shape)]
-    shape: Shape,
-    /// Width of the residual stream
-    #[arg(long = "hidden_size", alias = "hidden-size", value_name = "N")]
-    hidden_size: Option<usize>,
-    /// Width of the MLP
-    #[arg(
-        long = "intermediate_size",
-        alias = "intermediate-size",
-        value_name = "N"
-    )]
-    intermediate_size: Option<usize>,
-    /// Blocks
-    #[arg(
-        long = "num_hidden_layers",
-        alias = "num-hidden-layers",
-        value_name = "N"
-    )]
-    num_hidden_layers: Option<usize>,
-    /// Query heads
-    #[arg(
-        long = "num_attention_heads",
-        alias = "num-attention-heads",
-        value_name = "N"
-    )]
-    num_attention_heads: Option<usize>,
-    /// Key/value heads; unset: those of the shape, or as many as num_attention_heads where that is given
-    #[arg(
-        long = "num_key_value_heads",
-        alias = "num-key-value-heads",
-        value_name = "N"
-    )]
-    num_key_value_heads: Option<usize>,
-    /// Tokens in the vocabulary
-    #[arg(long = "vocab_size", alias = "vocab-size", value_name = "N")]
-    vocab_size: Option<usize>,
-    /// The head is the embedding matrix
-    #[arg(
-        long = "tie_word_embeddings",
-        alias = "tie-word-embeddings",
-        value_name = "BOOL",
-        hide_possible_values = true
-    )]
-    tie_word_embeddings: Option<bool>,
+    #[command(flatten)]
+    shape: ShapeArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -146,13 +102,6 @@ fn training_flag(flag: clap::Arg) -> clap::Arg {
     if hide { flag.hide(true) } else { flag }
 }
 
-fn parse_shape(name: &str) -> Result<Shape, String> {
-    Shape::named(name).ok_or_else(|| {
-        let names = Shape::NAMED.map(|(name, _)| name).join(", ");
-        format!("expected one of {names}")
-    })
-}
-
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.bench {
         Bench::Speed(args) => speed(*args),
@@ -160,29 +109,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
-impl SpeedArgs {
-    fn shape(&self) -> Shape {
-        let named = self.shape;
-        let heads = self.num_attention_heads;
-        Shape {
-            hidden_size: self.hidden_size.unwrap_or(named.hidden_size),
-            intermediate_size: self.intermediate_size.unwrap_or(named.intermediate_size),
-            num_hidden_layers: self.num_hidden_layers.unwrap_or(named.num_hidden_layers),
-            num_attention_heads: heads.unwrap_or(named.num_attention_heads),
-            num_key_value_heads: self
-                .num_key_value_heads
-                .or(heads)
-                .unwrap_or(named.num_key_value_heads),
-            vocab_size: self.vocab_size.unwrap_or(named.vocab_size),
-            tie_word_embeddings: self
-                .tie_word_embeddings
-                .unwrap_or(named.tie_word_embeddings),
-        }
-    }
-}
-
 fn speed(args: SpeedArgs) -> anyhow::Result<()> {
-    let shape = args.shape();
+    let shape = args.shape.shape(Shape::LLAMA_110M);
     let mut overrides = args.flags.overrides.clone();
     let given = |key: &str| args.flags.overrides.iter().any(|(name, _)| name == key);
     if let Some(key) = REFUSED.into_iter().find(|key| given(key)) {
@@ -233,10 +161,7 @@ fn speed(args: SpeedArgs) -> anyhow::Result<()> {
     }
     let median = median(&step_seconds).context("no step was counted")?;
     let tokens_per_second = tokens as f64 / median;
-    let policy = match trainer.policies().first() {
-        Some(ActivationPolicy::Keep) => "keep",
-        _ => "recompute",
-    };
+    let policy = super::activations(trainer.plan());
     if args.json {
         let report = json!({
             "tokens_per_second": tokens_per_second,

@@ -20,7 +20,15 @@ impl clap::Args for ConfigFlags {
         let own = KEYS.iter().filter(|key| key.name != THREADS).map(flag);
         // Taken as flags too, for an error that says more than that they are unknown.
         let foreign = FOREIGN_KEYS.iter().map(|key| hidden_flag(key.name));
-        let misnamed = SYNONYMS.iter().map(|(name, _)| hidden_flag(name));
+        let taken: Vec<String> = command
+            .get_arguments()
+            .filter_map(|arg| arg.get_long().map(str::to_string))
+            .collect();
+        let is_free = |(name, _): &&(&'static str, _)| !taken.iter().any(|taken| taken == name);
+        let misnamed = SYNONYMS
+            .iter()
+            .filter(is_free)
+            .map(|(name, _)| hidden_flag(name));
         command.args(own).args(foreign).args(misnamed)
     }
 
@@ -31,7 +39,9 @@ impl clap::Args for ConfigFlags {
 
 impl clap::FromArgMatches for ConfigFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        if let Some((name, key)) = SYNONYMS.iter().find(|(name, _)| matches.contains_id(name)) {
+        // A command may have an option of that name.
+        let is_given = |name| matches.try_contains_id(name).unwrap_or(false);
+        if let Some((name, key)) = SYNONYMS.iter().find(|(name, _)| is_given(name)) {
             return Err(clap::Error::raw(
                 ErrorKind::UnknownArgument,
                 format!("unexpected argument '--{name}' found, did you mean '--{key}'?"),

@@ -1,27 +1,33 @@
-//! Ctrl-C: the first one asks the run to save and stop, the second one ends it at once.
+//! Signals to a run. SIGINT or SIGTERM: the first one asks it to save and stop, the second one ends it at once. SIGUSR1 asks
+//! it to save and go on.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::flag;
 
-/// A flag that the first Ctrl-C (or SIGTERM) sets. Until then the signals end the program, as they do everywhere.
-pub fn watch() -> &'static AtomicBool {
-    #[cfg(unix)]
-    for signal in [libc::SIGINT, libc::SIGTERM] {
-        let handler = set_flag as extern "C" fn(libc::c_int) as libc::sighandler_t;
-        // SAFETY: the handler only stores to an atomic and calls `signal`, both async-signal-safe.
-        unsafe {
-            libc::signal(signal, handler);
-        }
-    }
-    &INTERRUPTED
+/// The status of a run that a second signal ended.
+const INTERRUPTED: i32 = 130;
+
+/// Flags that signals set. Until they are watched the signals end the program, as they do everywhere.
+pub struct Signals {
+    pub stop: Arc<AtomicBool>,
+    pub save: Arc<AtomicBool>,
 }
 
-#[cfg(unix)]
-extern "C" fn set_flag(signal: libc::c_int) {
-    INTERRUPTED.store(true, Ordering::Relaxed);
-    // SAFETY: `signal` is async-signal-safe, and SIG_DFL is a valid disposition.
-    unsafe {
-        libc::signal(signal, libc::SIG_DFL);
+impl Signals {
+    pub fn watch() -> std::io::Result<Self> {
+        let signals = Self {
+            stop: Arc::default(),
+            save: Arc::default(),
+        };
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the first signal finds the flag not set yet.
+            flag::register_conditional_shutdown(signal, INTERRUPTED, signals.stop.clone())?;
+            flag::register(signal, signals.stop.clone())?;
+        }
+        flag::register(SIGUSR1, signals.save.clone())?;
+        Ok(signals)
     }
 }

@@ -8,16 +8,22 @@ pub mod eval;
 pub mod generate;
 pub mod inspect;
 pub mod interrupt;
+pub mod mapped_file_fault;
 mod model_args;
+pub mod plan;
 pub mod quantize;
+mod shape_args;
 pub mod train;
+pub mod verify;
 
 pub use config_flags::{ConfigFlags, DataFlags};
 pub use model_args::ModelArgs;
+pub use shape_args::ShapeArgs;
 
 use std::io::Write;
 
 use anyhow::Context;
+use qlora::train::plan::Plan;
 
 /// The user stopped the run; what was done is saved. Ends with status 130.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +82,15 @@ pub fn keep_freed_memory() {
         // The largest threshold glibc takes.
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+    }
+}
+
+/// Which activations a plan keeps, in words.
+pub fn activations(plan: &Plan) -> String {
+    match (plan.kept_blocks(), plan.policies.len()) {
+        (0, _) => "recompute".into(),
+        (kept, all) if kept == all => "keep".into(),
+        (kept, all) => format!("keep in {kept} of {all} blocks"),
     }
 }
 

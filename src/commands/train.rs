@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::device::Placement;
-use qlora::model::ActivationPolicy;
-use qlora::train::{Event, Outcome, TrainConfig, Trainer};
+use qlora::train::{Event, Outcome, Requests, TrainConfig, Trainer};
 
+use super::interrupt::Signals;
 use super::{ConfigFlags, Interrupted};
 
 /// The arguments of `qlora train`.
@@ -55,14 +55,27 @@ pub fn train(trainer: &mut Trainer) -> anyhow::Result<Outcome> {
     )?);
     bar.set_position(trainer.steps_done() as u64);
     let logging_steps = trainer.config().logging_steps;
-    let outcome = trainer.run(super::interrupt::watch(), |event| match event {
+    let signals = Signals::watch()?;
+    let requests = Requests {
+        stop: &signals.stop,
+        save: Some(&signals.save),
+    };
+    let outcome = trainer.run(requests, |event| match event {
         Event::Step(record) => {
             bar.set_position(record.step as u64);
             bar.set_message(format!(
                 "loss {:.4}  {:.0} tokens/s",
                 record.loss, record.tokens_per_second
             ));
-            if record.step.is_multiple_of(logging_steps) {
+            if !record.skipped_rows.is_empty() {
+                super::log(
+                    &bar,
+                    format!(
+                        "step {:>6}  skipped: loss {}, gradient norm {}, rows {:?}",
+                        record.step, record.loss, record.grad_norm, record.skipped_rows
+                    ),
+                );
+            } else if record.step.is_multiple_of(logging_steps) {
                 super::log(
                     &bar,
                     format!(
@@ -87,12 +100,19 @@ pub fn train(trainer: &mut Trainer) -> anyhow::Result<Outcome> {
             ),
         ),
         Event::Checkpoint(path) => super::log(&bar, format!("saved {}", path.display())),
+        Event::Notice(text) => super::log(&bar, text.to_string()),
     });
     bar.finish_and_clear();
     Ok(outcome?)
 }
 
 fn describe(trainer: &Trainer) {
+    if let Some(resumed) = trainer.resumed() {
+        let damaged = resumed.damaged.iter().map(|d| format!("passed over: {d}"));
+        let changes = resumed.changes.iter().map(|c| format!("changed: {c}"));
+        damaged.chain(changes).for_each(|line| super::note(&line));
+        super::note(&format!("continuing from {}", resumed.checkpoint.display()));
+    }
     let data = trainer.data();
     for source in data.sources.iter().chain(&data.eval_source) {
         let (path, dataset) = (source.path.display(), &source.dataset);
@@ -124,12 +144,9 @@ fn describe(trainer: &Trainer) {
         .trainables()
         .map(|(_, trainable)| trainable.value.elem_count())
         .sum();
-    let activations = match trainer.policies().first() {
-        Some(ActivationPolicy::Keep) => "kept",
-        _ => "computed again in backward",
-    };
+    let activations = super::activations(trainer.plan());
     super::note(&format!(
-        "{trained} trained parameters, {} optimizer steps, activations {activations}",
+        "{trained} trained parameters, {} optimizer steps, activations: {activations}",
         trainer.total_steps()
     ));
 }

@@ -147,6 +147,11 @@ impl SequenceOrder {
         start as f64 + (epochs - whole) * (next - start) as f64
     }
 
+    /// Whether a sequence can hold several rows.
+    pub fn is_packed(&self) -> bool {
+        matches!(self.arrangement, Arrangement::Packed { .. })
+    }
+
     /// The most tokens that a sequence can have.
     pub fn longest_sequence(&self) -> usize {
         let longest = self.tokens.iter().copied().max().unwrap_or(0) as usize;
@@ -185,7 +190,7 @@ impl SequenceOrder {
     /// Sequences in an epoch, where all have as many. Packed epochs do if each holds rows of the same lengths, which it does
     /// unless a weight takes other rows in the next.
     fn constant_len(&mut self) -> Option<u64> {
-        if !matches!(self.arrangement, Arrangement::Packed { .. }) {
+        if !self.is_packed() {
             return Some(self.rows_in_an_epoch() as u64);
         }
         let is_whole = |share: &Share| {

@@ -2,18 +2,21 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result as cublas, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, LaunchConfig, PushKernelArg,
-    result as driver, sys,
+    CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, DriverError, LaunchConfig,
+    PushKernelArg, result as driver, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{CudaDevice, DType, Device};
 
 use super::no_cuda;
-use super::runtime::{Argument, DeviceMemory, Gemm, Launch, Runtime, install};
+use super::runtime::{
+    Argument, DeviceMemory, Gemm, Launch, Marker, PinnedMemory, Runtime, install,
+};
 use crate::{Error, Result};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -72,11 +75,12 @@ fn describe_error(error: DriverError) -> String {
     format!("{:?}", error.0)
 }
 
-/// Our kernels and cuBLAS on candle's stream.
+/// Our kernels and cuBLAS on candle's stream, and copies on another.
 #[derive(Debug)]
 struct CudaRuntime {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    copies: Arc<CudaStream>,
     blas: Arc<CudaBlas>,
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
@@ -113,6 +117,9 @@ impl CudaRuntime {
             blas: device.cublas_handle(),
             functions: Mutex::default(),
             multiprocessors: multiprocessors as u32,
+            copies: context
+                .new_stream()
+                .map_err(|e| failed("the stream for copies", e))?,
             context,
             stream,
             modules,
@@ -229,6 +236,46 @@ impl Runtime for CudaRuntime {
             .map_err(|e| failed("waiting for the GPU", e))
     }
 
+    fn pinned(&self, bytes: usize) -> Result<Box<dyn PinnedMemory>> {
+        let failed = |e| failed(&format!("{bytes} bytes of pinned host memory"), e);
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: freed by its owner, and written before anything reads it.
+        let memory = unsafe { driver::malloc_host(bytes, sys::CU_MEMHOSTALLOC_WRITECOMBINED) }
+            .map_err(failed)?;
+        let memory = NonNull::new(memory.cast())
+            .ok_or_else(|| Error::Train(format!("no {bytes} bytes of pinned host memory")))?;
+        Ok(Box::new(Pinned {
+            memory,
+            bytes,
+            context: Arc::clone(&self.context),
+        }))
+    }
+
+    fn mark(&self) -> Result<Marker> {
+        mark(&self.stream)
+    }
+
+    unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker> {
+        let failed = |e| failed("copying weights to the GPU", e);
+        self.context.bind_to_thread().map_err(failed)?;
+        if let Some(after) = after {
+            self.copies.wait(event(after)).map_err(failed)?;
+        }
+        // SAFETY: as the caller promises.
+        unsafe { driver::memcpy_htod_async(to, from, self.copies.cu_stream()) }.map_err(failed)?;
+        mark(&self.copies)
+    }
+
+    fn wait(&self, marker: &Marker) -> Result<()> {
+        let waited = self.stream.wait(event(marker));
+        waited.map_err(|e| failed("waiting for a copy", e))
+    }
+
+    fn wait_on_host(&self, marker: &Marker) -> Result<()> {
+        let waited = event(marker).synchronize();
+        waited.map_err(|e| failed("waiting for a copy", e))
+    }
+
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
         let event = || {
             let timed = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
@@ -283,6 +330,42 @@ impl Runtime for CudaRuntime {
     }
 }
 
+fn mark(stream: &CudaStream) -> Result<Marker> {
+    let event = stream.record_event(None);
+    Ok(Marker(Arc::new(event.map_err(|e| failed("marking", e))?)))
+}
+
+fn event(marker: &Marker) -> &CudaEvent {
+    let event = marker.0.downcast_ref();
+    event.expect("markers of this runtime are events")
+}
+
+/// Page-locked host memory.
+struct Pinned {
+    memory: NonNull<u8>,
+    bytes: usize,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: memory that this alone owns.
+unsafe impl Send for Pinned {}
+
+impl PinnedMemory for Pinned {
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: so many bytes were allocated, and are lent with `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // What fails here has failed before: there is nobody to tell.
+        let _ = self.context.bind_to_thread();
+        // SAFETY: allocated by `malloc_host`.
+        let _ = unsafe { driver::free_host(self.memory.as_ptr().cast()) };
+    }
+}
+
 impl MemoryPool {
     /// The default pool of the device, which keeps what is freed: tensors come and go all the time.
     fn of_device() -> Result<Self> {
@@ -320,8 +403,5 @@ impl MemoryPool {
 
 fn failed(what: &str, error: DriverError) -> Error {
     let detail = format!("{what}: {}", describe_error(error));
-    if error.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
-        return Error::OutOfDeviceMemory { detail };
-    }
-    Error::Train(detail)
+    Error::from_driver(&format!("{:?}", error.0), detail)
 }

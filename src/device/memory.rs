@@ -25,6 +25,18 @@ pub fn available_memory_bytes() -> Option<u64> {
     )
 }
 
+/// Tells the system that this part of a memory-mapped file will be read soon.
+pub fn will_need(bytes: &[u8]) {
+    #[cfg(unix)]
+    {
+        const PAGE: usize = 4096;
+        let start = bytes.as_ptr() as usize / PAGE * PAGE;
+        let len = bytes.as_ptr() as usize + bytes.len() - start;
+        // SAFETY: advice about memory that is there; a system that takes none of it changes nothing.
+        unsafe { libc::madvise(start as *mut _, len, libc::MADV_WILLNEED) };
+    }
+}
+
 fn read_status() -> Option<String> {
     std::fs::read_to_string("/proc/self/status").ok()
 }

@@ -10,9 +10,11 @@ use candle_core::{DType, Device};
 
 pub use address::{address, address_mut};
 pub use memory::{
-    anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes, reset_peak_memory,
+    anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes, reset_peak_memory, will_need,
 };
-pub use runtime::{Argument, DeviceMemory, Gemm, Launch, Matrix, Runtime, install, runtime};
+pub use runtime::{
+    Argument, DeviceMemory, Gemm, Launch, Marker, Matrix, PinnedMemory, Runtime, install, runtime,
+};
 
 use crate::{Error, Result};
 
@@ -41,11 +43,21 @@ impl DeviceKind {
     }
 }
 
+/// Where the weights of the blocks lie that kernels compute with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residency {
+    /// On the device.
+    Resident,
+    /// On the host; the weights of so many blocks are on the device or on their way there.
+    Streamed { slots: usize },
+}
+
 /// Where a model computes, and the type of its activations: f32 by the CPU's own code, bf16 by kernels.
 #[derive(Debug, Clone)]
 pub struct Placement {
     pub device: Device,
     pub dtype: DType,
+    pub residency: Residency,
 }
 
 impl Placement {
@@ -54,6 +66,7 @@ impl Placement {
         Self {
             device: Device::Cpu,
             dtype: DType::F32,
+            residency: Residency::Resident,
         }
     }
 
@@ -72,6 +85,7 @@ impl Placement {
             DeviceKind::Cuda => Ok(Self {
                 device: open_cuda()?,
                 dtype: DType::BF16,
+                residency: Residency::Resident,
             }),
         }
     }

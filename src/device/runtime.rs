@@ -3,7 +3,8 @@
 //! An operation finds the runtime from its tensors, as candle finds its own kernels. Two things implement it: the CUDA
 //! driver, and the host emulator of `cuda/emulator`, which stands in for a GPU where bf16 tensors lie on the CPU.
 
-use std::fmt::Debug;
+use std::any::Any;
+use std::fmt::{Debug, Formatter};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{DType, Device, DeviceLocation};
@@ -69,7 +70,22 @@ pub struct DeviceMemory {
     pub peak_bytes: u64,
 }
 
-/// A device that runs kernels in the order they are launched.
+/// A place in one of a device's queues: reached when all that was queued before it is done.
+#[derive(Clone)]
+pub struct Marker(pub Arc<dyn Any + Send + Sync>);
+
+impl Debug for Marker {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Marker")
+    }
+}
+
+/// Memory of the host that a device copies from by itself.
+pub trait PinnedMemory: Send {
+    fn bytes_mut(&mut self) -> &mut [u8];
+}
+
+/// A device that runs kernels in the order they are launched, and copies beside them.
 pub trait Runtime: Debug + Send + Sync {
     /// Queues a kernel.
     ///
@@ -85,6 +101,24 @@ pub trait Runtime: Debug + Send + Sync {
 
     /// Waits for everything queued, and reports what went wrong in it.
     fn synchronize(&self) -> Result<()>;
+
+    /// Memory to copy from.
+    fn pinned(&self, bytes: usize) -> Result<Box<dyn PinnedMemory>>;
+
+    /// The present end of the queue of kernels.
+    fn mark(&self) -> Result<Marker>;
+
+    /// Queues a copy beside the kernels, which begins once `after` is reached. Copies are done in their order.
+    ///
+    /// # Safety
+    /// `from` is pinned memory and stays as it is until the marker is reached, and `to` is ours to write from `after` on.
+    unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker>;
+
+    /// Lets the kernels that are queued from now on wait for `marker`.
+    fn wait(&self, marker: &Marker) -> Result<()>;
+
+    /// Waits for `marker` here.
+    fn wait_on_host(&self, marker: &Marker) -> Result<()>;
 
     /// Seconds that the device takes for what `work` queues.
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;

@@ -122,6 +122,7 @@ impl Decoder {
                 a: parameters.trainable(2 * i)?,
                 b: parameters.trainable(2 * i + 1)?,
                 scaling: config.scaling(),
+                place,
             };
             Ok((place, pair))
         });

@@ -12,6 +12,7 @@ use super::lora_linear::LoraLinear;
 use super::names::Module;
 use crate::Result;
 use crate::ops::attention::{self, Heads, Segments};
+use crate::ops::dropout::Dropout;
 use crate::ops::rope::{self, Positions, RopeTable};
 use crate::ops::{gated_act, residual, rms_norm};
 
@@ -32,13 +33,15 @@ pub enum InputGrad {
     Skip,
 }
 
-/// Where the rows of a batch stand: what attention and rotary embedding need to know.
-#[derive(Debug)]
+/// What a block needs to know of the rows of a batch: where they stand, and what of them the adapters do not see.
+#[derive(Debug, Clone, Copy)]
 pub struct Layout<'a> {
     /// Position of each row in its sequence, `[N]`.
     pub positions: &'a Positions,
     pub segments: &'a Segments,
     pub rope: &'a RopeTable,
+    /// On the adapters' inputs; `None` but in training.
+    pub dropout: Option<Dropout>,
 }
 
 /// What forward leaves for backward, by [`ActivationPolicy`].
@@ -148,10 +151,10 @@ impl Block {
     fn forward_keeping(&self, x: &Tensor, layout: &Layout<'_>) -> Result<(Tensor, Activations)> {
         let qkv = self.attention_inputs(x, layout)?;
         let attention = attention::forward(&qkv.q, &qkv.k, &qkv.v, layout.segments, self.heads)?;
-        let (attended, u_o) = self.o.forward(&attention.out)?;
+        let (attended, u_o) = self.o.forward(&attention.out, layout.dropout)?;
         let norm = &self.post_attention_norm;
         let (mid, h) = rms_norm::forward_residual(x, attended, norm, self.eps)?;
-        let (y, mlp) = self.mlp(&mid, &h)?;
+        let (y, mlp) = self.mlp(&mid, &h, layout.dropout)?;
         let activations = Activations {
             x: x.clone(),
             qkv,
@@ -173,17 +176,17 @@ impl Block {
         let qkv = self.attention_inputs(x, layout)?;
         let (k, v) = cache.append(&qkv.k, &qkv.v)?;
         let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
-        let attended = self.o.forward(&attention.out)?.0;
+        let attended = self.o.forward(&attention.out, layout.dropout)?.0;
         let norm = &self.post_attention_norm;
         let (mid, h) = rms_norm::forward_residual(x, attended, norm, self.eps)?;
-        Ok(self.mlp(&mid, &h)?.0)
+        Ok(self.mlp(&mid, &h, layout.dropout)?.0)
     }
 
     fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
         let h = rms_norm::forward(x, &self.input_norm, self.eps)?;
-        let (q, u_q) = self.q.forward(&h)?;
-        let (k, u_k) = self.k.forward(&h)?;
-        let (v, u_v) = self.v.forward(&h)?;
+        let (q, u_q) = self.q.forward(&h, layout.dropout)?;
+        let (k, u_k) = self.k.forward(&h, layout.dropout)?;
+        let (v, u_v) = self.v.forward(&h, layout.dropout)?;
         let (q, k, raw) = match &self.qk_norm {
             None => (q, k, None),
             Some((q_norm, k_norm)) => {
@@ -204,11 +207,11 @@ impl Block {
     }
 
     /// `mid` with the MLP's output for its norm `h` added.
-    fn mlp(&self, mid: &Tensor, h: &Tensor) -> Result<(Tensor, Mlp)> {
-        let (gate, u_gate) = self.gate.forward(h)?;
-        let (up, u_up) = self.up.forward(h)?;
+    fn mlp(&self, mid: &Tensor, h: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Mlp)> {
+        let (gate, u_gate) = self.gate.forward(h, dropout)?;
+        let (up, u_up) = self.up.forward(h, dropout)?;
         let act = gated_act::forward(&gate, &up)?;
-        let (out, u_down) = self.down.forward(&act)?;
+        let (out, u_down) = self.down.forward(&act, dropout)?;
         let y = residual::forward(mid, out)?;
         let mlp = Mlp {
             gate,
@@ -245,10 +248,11 @@ impl Block {
         } = activations;
         // The residual connections hand the gradient through: one buffer holds that of y, then of mid, then of x.
         let d_residual = dy;
-        self.mlp_backward(&d_residual, &mid, mlp)?;
+        let dropout = layout.dropout;
+        self.mlp_backward(&d_residual, &mid, mlp, dropout)?;
         let d_out = self
             .o
-            .backward(&d_residual, &attention.out, u_o.as_ref(), None)?;
+            .backward(&d_residual, &attention.out, u_o.as_ref(), dropout, None)?;
         let operands = (&qkv.q, &qkv.k, &qkv.v);
         let d_qkv = attention::backward(&d_out, operands, &attention, layout.segments, self.heads)?;
         drop((d_out, attention, mid));
@@ -258,8 +262,12 @@ impl Block {
         let mut d_h = None;
         for ((linear, d_out), u) in branches.into_iter().zip(&qkv.u) {
             match input {
-                InputGrad::Needed => d_h = Some(linear.backward(&d_out, &h, u.as_ref(), d_h)?),
-                InputGrad::Skip => drop(linear.backward_adapter(&d_out, &h, u.as_ref())?),
+                InputGrad::Needed => {
+                    d_h = Some(linear.backward(&d_out, &h, u.as_ref(), dropout, d_h)?);
+                }
+                InputGrad::Skip => {
+                    drop(linear.backward_adapter(&d_out, &h, u.as_ref(), dropout)?)
+                }
             }
         }
         let Some(d_h) = d_h else { return Ok(None) };
@@ -268,16 +276,24 @@ impl Block {
     }
 
     /// Adds the gradient through the MLP to `d_mid`, which holds that of `y`.
-    fn mlp_backward(&self, d_mid: &Tensor, mid: &Tensor, mlp: Mlp) -> Result<()> {
+    fn mlp_backward(
+        &self,
+        d_mid: &Tensor,
+        mid: &Tensor,
+        mlp: Mlp,
+        dropout: Option<Dropout>,
+    ) -> Result<()> {
         let act = gated_act::forward(&mlp.gate, &mlp.up)?;
-        let d_act = self.down.backward(d_mid, &act, mlp.u_down.as_ref(), None)?;
+        let u_down = mlp.u_down.as_ref();
+        let d_act = self.down.backward(d_mid, &act, u_down, dropout, None)?;
         drop(act);
         gated_act::backward(&d_act, &mlp.gate, &mlp.up)?;
         drop(d_act);
         let (d_gate, d_up) = (mlp.gate, mlp.up);
         let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
-        let d_h = self.gate.backward(&d_gate, &h, mlp.u_gate.as_ref(), None)?;
-        let d_h = self.up.backward(&d_up, &h, mlp.u_up.as_ref(), Some(d_h))?;
+        let (u_gate, u_up) = (mlp.u_gate.as_ref(), mlp.u_up.as_ref());
+        let d_h = self.gate.backward(&d_gate, &h, u_gate, dropout, None)?;
+        let d_h = self.up.backward(&d_up, &h, u_up, dropout, Some(d_h))?;
         rms_norm::backward(&d_h, mid, &self.post_attention_norm, self.eps, d_mid)
     }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Tensor;
 
-use super::block::{ActivationPolicy, Block, InputGrad, Layout};
+use super::block::{ActivationPolicy, Block, Layout};
 use super::config::DecoderConfig;
 use super::kv_cache::KvCache;
 use super::load::Loader;
@@ -15,7 +15,7 @@ use crate::device::Placement;
 use crate::ops::attention::{Segment, Segments};
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::rope::{Positions, RopeTable};
-use crate::ops::weight::Weight;
+use crate::ops::weight::{BlockStream, Direction, Entered, Weight};
 use crate::ops::{embedding, rms_norm};
 use crate::quant::QuantizeOptions;
 use crate::store::Checkpoint;
@@ -46,6 +46,8 @@ pub struct Decoder {
     /// The longest rotary table so far.
     rope: Arc<Mutex<Arc<RopeTable>>>,
     parameters: Parameters,
+    /// What brings the weights of the blocks, where they do not stay on the device.
+    stream: Option<Arc<BlockStream>>,
 }
 
 impl Decoder {
@@ -61,7 +63,7 @@ impl Decoder {
         placement: &Placement,
     ) -> Result<Self> {
         let config = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
-        let loader = Loader::new(checkpoint, &config, quantize, placement)?;
+        let mut loader = Loader::new(checkpoint, &config, quantize, placement)?;
         let embedding = loader.vocabulary("model.embed_tokens.weight")?;
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
@@ -70,8 +72,11 @@ impl Decoder {
         let blocks = (0..config.num_layers)
             .map(|layer| loader.block(layer))
             .collect::<Result<_>>()?;
+        let norm = loader.vector("model.norm.weight", config.hidden_size)?;
+        let stream = loader.stream()?.map(Arc::new);
         Ok(Self {
-            norm: loader.vector("model.norm.weight", config.hidden_size)?,
+            norm,
+            stream,
             inv_freq: config.rope.inv_freq(config.head_dim),
             rope: Arc::new(Mutex::new(Arc::new(RopeTable::new(&[], 0)))),
             parameters: Parameters::none(&placement.device)?,
@@ -170,62 +175,12 @@ impl Decoder {
         let rows = Rows::new(self, &positions, vec![segment], Arc::clone(&cache.rope))?;
         let layout = rows.layout();
         let mut x = embedding::forward(ids, &self.embedding)?;
-        for (block, layer) in self.blocks.iter().zip(&mut cache.layers) {
-            x = block.decode(&x, &layout, layer)?;
+        for (layer, (block, cached)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
+            let _weights = self.enter(layer, Direction::Up)?;
+            x = block.decode(&x, &layout, cached)?;
         }
         let last = self.final_norm(&x.narrow(0, ids.len() - 1, 1)?)?;
         Ok(linear_cross_entropy::logits(&last, &self.head)?.squeeze(0)?)
-    }
-
-    /// Forward and backward: adds the gradient of `d_loss` times the summed loss to the adapters' gradients.
-    ///
-    /// # Shapes
-    /// `labels: [N]`; one policy for each block.
-    pub fn backward(
-        &self,
-        sequences: Sequences<'_>,
-        labels: &[i64],
-        d_loss: f32,
-        policies: &[ActivationPolicy],
-    ) -> Result<Losses> {
-        let rows = self.rows(sequences)?;
-        let layout = rows.layout();
-        let lowest = self
-            .blocks
-            .iter()
-            .position(Block::has_lora)
-            .unwrap_or(self.blocks.len());
-        let mut x = embedding::forward(sequences.input_ids, &self.embedding)?;
-        let mut saved = Vec::with_capacity(self.blocks.len() - lowest);
-        for (layer, (block, &policy)) in self.blocks.iter().zip(policies).enumerate() {
-            let (y, activations) = block.forward(&x, &layout, policy)?;
-            x = y;
-            // Below the lowest adapter nothing is read again.
-            if layer >= lowest {
-                saved.push(activations);
-            }
-        }
-        let normed = self.final_norm(&x)?;
-        let (losses, d_normed) =
-            linear_cross_entropy::backward(&normed, &self.head, labels, d_loss)?;
-        let mut dx = d_normed.zeros_like()?;
-        rms_norm::backward(&d_normed, &x, &self.norm, self.config.rms_norm_eps, &dx)?;
-        drop((x, normed, d_normed));
-        for layer in (lowest..self.blocks.len()).rev() {
-            let activations = saved
-                .pop()
-                .expect("one was kept for each block from the lowest adapter up");
-            let input = if layer == lowest {
-                InputGrad::Skip
-            } else {
-                InputGrad::Needed
-            };
-            match self.blocks[layer].backward(dx, activations, &layout, input)? {
-                Some(below) => dx = below,
-                None => break,
-            }
-        }
-        Ok(losses)
     }
 
     /// The last block's output, `[N, D]`, with nothing kept.
@@ -233,18 +188,40 @@ impl Decoder {
         let rows = self.rows(sequences)?;
         let layout = rows.layout();
         let mut x = embedding::forward(sequences.input_ids, &self.embedding)?;
-        for block in &self.blocks {
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let _weights = self.enter(layer, Direction::Up)?;
             x = block.forward(&x, &layout, ActivationPolicy::Recompute)?.0;
         }
         Ok(x)
     }
 
-    fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
+    /// Has the weights of a block there until the result is dropped, where they do not stay on the device.
+    pub(super) fn enter(&self, layer: usize, direction: Direction) -> Result<Option<Entered<'_>>> {
+        let stream = self.stream.as_ref();
+        stream
+            .map(|stream| stream.enter(layer, direction))
+            .transpose()
+    }
+
+    pub(super) fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        embedding::forward(ids, &self.embedding)
+    }
+
+    pub(super) fn head(&self) -> &Weight {
+        &self.head
+    }
+
+    pub(super) fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
         rms_norm::forward(x, &self.norm, self.config.rms_norm_eps)
     }
 
+    /// Adds the gradient of the final norm's input to `dx`.
+    pub(super) fn final_norm_backward(&self, dy: &Tensor, x: &Tensor, dx: &Tensor) -> Result<()> {
+        rms_norm::backward(dy, x, &self.norm, self.config.rms_norm_eps, dx)
+    }
+
     /// Where the rows of a batch stand.
-    fn rows(&self, sequences: Sequences<'_>) -> Result<Rows> {
+    pub(super) fn rows(&self, sequences: Sequences<'_>) -> Result<Rows> {
         let Sequences {
             input_ids,
             positions,
@@ -269,7 +246,7 @@ impl Decoder {
 }
 
 /// What a [`Layout`] borrows, on the device where kernels read it.
-struct Rows {
+pub(super) struct Rows {
     positions: Positions,
     segments: Segments,
     rope: Arc<RopeTable>,
@@ -298,11 +275,13 @@ impl Rows {
         })
     }
 
-    fn layout(&self) -> Layout<'_> {
+    /// Without dropout.
+    pub(super) fn layout(&self) -> Layout<'_> {
         Layout {
             positions: &self.positions,
             segments: &self.segments,
             rope: &self.rope,
+            dropout: None,
         }
     }
 }

@@ -8,10 +8,10 @@ use super::block::Block;
 use super::config::DecoderConfig;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
-use crate::device::Placement;
+use crate::device::{Placement, Residency};
 use crate::ops::attention::Heads;
-use crate::ops::weight::{DenseCache, Weight};
-use crate::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
+use crate::ops::weight::{BlockStream, DenseCache, Slots, Weight};
+use crate::quant::{BlockSizes, DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 use crate::store::Checkpoint;
 use crate::{Error, Result};
 
@@ -22,6 +22,8 @@ pub(super) struct Loader<'a> {
     placement: &'a Placement,
     /// Where the weights of a block are dequantized on a device; `None` for the CPU.
     cache: Option<Arc<DenseCache>>,
+    /// Where they are brought, if they do not stay there.
+    slots: Option<Slots>,
 }
 
 impl<'a> Loader<'a> {
@@ -34,13 +36,17 @@ impl<'a> Loader<'a> {
         let cache = match placement.uses_kernels() {
             false => None,
             true => {
-                let elements = |module| {
-                    let (d_out, d_in) = config.linear_shape(module);
-                    d_out * d_in
-                };
-                let block = Module::ALL.map(elements);
+                let block = config.block_elements();
                 Some(Arc::new(DenseCache::new(&block, &placement.device)?))
             }
+        };
+        let slots = match placement.residency {
+            Residency::Streamed { slots } if cache.is_some() => {
+                let blocks = block_sizes(checkpoint, quantize.unwrap_or_default())?;
+                let bytes = Weight::slot_bytes(&config.block_elements(), blocks);
+                Some(Slots::new(slots, bytes, &placement.device)?)
+            }
+            _ => None,
         };
         Ok(Self {
             checkpoint,
@@ -48,6 +54,7 @@ impl<'a> Loader<'a> {
             quantize,
             placement,
             cache,
+            slots,
         })
     }
 
@@ -71,6 +78,19 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// A weight of the present block.
+    fn place_in_block(&mut self, weight: FrozenWeight) -> Result<Weight> {
+        match (&self.cache, &mut self.slots) {
+            (Some(cache), Some(slots)) => Weight::streamed(weight, cache, slots),
+            _ => self.place(weight),
+        }
+    }
+
+    /// What brings the weights of the blocks, if they do not stay on the device; after the last block.
+    pub(super) fn stream(self) -> Result<Option<BlockStream>> {
+        self.slots.map(Slots::start).transpose()
+    }
+
     /// A matrix as stored.
     fn stored(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
         let weight = self.checkpoint.weight(name)?;
@@ -89,8 +109,11 @@ impl<'a> Loader<'a> {
         )?)
     }
 
-    pub(super) fn block(&self, layer: usize) -> Result<Block> {
+    pub(super) fn block(&mut self, layer: usize) -> Result<Block> {
         let config = self.config;
+        if let Some(slots) = &mut self.slots {
+            slots.next_block();
+        }
         let vector =
             |name: &str, len| self.vector(&format!("model.layers.{layer}.{name}.weight"), len);
         let qk_norm = match config.qk_norm {
@@ -100,14 +123,16 @@ impl<'a> Loader<'a> {
                 vector("self_attn.k_norm", config.head_dim)?,
             )),
         };
+        let input_norm = vector("input_layernorm", config.hidden_size)?;
+        let post_attention_norm = vector("post_attention_layernorm", config.hidden_size)?;
         Ok(Block {
-            input_norm: vector("input_layernorm", config.hidden_size)?,
+            input_norm,
             q: self.linear(layer, Module::Q)?,
             k: self.linear(layer, Module::K)?,
             v: self.linear(layer, Module::V)?,
             o: self.linear(layer, Module::O)?,
             qk_norm,
-            post_attention_norm: vector("post_attention_layernorm", config.hidden_size)?,
+            post_attention_norm,
             gate: self.linear(layer, Module::Gate)?,
             up: self.linear(layer, Module::Up)?,
             down: self.linear(layer, Module::Down)?,
@@ -121,7 +146,7 @@ impl<'a> Loader<'a> {
         })
     }
 
-    fn linear(&self, layer: usize, module: Module) -> Result<LoraLinear> {
+    fn linear(&mut self, layer: usize, module: Module) -> Result<LoraLinear> {
         let (d_out, d_in) = self.config.linear_shape(module);
         let path = module.path(layer);
         let name = format!("{path}.weight");
@@ -137,14 +162,34 @@ impl<'a> Loader<'a> {
             .then(|| self.vector(&format!("{path}.bias"), d_out))
             .transpose()?;
         Ok(LoraLinear {
-            weight: self.place(weight)?,
+            weight: self.place_in_block(weight)?,
             bias,
             lora: None,
         })
     }
 }
 
+/// The blocks of the 4-bit weights of a checkpoint, which is quantized by `options` where it is not yet.
+///
+/// # Errors
+/// Those of reading its first linear layer.
+pub fn block_sizes(checkpoint: &Checkpoint, options: QuantizeOptions) -> Result<BlockSizes> {
+    let first = format!("{}.weight", Module::Q.path(0));
+    Ok(match checkpoint.weight(&first)? {
+        FrozenWeight::Dense(_) => options.into(),
+        FrozenWeight::Quantized(params) => BlockSizes::from(&params),
+    })
+}
+
 impl DecoderConfig {
+    /// Elements of each weight of a block.
+    pub fn block_elements(&self) -> [usize; Module::ALL.len()] {
+        Module::ALL.map(|module| {
+            let (d_out, d_in) = self.linear_shape(module);
+            d_out * d_in
+        })
+    }
+
     /// The weight of a linear layer, `[out, in]`.
     pub fn linear_shape(&self, module: Module) -> (usize, usize) {
         let (d, f) = (self.hidden_size, self.intermediate_size);
@@ -157,7 +202,8 @@ impl DecoderConfig {
         }
     }
 
-    fn has_bias(&self, module: Module) -> bool {
+    /// Whether a linear layer has one.
+    pub fn has_bias(&self, module: Module) -> bool {
         match module {
             Module::Q | Module::K | Module::V => self.qkv_bias,
             Module::O => self.o_bias,

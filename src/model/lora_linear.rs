@@ -2,8 +2,10 @@
 
 use candle_core::Tensor;
 
+use super::names::Module;
 use super::parameters::Trainable;
 use crate::Result;
+use crate::ops::dropout::Dropout;
 use crate::ops::linear::{self, Lora, LoraGrad};
 use crate::ops::weight::Weight;
 
@@ -13,14 +15,18 @@ pub struct LoraPair {
     pub a: Trainable,
     pub b: Trainable,
     pub scaling: f64,
+    /// The layer and module it sits on, which have dropout masks of their own.
+    pub place: (usize, Module),
 }
 
 impl LoraPair {
-    fn values(&self) -> Lora<'_> {
+    fn values(&self, dropout: Option<Dropout>) -> Lora<'_> {
+        let (layer, module) = self.place;
         Lora {
             a: &self.a.value,
             b: &self.b.value,
             scaling: self.scaling as f32,
+            mask: dropout.map(|dropout| dropout.mask(layer, module as usize)),
         }
     }
 }
@@ -34,30 +40,29 @@ pub struct LoraLinear {
 }
 
 impl LoraLinear {
-    /// The output, and `u = x A^T` for backward.
-    pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        linear::forward(
-            x,
-            &self.weight,
-            self.bias.as_ref(),
-            self.lora.as_ref().map(LoraPair::values),
-        )
+    /// The output, and `u = x A^T` for backward, of an `x` that dropout has been at if there is any.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let lora = self.lora.as_ref().map(|lora| lora.values(dropout));
+        linear::forward(x, &self.weight, self.bias.as_ref(), lora)
     }
 
-    /// Adds to the adapter's gradients and gives the gradient of the input, added to `sum` if there is one.
+    /// Adds to the adapter's gradients and gives the gradient of the input, added to `sum` if there is one; `dropout` as in
+    /// forward.
     pub fn backward(
         &self,
         dy: &Tensor,
         x: &Tensor,
         u: Option<&Tensor>,
+        dropout: Option<Dropout>,
         sum: Option<Tensor>,
     ) -> Result<Tensor> {
-        let du = self.backward_adapter(dy, x, u)?;
-        let adapter = du
-            .as_ref()
-            .zip(self.lora.as_ref())
-            .map(|(du, lora)| (du, &lora.a.value));
-        linear::backward_input(dy, &self.weight, adapter, sum)
+        let du = self.backward_adapter(dy, x, u, dropout)?;
+        let lora = self.lora.as_ref().map(|lora| lora.values(dropout));
+        linear::backward_input(dy, &self.weight, du.as_ref().zip(lora), sum)
     }
 
     /// Adds to the adapter's gradients alone and gives that of `u`.
@@ -66,6 +71,7 @@ impl LoraLinear {
         dy: &Tensor,
         x: &Tensor,
         u: Option<&Tensor>,
+        dropout: Option<Dropout>,
     ) -> Result<Option<Tensor>> {
         let (Some(lora), Some(u)) = (&self.lora, u) else {
             return Ok(None);
@@ -74,6 +80,6 @@ impl LoraLinear {
             d_a: &lora.a.grad,
             d_b: &lora.b.grad,
         };
-        linear::backward_lora(dy, x, u, lora.values(), grad).map(Some)
+        linear::backward_lora(dy, x, u, lora.values(dropout), grad).map(Some)
     }
 }

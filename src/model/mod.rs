@@ -10,13 +10,16 @@ mod lora_linear;
 mod names;
 mod parameters;
 mod rope_frequencies;
+mod training_pass;
 
 pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, Saved};
 pub use config::*;
 pub use decoder::{Decoder, Sequences};
 pub use kv_cache::KvCache;
+pub use load::block_sizes;
 pub use lora_linear::{LoraLinear, LoraPair};
 pub use names::Module;
-pub use parameters::{Parameters, Slot, Trainable};
+pub use parameters::{Parameters, Slot, TRAINED_ALIGNMENT, Trainable};
+pub use training_pass::MicroBatch;
 
 pub use crate::ops::linear_cross_entropy::TokenLoss;

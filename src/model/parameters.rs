@@ -11,7 +11,7 @@ use crate::ops::adamw;
 
 /// Every trained tensor begins at a multiple of this many elements: a block of 8-bit moments belongs to one tensor, and
 /// its memory is aligned for wide accesses.
-const ALIGNMENT: usize = 256;
+pub const TRAINED_ALIGNMENT: usize = 256;
 
 /// A tensor that is trained, with the gradient that backward adds to: views into the [`Parameters`] of its decoder.
 #[derive(Debug, Clone)]
@@ -76,7 +76,7 @@ impl Parameters {
             let start = flat.len();
             flat.extend(values);
             let range = start..flat.len();
-            flat.resize(flat.len().next_multiple_of(ALIGNMENT), 0.0);
+            flat.resize(flat.len().next_multiple_of(TRAINED_ALIGNMENT), 0.0);
             slots.push(Slot { name, shape, range });
         }
         let (n, device) = (flat.len(), &placement.device);

@@ -8,6 +8,8 @@
 //!
 //! Source: arXiv:1711.05101.
 
+pub mod moments_8bit;
+
 use candle_core::{DType, Tensor};
 use half::bf16;
 use rayon::prelude::*;
@@ -44,6 +46,18 @@ pub struct Weight<'a> {
     pub value: &'a Tensor,
     /// As i16, where `value` is bf16.
     pub low: Option<&'a Tensor>,
+}
+
+impl<'a> Weight<'a> {
+    fn lower_half(&self) -> Result<&'a Tensor> {
+        let low = self.low.ok_or_else(|| Error::Shape {
+            op: OP,
+            expected: "the lower half of a bf16 weight".into(),
+            found: "none".into(),
+        })?;
+        expect_dims(OP, "low", low, self.value.dims())?;
+        Ok(low)
+    }
 }
 
 /// The two halves of a master: bf16, rounded to the nearest, and what is missing to the exact value.
@@ -92,6 +106,34 @@ impl From<&AdamW> for Scalars {
     }
 }
 
+impl Scalars {
+    /// The update of one element. Every operation rounds once, here as in the kernels.
+    #[inline(always)]
+    fn apply(self, grad: f32, w: &mut f32, m: &mut f32, v: &mut f32) {
+        let g = grad * self.grad_scale;
+        *m = self.beta1 * *m + self.rest1 * g;
+        *v = self.beta2 * *v + self.rest2 * g * g;
+        let root = v.sqrt() / self.root_correction + self.epsilon;
+        *w = *w * self.decay - self.step_size * *m / root;
+    }
+
+    /// The last arguments of the kernels.
+    fn operands(self) -> [Operand<'static>; 9] {
+        [
+            self.beta1,
+            self.rest1,
+            self.beta2,
+            self.rest2,
+            self.decay,
+            self.step_size,
+            self.root_correction,
+            self.epsilon,
+            self.grad_scale,
+        ]
+        .map(Operand::F32)
+    }
+}
+
 /// Updates `weight` and its moments in place.
 ///
 /// # Shapes
@@ -110,26 +152,13 @@ pub fn forward(
         return forward_on_device(&launcher, update, weight, [grad, m, v]);
     }
     let grad = read(OP, grad)?;
-    let Scalars {
-        beta1,
-        rest1,
-        beta2,
-        rest2,
-        decay,
-        step_size,
-        root_correction,
-        epsilon,
-        grad_scale,
-    } = Scalars::from(update);
+    let scalars = Scalars::from(update);
     let apply = |((w, m), v): ((&mut [f32], &mut [f32]), &mut [f32]), g: &[f32]| {
         vectorized(
             #[inline(always)]
             move || {
                 for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
-                    let g = g * grad_scale;
-                    *m = beta1 * *m + rest1 * g;
-                    *v = beta2 * *v + rest2 * g * g;
-                    *w = *w * decay - step_size * *m / (v.sqrt() / root_correction + epsilon);
+                    scalars.apply(*g, w, m, v);
                 }
             },
         );
@@ -156,31 +185,16 @@ fn forward_on_device(
     weight: Weight<'_>,
     [grad, m, v]: [&Tensor; 3],
 ) -> Result<()> {
-    let low = weight.low.ok_or_else(|| Error::Shape {
-        op: OP,
-        expected: "the lower half of a bf16 weight".into(),
-        found: "none".into(),
-    })?;
-    expect_dims(OP, "low", low, weight.value.dims())?;
     let n = grad.elem_count();
-    let scalars = Scalars::from(update);
-    let operands = [
+    let mut operands = vec![
         Operand::Write(weight.value),
-        Operand::Write(low),
+        Operand::Write(weight.lower_half()?),
         Operand::Read(grad),
         Operand::Write(m),
         Operand::Write(v),
         Operand::U64(n),
-        Operand::F32(scalars.beta1),
-        Operand::F32(scalars.rest1),
-        Operand::F32(scalars.beta2),
-        Operand::F32(scalars.rest2),
-        Operand::F32(scalars.decay),
-        Operand::F32(scalars.step_size),
-        Operand::F32(scalars.root_correction),
-        Operand::F32(scalars.epsilon),
-        Operand::F32(scalars.grad_scale),
     ];
+    operands.extend(Scalars::from(update).operands());
     let grid = launcher.grid_stride(n, PER_THREAD);
     // SAFETY: all tensors have n elements.
     unsafe { launcher.launch("adamw_f32_moments", grid, &operands) }

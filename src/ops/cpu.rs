@@ -1,6 +1,7 @@
 //! How the CPU side of an operation reads and writes candle tensors.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Deref;
 
@@ -69,22 +70,49 @@ pub(super) fn read<'a>(op: &'static str, t: &'a Tensor) -> Result<Read<'a>> {
     })
 }
 
-struct InPlace<F> {
-    op: &'static str,
-    write: Cell<Option<F>>,
+/// What operations change in place on the CPU.
+trait Element: Sized {
+    const NAME: &'static str;
+    fn of(storage: &mut CpuStorage) -> Option<&mut Vec<Self>>;
 }
 
-impl<F: FnOnce(&mut [f32])> InplaceOp1 for InPlace<F> {
+impl Element for f32 {
+    const NAME: &'static str = "f32";
+    fn of(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
+        match storage {
+            CpuStorage::F32(data) => Some(data),
+            _ => None,
+        }
+    }
+}
+
+impl Element for u8 {
+    const NAME: &'static str = "u8";
+    fn of(storage: &mut CpuStorage) -> Option<&mut Vec<Self>> {
+        match storage {
+            CpuStorage::U8(data) => Some(data),
+            _ => None,
+        }
+    }
+}
+
+struct InPlace<T, F> {
+    op: &'static str,
+    write: Cell<Option<F>>,
+    element: PhantomData<T>,
+}
+
+impl<T: Element, F: FnOnce(&mut [T])> InplaceOp1 for InPlace<T, F> {
     fn name(&self) -> &'static str {
         self.op
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (CpuStorage::F32(data), Some((start, end))) = (storage, layout.contiguous_offsets())
-        else {
+        let (Some(data), Some((start, end))) = (T::of(storage), layout.contiguous_offsets()) else {
             candle_core::bail!(
-                "{}: only a contiguous f32 tensor can be changed in place",
-                self.op
+                "{}: only a contiguous {} tensor can be changed in place",
+                self.op,
+                T::NAME
             )
         };
         let write = self.write.take().expect("candle calls an operation once");
@@ -95,10 +123,28 @@ impl<F: FnOnce(&mut [f32])> InplaceOp1 for InPlace<F> {
 
 /// Changes the data of `t` in place. `f` must not read `t` itself: its lock is held.
 pub(super) fn write<R>(op: &'static str, t: &Tensor, f: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+    write_as(op, t, f)
+}
+
+/// The same for a tensor of bytes.
+pub(super) fn write_bytes<R>(
+    op: &'static str,
+    t: &Tensor,
+    f: impl FnOnce(&mut [u8]) -> R,
+) -> Result<R> {
+    write_as(op, t, f)
+}
+
+fn write_as<T: Element, R>(
+    op: &'static str,
+    t: &Tensor,
+    f: impl FnOnce(&mut [T]) -> R,
+) -> Result<R> {
     let result = Cell::new(None);
     let in_place = InPlace {
         op,
-        write: Cell::new(Some(|data: &mut [f32]| result.set(Some(f(data))))),
+        write: Cell::new(Some(|data: &mut [T]| result.set(Some(f(data))))),
+        element: PhantomData,
     };
     t.inplace_op1(&in_place)?;
     drop(in_place);

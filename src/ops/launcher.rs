@@ -133,8 +133,10 @@ impl Launcher {
         let shape = shape.into();
         if self.device.is_cpu() {
             // Under the emulator an element that no kernel writes must not look like a number.
-            let poison = Tensor::full(f32::NAN, shape, &self.device)?;
-            return Ok(poison.to_dtype(dtype)?);
+            return Ok(match dtype {
+                DType::BF16 => Tensor::full(half::bf16::NAN, shape, &self.device)?,
+                _ => Tensor::full(f32::NAN, shape, &self.device)?.to_dtype(dtype)?,
+            });
         }
         // SAFETY: the caller writes every element before any is read.
         Ok(unsafe { Tensor::empty(shape, dtype, &self.device)? })

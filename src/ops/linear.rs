@@ -1,20 +1,25 @@
-//! A frozen linear layer with a LoRA adapter: `y = x W^T + bias + scaling (x A^T) B^T`.
+//! A frozen linear layer with a LoRA adapter: `y = x W^T + bias + scaling (x' A^T) B^T`, where `x'` is `x`, or what dropout
+//! leaves of it, scaled.
 //!
-//! Backward, with `du = scaling dy B`: `dB += scaling dy^T u`, `dA += du^T x`, `dx = dy W + du A`; the frozen weight and
-//! the bias get none. On the CPU the weight is never held in full: a tile of it is dequantized into scratch and multiplied
-//! at once. On a device it is dequantized into the scratch of [`Weight`], and sums are taken up by the products themselves.
+//! Backward, with `du = scaling dy B`: `dB += scaling dy^T u`, `dA += du^T x'`, `dx = dy W + du A`, the last masked and scaled
+//! as `x'`; the frozen weight and the bias get none. On the CPU the weight is never held in full: a tile of it is dequantized
+//! into scratch and multiplied at once. On a device it is dequantized into the scratch of [`Weight`], and sums are taken up by the products themselves.
 //!
 //! Source: arXiv:2305.14314 equation 5, arXiv:2106.09685.
+
+mod masked;
 
 use candle_core::{DType, Tensor};
 
 use super::cpu::{self, expect_dims, read};
+use super::dropout::Mask;
 use super::gemm::{
     Into, Mat, Rhs, Shared, Term, Window, for_each_column_tile, matmul, matmul_by_rows, matmul_sum,
 };
 use super::launcher::{Factor, Grid, Launcher, Operand};
 use super::weight::Weight;
 use crate::Result;
+use masked::Masked;
 
 const OP: &str = "linear";
 
@@ -31,6 +36,8 @@ pub struct Lora<'a> {
     pub a: &'a Tensor,
     pub b: &'a Tensor,
     pub scaling: f32,
+    /// Dropout on the adapter's input.
+    pub mask: Option<Mask>,
 }
 
 /// Where an adapter's gradients are added, shaped as its factors.
@@ -40,7 +47,7 @@ pub struct LoraGrad<'a> {
     pub d_b: &'a Tensor,
 }
 
-/// `y = x W^T + bias + scaling u B^T`; gives `u = x A^T` too, which backward needs.
+/// `y = x W^T + bias + scaling u B^T`; gives `u = x' A^T` too, which backward needs.
 ///
 /// # Shapes
 /// `x: [N, in]`, `bias: [out]` -> `y: [N, out]`, `u: [N, R]`.
@@ -60,8 +67,10 @@ pub fn forward(
         return forward_on_device(&launcher, x, weight, bias, lora);
     }
     let x = read(OP, x)?;
+    let u = lora
+        .map(|lora| down_project(&x, (n, d_in), &lora))
+        .transpose()?;
     let x = Mat::new(&x, n, d_in);
-    let u = lora.map(|lora| down_project(x, &lora)).transpose()?;
     let lora_data = match (&lora, &u) {
         (Some(lora), Some(u)) => Some((
             read(OP, u)?,
@@ -134,28 +143,40 @@ fn forward_on_device(
         // SAFETY: y has rows of d_out elements, the bias has one.
         unsafe { launcher.launch("linear_add_bias_bf16", Grid::blocks(n, 1), &operands)? };
     }
-    let Some(Lora { a, b, scaling }) = lora else {
+    let Some(lora) = lora else {
         return Ok((y, None));
     };
-    let u = launcher.empty((n, a.dim(0)?), DType::BF16)?;
-    launcher.gemm(OP, (Factor::new(x), Factor::transposed(a)), &u, 1.0, 0.0)?;
-    launcher.gemm(
-        OP,
-        (Factor::new(&u), Factor::transposed(b)),
-        &y,
-        scaling,
-        1.0,
-    )?;
+    let u = match &lora.mask {
+        Some(mask) => masked::down_project_on_device(launcher, x, lora.a, mask)?,
+        None => {
+            let u = launcher.empty((n, lora.a.dim(0)?), DType::BF16)?;
+            let factors = (Factor::new(x), Factor::transposed(lora.a));
+            launcher.gemm(OP, factors, &u, 1.0, 0.0)?;
+            u
+        }
+    };
+    let factors = (Factor::new(&u), Factor::transposed(lora.b));
+    launcher.gemm(OP, factors, &y, lora.scaling, 1.0)?;
     Ok((y, Some(u)))
 }
 
-/// `u = x A^T`.
-fn down_project(x: Mat<'_>, lora: &Lora<'_>) -> Result<Tensor> {
+/// `u = x' A^T`.
+fn down_project(x: &[f32], (n, d_in): (usize, usize), lora: &Lora<'_>) -> Result<Tensor> {
     let r = lora.a.dims2()?.0;
     let a = read(OP, lora.a)?;
-    cpu::build((x.rows, r), |u| {
-        matmul_by_rows(u, Into::Overwrite, x, Mat::new(&a, r, x.cols).t(), 1.0);
+    let a = Mat::new(&a, r, d_in);
+    cpu::build((n, r), |u| match lora.mask {
+        Some(mask) => {
+            let cols = d_in;
+            masked::down_project(Masked { x, cols, mask }, a, u);
+        }
+        None => matmul_by_rows(u, Into::Overwrite, Mat::new(x, n, d_in), a.t(), 1.0),
     })
+}
+
+/// Bytes that kernels take besides their results for an adapter with dropout: in forward, and in [`backward_lora`].
+pub fn dropout_scratch_bytes(n: usize, d_in: usize, r: usize) -> [u64; 2] {
+    masked::partial_bytes(n, d_in, r)
 }
 
 /// Adds the gradients of an adapter's factors and gives `du = scaling dy B: [N, R]`.
@@ -182,8 +203,13 @@ pub fn backward_lora(
         let (dy, by_row) = (Factor::new(dy), Factor::transposed(dy));
         launcher.gemm(OP, (dy, Factor::new(lora.b)), &du, lora.scaling, 0.0)?;
         launcher.gemm(OP, (by_row, Factor::new(u)), grad.d_b, lora.scaling, 1.0)?;
-        let factors = (Factor::transposed(&du), Factor::new(x));
-        launcher.gemm(OP, factors, grad.d_a, 1.0, 1.0)?;
+        match &lora.mask {
+            Some(mask) => masked::add_grad_a_on_device(&launcher, x, &du, mask, grad.d_a)?,
+            None => {
+                let factors = (Factor::transposed(&du), Factor::new(x));
+                launcher.gemm(OP, factors, grad.d_a, 1.0, 1.0)?;
+            }
+        }
         return Ok(du);
     }
     let (dy, x, u, b) = (read(OP, dy)?, read(OP, x)?, read(OP, u)?, read(OP, lora.b)?);
@@ -221,34 +247,32 @@ pub fn backward_lora(
         }
     })?;
     let du_data = read(OP, &du)?;
-    cpu::write(OP, grad.d_a, |d_a| {
-        for_each_column_tile(
-            Shared::new(d_a),
-            (r, d_in),
-            tile_width(d_in),
-            |mut tile, ins| {
-                matmul(
-                    &mut tile,
-                    Into::Add,
-                    Mat::new(&du_data, n, r).t(),
-                    Mat::new(&x, n, d_in).cols(ins),
-                    1.0,
-                );
-            },
-        );
+    let du_mat = Mat::new(&du_data, n, r);
+    cpu::write(OP, grad.d_a, |d_a| match lora.mask {
+        Some(mask) => {
+            let (x, cols) = (&x[..], d_in);
+            masked::add_grad_a(Masked { x, cols, mask }, du_mat, d_a);
+        }
+        None => {
+            let (d_a, width) = (Shared::new(d_a), tile_width(d_in));
+            for_each_column_tile(d_a, (r, d_in), width, |mut tile, ins| {
+                let x = Mat::new(&x, n, d_in).cols(ins);
+                matmul(&mut tile, Into::Add, du_mat.t(), x, 1.0);
+            });
+        }
     })?;
     drop(du_data);
     Ok(du)
 }
 
-/// `dx = dy W + du A`, added to `sum` if there is one.
+/// `dx = dy W + du A`, the adapter's part masked and scaled as its input was, added to `sum` if there is one.
 ///
 /// # Shapes
-/// `dy: [N, out]`, `du: [N, R]` with `a: [R, in]` -> `dx: [N, in]`.
+/// `dy: [N, out]`, `du: [N, R]` for the adapter -> `dx: [N, in]`.
 pub fn backward_input(
     dy: &Tensor,
     weight: &Weight,
-    lora: Option<(&Tensor, &Tensor)>,
+    lora: Option<(&Tensor, Lora<'_>)>,
     sum: Option<Tensor>,
 ) -> Result<Tensor> {
     let (n, d_out) = dy.dims2()?;
@@ -263,7 +287,12 @@ pub fn backward_input(
     let dy = read(OP, dy)?;
     let dy = Mat::new(&dy, n, d_out);
     let lora_data = match lora {
-        Some((du, a)) => Some((read(OP, du)?, read(OP, a)?, a.dims2()?.0)),
+        Some((du, lora)) => Some((
+            read(OP, du)?,
+            read(OP, lora.a)?,
+            lora.a.dims2()?.0,
+            lora.mask,
+        )),
         None => None,
     };
     let add = |dx: Shared<'_>, into: Into| {
@@ -278,13 +307,20 @@ pub fn backward_input(
                 }),
                 factor: 1.0,
             };
-            let adapter = lora_data.as_ref().map(|(du, a, r)| Term {
-                lhs: Mat::new(du, n, *r),
-                rhs: Rhs::Mat(Mat::new(a, *r, d_in).cols(ins)),
+            let adapter = lora_data
+                .as_ref()
+                .map(|(du, a, r, mask)| (Mat::new(du, n, *r), Mat::new(a, *r, d_in), mask));
+            let in_one = adapter.filter(|(.., mask)| mask.is_none());
+            let in_one = in_one.map(|(du, a, _)| Term {
+                lhs: du,
+                rhs: Rhs::Mat(a.cols(ins.clone())),
                 factor: 1.0,
             });
-            let terms: Vec<_> = [base].into_iter().chain(adapter).collect();
+            let terms: Vec<_> = [base].into_iter().chain(in_one).collect();
             matmul_sum(&mut tile, into, &terms);
+            if let Some((du, a, Some(mask))) = adapter {
+                masked::add_up_project(du, a, *mask, ins, &mut tile);
+            }
         });
     };
     match sum {
@@ -303,7 +339,7 @@ fn backward_input_on_device(
     launcher: &Launcher,
     dy: &Tensor,
     weight: &Weight,
-    lora: Option<(&Tensor, &Tensor)>,
+    lora: Option<(&Tensor, Lora<'_>)>,
     sum: Option<Tensor>,
 ) -> Result<Tensor> {
     let (dx, beta) = match sum {
@@ -315,10 +351,26 @@ fn backward_input_on_device(
     };
     let w = weight.dense(launcher)?;
     launcher.gemm(OP, (Factor::new(dy), Factor::new(&w)), &dx, 1.0, beta)?;
-    if let Some((du, a)) = lora {
-        launcher.gemm(OP, (Factor::new(du), Factor::new(a)), &dx, 1.0, 1.0)?;
+    if let Some((du, lora)) = lora {
+        match &lora.mask {
+            Some(mask) => masked::add_up_project_on_device(launcher, du, lora.a, mask, &dx)?,
+            None => {
+                let factors = (Factor::new(du), Factor::new(lora.a));
+                launcher.gemm(OP, factors, &dx, 1.0, 1.0)?;
+            }
+        }
     }
     Ok(dx)
+}
+
+/// An adapter of [`reference`].
+#[derive(Clone, Copy)]
+pub struct ReferenceLora<'a> {
+    pub a: &'a Tensor,
+    pub b: &'a Tensor,
+    pub scaling: f64,
+    /// What each element of the adapter's input is multiplied by, `[N, in]`.
+    pub dropout: Option<&'a Tensor>,
 }
 
 /// The same from differentiable primitives, with the weight as a tensor `w: [out, in]`.
@@ -326,14 +378,18 @@ pub fn reference(
     x: &Tensor,
     w: &Tensor,
     bias: Option<&Tensor>,
-    lora: Option<(&Tensor, &Tensor, f64)>,
+    lora: Option<ReferenceLora<'_>>,
 ) -> Result<Tensor> {
     let mut y = x.matmul(&w.t()?)?;
     if let Some(bias) = bias {
         y = y.broadcast_add(bias)?;
     }
-    if let Some((a, b, scaling)) = lora {
-        y = (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scaling)?)?;
+    if let Some(lora) = lora {
+        let x = match lora.dropout {
+            Some(factors) => x.mul(factors)?,
+            None => x.clone(),
+        };
+        y = (y + (x.matmul(&lora.a.t()?)?.matmul(&lora.b.t()?)? * lora.scaling)?)?;
     }
     Ok(y)
 }

@@ -7,6 +7,7 @@
 
 mod kernels;
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use candle_core::{D, Tensor};
@@ -31,6 +32,11 @@ const VOCAB_TILE: usize = 512;
 /// Columns of `dx` made at a time.
 const HIDDEN_TILE: usize = 384;
 
+thread_local! {
+    /// A chunk's logits, kept from one batch to the next: the pages of new memory have to be zeroed (2 % of a step).
+    static LOGITS: Cell<Vec<f32>> = Cell::default();
+}
+
 /// The loss of one row that has a label.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenLoss {
@@ -41,6 +47,16 @@ pub struct TokenLoss {
     /// The largest probability and its token (the lowest of equals).
     pub confidence: f32,
     pub prediction: u32,
+}
+
+/// Rows of a vocabulary of `vocab` whose logits are there at a time, on the CPU.
+pub fn chunk_rows(vocab: usize) -> usize {
+    (CHUNK_BYTES / (4 * vocab)).clamp(16, MAX_CHUNK_ROWS)
+}
+
+/// The same on a device.
+pub fn chunk_rows_on_device(vocab: usize) -> usize {
+    kernels::chunk_rows(vocab)
 }
 
 /// The losses of a batch, in row order; on a device they stay there until they are read.
@@ -209,14 +225,13 @@ fn for_each_chunk(
     mut f: impl FnMut(&[TokenLoss], &mut Logits),
 ) {
     let (vocab, d) = (head.out_features(), head.in_features());
-    let chunk_rows = (CHUNK_BYTES / (4 * vocab)).clamp(16, MAX_CHUNK_ROWS);
     let mut gathered = Vec::new();
     let mut logits = Logits {
-        data: Vec::new(),
+        data: LOGITS.take(),
         rows: 0,
         vocab,
     };
-    for chunk in rows.chunks(chunk_rows) {
+    for chunk in rows.chunks(chunk_rows(vocab)) {
         gathered.clear();
         for (row, _) in chunk {
             gathered.extend_from_slice(&x[row * d..(row + 1) * d]);
@@ -226,6 +241,7 @@ fn for_each_chunk(
         let peaks = logits_forward(Mat::new(&gathered, chunk.len(), d), head, &mut logits);
         f(&row_losses(chunk, &logits, &peaks), &mut logits);
     }
+    LOGITS.set(logits.data);
 }
 
 /// What the softmax of a row needs to know of one tile of its logits.

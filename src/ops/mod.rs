@@ -7,6 +7,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod dropout;
 pub mod embedding;
 pub mod gated_act;
 pub mod linear;

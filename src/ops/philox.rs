@@ -2,17 +2,21 @@
 //!
 //! Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; test vectors of Random123.
 
-const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+pub(super) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
 
+/// The key of each round.
+pub(super) fn round_keys(key: [u32; 2]) -> [[u32; 2]; ROUNDS] {
+    std::array::from_fn(|round| {
+        [0, 1].map(|i| key[i].wrapping_add(WEYL[i].wrapping_mul(round as u32)))
+    })
+}
+
 /// Four random words for `counter` under `key`.
 pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
-    let (mut key, mut c) = (key, counter);
-    for round in 0..ROUNDS {
-        if round > 0 {
-            key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
-        }
+    let mut c = counter;
+    for key in round_keys(key) {
         let product = |i: usize, word: u32| u64::from(MULTIPLIERS[i]) * u64::from(word);
         let (p0, p1) = (product(0, c[0]), product(1, c[2]));
         c = [
@@ -21,6 +25,28 @@ pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
             (p0 >> 32) as u32 ^ c[3] ^ key[1],
             p0 as u32,
         ];
+    }
+    c
+}
+
+/// The same for `N` counters side by side: word `w` of lane `l` is the low half of `[w][l]`.
+///
+/// Within a 64-bit lane the multiplication is one vector instruction, and what it leaves in the high half does no harm.
+#[inline(always)]
+pub(super) fn philox_lanes<const N: usize>(key: [u32; 2], counter: [[u64; N]; 4]) -> [[u64; N]; 4] {
+    let mut c = counter;
+    for key in round_keys(key) {
+        let mut next = [[0; N]; 4];
+        for lane in 0..N {
+            let product =
+                |i: usize, word: u64| u64::from(MULTIPLIERS[i]) * (word & u64::from(u32::MAX));
+            let (p0, p1) = (product(0, c[0][lane]), product(1, c[2][lane]));
+            next[0][lane] = (p1 >> 32) ^ c[1][lane] ^ u64::from(key[0]);
+            next[1][lane] = p1;
+            next[2][lane] = (p0 >> 32) ^ c[3][lane] ^ u64::from(key[1]);
+            next[3][lane] = p0;
+        }
+        c = next;
     }
     c
 }

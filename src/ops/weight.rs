@@ -4,17 +4,22 @@
 //! allocated once and shared by all weights of a model. The buffer keeps what was dequantized last, so that a block that
 //! fits is dequantized once for recompute and backward together.
 
+mod stream;
+
 use std::collections::VecDeque;
 use std::ops::{Deref, Range};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
 use super::launcher::{Launcher, Operand};
-use crate::quant::{Absmax, DenseTensor, FrozenWeight, Params4bit, dynamic_map};
+use crate::quant::{Absmax, BlockSizes, DenseTensor, FrozenWeight, Params4bit, dynamic_map};
 use crate::{Error, Result};
+
+pub use stream::{BlockBytes, BlockStream, Direction, Entered, Slots};
 
 const OP: &str = "weight";
 /// Elements that a thread of the dequantizing kernel takes at a time.
@@ -81,13 +86,49 @@ impl Weight {
             FrozenWeight::Dense(dense) => DeviceWeight::Dense(upload_dense(dense, cache.device())?),
             FrozenWeight::Quantized(params) => {
                 let shape = (host.out_features(), host.in_features());
-                DeviceWeight::Quantized(QuantizedParts::upload(params, shape, cache)?)
+                let bytes =
+                    |bytes: &Bytes| Ok(Tensor::from_slice(bytes, bytes.len(), cache.device())?);
+                DeviceWeight::Quantized(QuantizedParts::new(params, shape, cache, bytes)?)
             }
         };
         Ok(Self {
             host,
             on_device: Some(Arc::new(parts)),
         })
+    }
+
+    /// A 4-bit weight of the present block of `slots`, which is on the device while that block is entered. Its codes and
+    /// their scales are streamed; the scales of those, 1/256 of them, stay.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a weight that is not in 4 bits.
+    pub fn streamed(
+        host: FrozenWeight,
+        cache: &Arc<DenseCache>,
+        slots: &mut Slots,
+    ) -> Result<Self> {
+        let FrozenWeight::Quantized(params) = &host else {
+            return Err(Error::Shape {
+                op: OP,
+                expected: "a weight in 4 bits to be streamed".into(),
+                found: "a dense one".into(),
+            });
+        };
+        let shape = (host.out_features(), host.in_features());
+        let parts = QuantizedParts::new(params, shape, cache, |bytes| slots.place(bytes))?;
+        Ok(Self {
+            host,
+            on_device: Some(Arc::new(DeviceWeight::Quantized(parts))),
+        })
+    }
+
+    /// Bytes of a slot for blocks of weights of these numbers of elements.
+    pub fn slot_bytes(elements: &[usize], blocks: BlockSizes) -> usize {
+        BlockBytes::slot_bytes(
+            elements
+                .iter()
+                .flat_map(|&n| [blocks.packed_bytes(n), blocks.absmax_bytes(n)]),
+        )
     }
 
     /// Brings a 4-bit weight into the scratch buffer of its device, unless it is there; nothing for any other weight.
@@ -138,15 +179,18 @@ fn upload_dense(dense: &DenseTensor, device: &Device) -> Result<Tensor> {
 }
 
 impl QuantizedParts {
-    fn upload(params: &Params4bit, shape: (usize, usize), cache: &Arc<DenseCache>) -> Result<Self> {
+    /// `bring` gives the tensor of bytes that will be on the device.
+    fn new(
+        params: &Params4bit,
+        shape: (usize, usize),
+        cache: &Arc<DenseCache>,
+        mut bring: impl FnMut(&Bytes) -> Result<Tensor>,
+    ) -> Result<Self> {
         let device = cache.device();
-        let bytes = |bytes: &[u8]| Tensor::from_slice(bytes, bytes.len(), device);
+        let packed = bring(&params.packed)?;
         let (codes, absmax, offset, nested_block_size) = match &params.absmax {
-            Absmax::Single(absmax) => {
-                let absmax =
-                    Tensor::from_raw_buffer(absmax, DType::F32, &[absmax.len() / 4], device)?;
-                (None, absmax, 0.0, 1)
-            }
+            // As bytes, which kernels read as what they are.
+            Absmax::Single(absmax) => (None, bring(absmax)?, 0.0, 1),
             Absmax::Double {
                 codes,
                 nested_absmax,
@@ -154,12 +198,12 @@ impl QuantizedParts {
                 offset,
             } => {
                 let absmax = Tensor::from_slice(nested_absmax, nested_absmax.len(), device)?;
-                (Some(bytes(codes)?), absmax, *offset, *nested_block_size)
+                (Some(bring(codes)?), absmax, *offset, *nested_block_size)
             }
         };
         Ok(Self {
             id: cache.next_id.fetch_add(1, Ordering::Relaxed),
-            packed: bytes(&params.packed)?,
+            packed,
             codes,
             absmax,
             dynamic_map: Tensor::from_slice(dynamic_map(), 256, device)?,
@@ -221,12 +265,16 @@ struct Held {
 impl DenseCache {
     /// Room for weights of these numbers of elements on `device` at a time.
     pub fn new(weights: &[usize], device: &Device) -> Result<Self> {
-        let capacity: usize = weights.iter().map(|n| n.next_multiple_of(ALIGNMENT)).sum();
         Ok(Self {
-            buffer: Tensor::zeros(capacity, DType::BF16, device)?,
+            buffer: Tensor::zeros(Self::capacity(weights), DType::BF16, device)?,
             held: Mutex::default(),
             next_id: AtomicUsize::new(0),
         })
+    }
+
+    /// Elements that such a buffer has.
+    pub fn capacity(weights: &[usize]) -> usize {
+        weights.iter().map(|n| n.next_multiple_of(ALIGNMENT)).sum()
     }
 
     fn device(&self) -> &Device {

@@ -68,44 +68,77 @@ impl QuantType {
 /// For `e` in 0..7 the interval [0.1, 1] is split into `2^e` equal parts, whose midpoints are scaled by `10^(e - 6)`;
 /// these with both signs, 0 and 1 are the map.
 pub fn dynamic_map() -> &'static [f32; 256] {
-    static MAP: LazyLock<[f32; 256]> = LazyLock::new(build_dynamic_map);
+    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
+        let mut map = [0.0; 256];
+        for (k, value) in decades(1).enumerate() {
+            map[128 + k] = value;
+            map[126 - k] = -value;
+        }
+        map[255] = 1.0;
+        map
+    });
     &MAP
 }
 
-fn build_dynamic_map() -> [f32; 256] {
+/// The unsigned dynamic map, of the second moment in 8 bits: ascending from 0 (code 0) to 1 (code 255).
+///
+/// As [`dynamic_map`], without the negative half and with `2^(e + 1)` parts in its place.
+pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
+    static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
+        let mut map = [0.0; 256];
+        for (k, value) in decades(2).enumerate() {
+            map[1 + k] = value;
+        }
+        map[255] = 1.0;
+        map
+    });
+    &MAP
+}
+
+/// The midpoints of the `first_parts * 2^e` equal parts of [0.1, 1], times `10^(e - 6)`, for `e` in 0..7: ascending.
+fn decades(first_parts: usize) -> impl Iterator<Item = f32> {
     const SCALES: [f32; 7] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
-    let mut map = [0.0; 256];
-    let mut next = 128;
-    for (e, scale) in SCALES.into_iter().enumerate() {
-        let parts = 1usize << e;
+    SCALES.into_iter().enumerate().flat_map(move |(e, scale)| {
+        let parts = first_parts << e;
         let step = (1.0 - 0.1f32) / parts as f32;
         // torch.linspace counts from the nearer end, each edge with one rounding.
-        let edge = |k: usize| {
+        let edge = move |k: usize| {
             if k < parts.div_ceil(2) {
                 step.mul_add(k as f32, 0.1)
             } else {
                 (-step).mul_add((parts - k) as f32, 1.0)
             }
         };
-        for k in 0..parts {
-            let value = (edge(k) + edge(k + 1)) / 2.0 * scale;
-            map[next] = value;
-            map[254 - next] = -value;
-            next += 1;
-        }
-    }
-    map[255] = 1.0;
-    map
+        (0..parts).map(move |k| (edge(k) + edge(k + 1)) / 2.0 * scale)
+    })
 }
 
 /// `dynamic_lower_bounds()[k]` separates the codes `k - 1` and `k` of [`dynamic_map`]; a value equal to it takes `k - 1`.
-pub(super) fn dynamic_lower_bounds() -> &'static [f32; 256] {
-    static BOUNDS: LazyLock<[f32; 256]> = LazyLock::new(|| {
-        let map = dynamic_map();
-        std::array::from_fn(|k| match k {
-            0 => f32::NEG_INFINITY,
-            _ => 0.5 * (map[k - 1] + map[k]),
-        })
-    });
+pub fn dynamic_lower_bounds() -> &'static [f32; 256] {
+    static BOUNDS: LazyLock<[f32; 256]> = LazyLock::new(|| lower_bounds(dynamic_map()));
     &BOUNDS
+}
+
+/// The same for [`unsigned_dynamic_map`].
+pub fn unsigned_dynamic_lower_bounds() -> &'static [f32; 256] {
+    static BOUNDS: LazyLock<[f32; 256]> = LazyLock::new(|| lower_bounds(unsigned_dynamic_map()));
+    &BOUNDS
+}
+
+fn lower_bounds(map: &[f32; 256]) -> [f32; 256] {
+    std::array::from_fn(|k| match k {
+        0 => f32::NEG_INFINITY,
+        _ => 0.5 * (map[k - 1] + map[k]),
+    })
+}
+
+/// The code of the value that is nearest to `value`: the largest whose lower bound is below it, bit by bit and without a
+/// branch to mispredict.
+#[inline(always)]
+pub fn nearest_dynamic_code(value: f32, lower_bounds: &[f32; 256]) -> u8 {
+    [128u8, 64, 32, 16, 8, 4, 2, 1]
+        .into_iter()
+        .fold(0, |code, bit| {
+            code + bit * u8::from(lower_bounds[usize::from(code | bit)] < value)
+        })
 }

@@ -79,6 +79,14 @@ impl DenseTensor {
         Ok(())
     }
 
+    /// The same numbers in f32; the bytes are shared where they are that already.
+    pub fn to_f32(&self) -> Self {
+        match self.dtype {
+            DType::F32 => self.clone(),
+            _ => Self::from_f32(self.shape.clone(), &self.to_f32_vec()),
+        }
+    }
+
     /// All elements, widened to f32.
     pub fn to_f32_vec(&self) -> Vec<f32> {
         let mut values = vec![0f32; self.numel()];

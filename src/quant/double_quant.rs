@@ -80,18 +80,9 @@ fn quantize_nested_block(absmax: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
     let reciprocal = 1.0 / nested_absmax;
     let bounds = codes::dynamic_lower_bounds();
     for (code, &a) in codes.iter_mut().zip(absmax) {
-        *code = dynamic_code((a - offset) * reciprocal, bounds);
+        *code = codes::nearest_dynamic_code((a - offset) * reciprocal, bounds);
     }
     nested_absmax
-}
-
-/// The largest code whose lower bound is below `value`, bit by bit and without a branch to mispredict.
-fn dynamic_code(value: f32, bounds: &[f32; 256]) -> u8 {
-    [128u8, 64, 32, 16, 8, 4, 2, 1]
-        .into_iter()
-        .fold(0, |code, bit| {
-            code + bit * u8::from(bounds[usize::from(code | bit)] < value)
-        })
 }
 
 /// The scales of consecutive blocks, without a division per block.

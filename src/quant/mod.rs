@@ -2,6 +2,7 @@
 //!
 //! Source: arXiv:2305.14314; bit-equal to bitsandbytes 0.50.2.
 
+mod block_sizes;
 mod codes;
 mod dense;
 mod dequantize;
@@ -15,7 +16,11 @@ mod quantize;
 use bytes::Bytes;
 use candle_core::DType;
 
-pub use codes::{FP4_CODE, NF4_CODE, dynamic_map};
+pub use block_sizes::BlockSizes;
+pub use codes::{
+    FP4_CODE, NF4_CODE, dynamic_lower_bounds, dynamic_map, nearest_dynamic_code,
+    unsigned_dynamic_lower_bounds, unsigned_dynamic_map,
+};
 pub use dequantize::DequantizeTo;
 pub use double_quant::NESTED_BLOCK_SIZE;
 pub use quantize::{DoubleQuant, QuantizeOptions};

@@ -10,8 +10,9 @@ use std::path::Path;
 use super::adapter_config::AdapterConfig;
 use super::atomic::AtomicFile;
 use super::checkpoint::{read_json, refuse_file};
+use super::manifest::ManifestWriter;
 use super::mapped_file::MappedFile;
-use super::safetensors_writer::SafetensorsWriter;
+use super::safetensors_writer::{SafetensorsWriter, write_tensors};
 use super::target_modules::TargetModules;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
@@ -51,6 +52,12 @@ impl Adapter {
         Ok(adapter)
     }
 
+    /// Whether `dir` has the files of an adapter.
+    pub fn exists(dir: impl AsRef<Path>) -> bool {
+        let dir = dir.as_ref();
+        dir.join(CONFIG_FILE).is_file() && dir.join(WEIGHTS_FILE).is_file()
+    }
+
     /// Writes the adapter into `dir`, which is made if it is not there. Tensors are stored in f32; `all-linear` becomes
     /// the names of the layers, as PEFT writes it. Each file appears when it is complete, the config last.
     ///
@@ -61,14 +68,32 @@ impl Adapter {
         let path = dir.join(WEIGHTS_FILE);
         self.check(&path)?;
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-        SafetensorsWriter::write_f32(&path, &self.tensors, metadata)?;
+        SafetensorsWriter::write_f32(&path, &self.tensors, metadata())?;
+        AtomicFile::write(dir.join(CONFIG_FILE), self.config_json())
+    }
+
+    /// Writes the adapter among the other files of a directory with a manifest.
+    ///
+    /// # Errors
+    /// Those of [`write`](Self::write).
+    pub fn write_into(&self, dir: &mut ManifestWriter) -> Result<()> {
+        self.check(Path::new(WEIGHTS_FILE))?;
+        let tensors = self.tensors.iter();
+        let tensors = tensors.map(|(name, tensor)| (name.clone(), tensor.to_f32()));
+        let tensors = tensors.collect();
+        let metadata = metadata();
+        dir.write(WEIGHTS_FILE, |out| write_tensors(out, &tensors, &metadata))?;
+        dir.write(CONFIG_FILE, |out| {
+            out.write_all(self.config_json().as_bytes())
+        })
+    }
+
+    fn config_json(&self) -> String {
         let mut config = self.config.clone();
         if config.target_modules == TargetModules::AllLinear {
             config.target_modules = TargetModules::Names(self.layer_names());
         }
-        let json = format!("{:#}\n", config.to_json());
-        AtomicFile::write(dir.join(CONFIG_FILE), json)
+        format!("{:#}\n", config.to_json())
     }
 
     /// The last parts of the layers' names, sorted.
@@ -117,4 +142,9 @@ impl Adapter {
         }
         Ok(())
     }
+}
+
+/// What PEFT marks its files with.
+fn metadata() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".to_string(), "pt".to_string())])
 }

@@ -8,6 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use serde_json::Value;
 
 use super::bitsandbytes;
+use super::file_watch::FileWatch;
 use super::mapped_file::MappedFile;
 use crate::quant::{DenseTensor, FrozenWeight};
 use crate::{Error, Result};
@@ -63,6 +64,15 @@ impl Checkpoint {
 
     pub fn config_path(&self) -> PathBuf {
         self.dir.join("config.json")
+    }
+
+    /// The weight files as they are now, to be held against later.
+    pub fn watch(&self) -> FileWatch {
+        FileWatch(self.files.iter().map(|f| f.watched().clone()).collect())
+    }
+
+    pub(super) fn files(&self) -> &[MappedFile] {
+        &self.files
     }
 
     /// All tensor names, sorted; those of a quantized weight's state included.

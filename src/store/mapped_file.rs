@@ -13,6 +13,8 @@ use candle_core::DType;
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 
+use super::file_watch::WatchedFile;
+use super::mapped_ranges::MappedRange;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
@@ -20,14 +22,19 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
-    map: Arc<Mmap>,
+    watched: WatchedFile,
+    map: Arc<NamedMap>,
     /// The mapping behind the header.
     data: Bytes,
     header: Metadata,
 }
 
 impl MappedFile {
-    /// Maps the file at `path`, which must not be changed while it is mapped.
+    /// Maps the file at `path`, which must not be changed while it is mapped: [`Checkpoint::watch`] tells whether it was,
+    /// and [`mapped_path_at`] which file a SIGBUS comes from.
+    ///
+    /// [`Checkpoint::watch`]: super::Checkpoint::watch
+    /// [`mapped_path_at`]: super::mapped_path_at
     ///
     /// # Errors
     /// [`Error::Malformed`] if it is empty or truncated, or its header does not cover its bytes exactly once.
@@ -51,11 +58,15 @@ impl MappedFile {
                 format!("is not a complete safetensors file: {error}; download or copy it again"),
             )
         })?;
-        let map = Arc::new(map);
+        let map = Arc::new(NamedMap {
+            _range: MappedRange::enter(&map, path),
+            map,
+        });
         let data =
             Bytes::from_owner(SharedMap(Arc::clone(&map))).slice(size_of::<u64>() + header_bytes..);
         Ok(Self {
             path: path.to_path_buf(),
+            watched: WatchedFile::new(path, file)?,
             map,
             data,
             header,
@@ -100,6 +111,26 @@ impl MappedFile {
         self.names().into_iter().map(named).collect()
     }
 
+    /// All tensors by name, codes of 8 bits among them.
+    ///
+    /// # Errors
+    /// [`Error::TensorMismatch`] for one that is neither u8, bf16, f16 nor f32.
+    pub fn tensors_and_codes(&self) -> Result<BTreeMap<String, DenseTensor>> {
+        let named = |name: String| {
+            let info = self.info(&name)?;
+            let tensor = match info.dtype {
+                Dtype::U8 => DenseTensor {
+                    dtype: DType::U8,
+                    shape: info.shape.clone(),
+                    data: self.bytes(&name)?,
+                },
+                _ => self.tensor(&name)?,
+            };
+            Ok((name, tensor))
+        };
+        self.names().into_iter().map(named).collect()
+    }
+
     /// The bytes of a tensor, whatever its type.
     pub fn bytes(&self, name: &str) -> Result<Bytes> {
         let (start, end) = self.info(name)?.data_offsets;
@@ -109,13 +140,28 @@ impl MappedFile {
     /// Gives the memory of a tensor's pages back; they are read from the file again when they are touched.
     pub fn release(&self, name: &str) -> Result<()> {
         let (start, end) = self.info(name)?.data_offsets;
-        let offset = self.map.len() - self.data.len() + start;
+        let offset = self.header_bytes() + start;
         // SAFETY: the mapping is of a file and never written to, so its pages hold the same bytes when read again.
         unsafe {
             self.map
+                .map
                 .unchecked_advise_range(UncheckedAdvice::DontNeed, offset, end - start)
         }
         .map_err(Error::io(&self.path))
+    }
+
+    pub(super) fn watched(&self) -> &WatchedFile {
+        &self.watched
+    }
+
+    /// The whole file.
+    pub(super) fn all_bytes(&self) -> &[u8] {
+        &self.map.map
+    }
+
+    /// How many bytes stand before those of the tensors.
+    pub(super) fn header_bytes(&self) -> usize {
+        self.all_bytes().len() - self.data.len()
     }
 
     /// A tensor of real numbers, aligned for its type: a slice of the mapping, or a copy where the file misaligned it.
@@ -144,11 +190,19 @@ impl MappedFile {
     }
 }
 
-struct SharedMap(Arc<Mmap>);
+/// A mapping that is listed under its file's name as long as it is there.
+#[derive(Debug)]
+struct NamedMap {
+    // Before the mapping, so that the range is taken off the list first.
+    _range: MappedRange,
+    map: Mmap,
+}
+
+struct SharedMap(Arc<NamedMap>);
 
 impl AsRef<[u8]> for SharedMap {
     fn as_ref(&self) -> &[u8] {
-        &self.0
+        &self.0.map
     }
 }
 

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::atomic::{AtomicDir, AtomicFile, Existing};
+use super::atomic::AtomicFile;
+use super::atomic_dir::{AtomicDir, Existing};
 use super::bitsandbytes;
 use super::checkpoint::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};

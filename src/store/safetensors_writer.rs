@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use candle_core::DType;
@@ -158,22 +158,70 @@ impl SafetensorsWriter {
     }
 
     fn header(&self) -> Result<Vec<u8>> {
-        let header = || -> serde_json::Result<Vec<u8>> {
-            let mut header = serde_json::Map::new();
-            if !self.metadata.is_empty() {
-                header.insert("__metadata__".into(), serde_json::to_value(&self.metadata)?);
-            }
-            for (name, info) in &self.tensors {
-                header.insert(name.clone(), serde_json::to_value(info)?);
-            }
-            serde_json::to_vec(&header)
-        };
-        header().map_err(|error| Error::malformed(self.file.path(), error.to_string()))
+        header(&self.tensors, &self.metadata)
+            .map_err(|error| Error::malformed(self.file.path(), error.to_string()))
     }
 
-    fn io(&mut self, write: impl FnOnce(&mut AtomicFile) -> std::io::Result<()>) -> Result<()> {
+    fn io(&mut self, write: impl FnOnce(&mut AtomicFile) -> io::Result<()>) -> Result<()> {
         let result = write(&mut self.file);
         result.map_err(Error::io(self.file.path()))
+    }
+}
+
+fn header(
+    tensors: &[(String, TensorInfo)],
+    metadata: &BTreeMap<String, String>,
+) -> serde_json::Result<Vec<u8>> {
+    let mut header = serde_json::Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".into(), serde_json::to_value(metadata)?);
+    }
+    for (name, info) in tensors {
+        header.insert(name.clone(), serde_json::to_value(info)?);
+    }
+    serde_json::to_vec(&header)
+}
+
+/// Writes a whole file of `tensors` to `out`, as they are and in the order of their names, from its first byte to its last.
+///
+/// # Errors
+/// Those of `out`, and one for a type that safetensors does not have.
+pub fn write_tensors(
+    out: &mut dyn Write,
+    tensors: &BTreeMap<String, DenseTensor>,
+    metadata: &BTreeMap<String, String>,
+) -> io::Result<()> {
+    let mut infos = Vec::with_capacity(tensors.len());
+    let mut start = 0;
+    for (name, tensor) in tensors {
+        let end = start + tensor.data.len();
+        let info = TensorInfo {
+            dtype: stored_type(tensor.dtype)?,
+            shape: tensor.shape.clone(),
+            data_offsets: (start, end),
+        };
+        infos.push((name.clone(), info));
+        start = end;
+    }
+    let mut header = header(&infos, metadata)?;
+    header.resize(header.len().next_multiple_of(HEADER_ALIGNMENT), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    tensors
+        .values()
+        .try_for_each(|tensor| out.write_all(&tensor.data))
+}
+
+fn stored_type(dtype: DType) -> io::Result<Dtype> {
+    match dtype {
+        DType::F32 => Ok(Dtype::F32),
+        DType::BF16 => Ok(Dtype::BF16),
+        DType::F16 => Ok(Dtype::F16),
+        DType::U8 => Ok(Dtype::U8),
+        other => Err(io::Error::other(format!(
+            "a tensor of type {} cannot be stored",
+            other.as_str()
+        ))),
     }
 }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use datasets::{DatasetColumns, DatasetList, DatasetWeights};
 pub use foreign::{FOREIGN_KEYS, SYNONYMS};
-pub use values::{ComputeDtype, Optim, Resume, ValueKind};
+pub use values::{ByteCount, ComputeDtype, EvalMetric, OnNonFinite, Optim, Resume, ValueKind};
 
 use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
@@ -142,6 +142,8 @@ train_config! {
     lora_r: usize = 64;
     /// LoRA alpha; the adapter is scaled by lora_alpha / lora_r
     lora_alpha: f64 = 16.0;
+    /// Dropout on the adapter's input while training; unset: 0, or that of `adapter`
+    lora_dropout: Option<f64> = None;
     /// all-linear, a module name, a list of them, or a regex that matches whole module paths
     lora_target_modules: TargetModules = TargetModules::AllLinear;
     /// Scale the adapter by lora_alpha / sqrt(lora_r)
@@ -180,9 +182,11 @@ train_config! {
     adam_epsilon: f64 = 1e-8;
     /// Clip the gradient to this global norm; 0: never
     max_grad_norm: f64 = 0.3;
-    /// adamw_torch; adamw_hf, adamw_torch_fused and paged_adamw_32bit name the same AdamW with f32 moments
+    /// adamw_torch (also adamw_hf, adamw_torch_fused, paged_adamw_32bit): f32 moments; adamw_8bit (adamw_bnb_8bit): 8-bit ones
     optim: Optim = Optim::AdamwTorch;
-    /// Seed of the adapter's initialization
+    /// What to do about a loss or gradient that is not finite: stop the run, or skip the step
+    on_non_finite: OnNonFinite = OnNonFinite::Stop;
+    /// Seed of the adapter's initialization and of dropout
     seed: u64 = 0;
     /// Seed of the data order and of the evaluation split
     data_seed: u64 = 42;
@@ -192,16 +196,26 @@ train_config! {
     eval_steps: Option<usize> = None;
     /// Optimizer steps between checkpoints
     save_steps: usize = 250;
-    /// Checkpoints kept, the oldest are deleted; 0: all
+    /// Checkpoints kept, the oldest are deleted, the newest and the best never; 0: all
     save_total_limit: usize = 40;
+    /// Make the final adapter that of the best checkpoint
+    load_best_model_at_end: bool = false;
+    /// eval_loss, eval_perplexity or eval_token_accuracy; unset: eval_loss with load_best_model_at_end
+    metric_for_best_model: Option<EvalMetric> = None;
+    /// Whether a greater metric is a better one; unset: only an accuracy
+    greater_is_better: Option<bool> = None;
     /// Optimizer steps between printed lines (metrics.jsonl has every step)
     logging_steps: usize = 10;
     /// true: continue from the last checkpoint in output_dir; or the directory of a checkpoint
     resume_from_checkpoint: Resume = Resume::Never;
+    /// Continue although the base model, the rows or keys that change the mathematics are other ones
+    resume_with_changes: bool = false;
 
     ["Machine"]
     /// Compute activations again in the backward pass; false: keep them, faster and larger; unset: keep what fits
     gradient_checkpointing: Option<bool> = None;
+    /// Memory that the run may take, such as 24GiB; unset: what is free on the device
+    vram_limit: Option<ByteCount> = None;
     /// cpu or cuda
     device: DeviceKind = DeviceKind::Cpu;
     /// Type of activations: f32 on the CPU, bf16 on CUDA; unset: the one of the device
@@ -292,9 +306,18 @@ impl TrainConfig {
         (self.max_steps < 0).then(|| self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS))
     }
 
+    /// The type activations have on the device.
+    fn dtype_of_device(&self) -> ComputeDtype {
+        match self.device {
+            DeviceKind::Cpu => ComputeDtype::F32,
+            DeviceKind::Cuda => ComputeDtype::Bf16,
+        }
+    }
+
     fn validate(&self) -> Result<()> {
         self.validate_sizes()?;
         self.validate_optimization()?;
+        self.validate_best_model()?;
         self.validate_batches()?;
         if self.eval_dataset.is_some() && self.eval_dataset_size.is_some() {
             return Err(Error::config(
@@ -302,20 +325,41 @@ impl TrainConfig {
                 "splits rows off `dataset`; give it or `eval_dataset`, not both",
             ));
         }
-        let (only, reason) = match self.device {
-            DeviceKind::Cpu => (
-                ComputeDtype::F32,
-                "only f32 is supported on the CPU; use --compute_dtype f32",
-            ),
-            DeviceKind::Cuda => (
-                ComputeDtype::Bf16,
-                "only bf16 is supported on CUDA; use --compute_dtype bf16",
-            ),
+        let reason = match self.device {
+            DeviceKind::Cpu => "only f32 is supported on the CPU; use --compute_dtype f32",
+            DeviceKind::Cuda => "only bf16 is supported on CUDA; use --compute_dtype bf16",
         };
+        let only = self.dtype_of_device();
         if self.compute_dtype.is_some_and(|dtype| dtype != only) {
             return Err(Error::config("compute_dtype", reason));
         }
         Ok(())
+    }
+
+    /// As transformers has it: every checkpoint that may be the best one has an evaluation.
+    fn validate_best_model(&self) -> Result<()> {
+        let key = match (self.load_best_model_at_end, self.metric_for_best_model) {
+            (true, _) => "load_best_model_at_end",
+            (false, Some(_)) => "metric_for_best_model",
+            (false, None) => return Ok(()),
+        };
+        if self.eval_dataset.is_none() && self.eval_dataset_size.is_none() {
+            return Err(Error::config(
+                key,
+                "needs evaluation rows; give eval_dataset or eval_dataset_size",
+            ));
+        }
+        match self.eval_steps {
+            Some(eval_steps) if self.save_steps.is_multiple_of(eval_steps) => Ok(()),
+            eval_steps => {
+                let eval_steps = eval_steps.map_or("unset".into(), |steps| steps.to_string());
+                let reason = format!(
+                    "needs save_steps to be a multiple of eval_steps; they are {} and {eval_steps}",
+                    self.save_steps
+                );
+                Err(Error::config(key, reason))
+            }
+        }
     }
 
     fn validate_sizes(&self) -> Result<()> {
@@ -422,12 +466,14 @@ impl TrainConfig {
         let not_negative = |x: f64| x >= 0.0 && x.is_finite();
         let share = |x: f64| (0.0..=1.0).contains(&x);
         let decay = |x: f64| (0.0..1.0).contains(&x);
+        let lora_dropout = self.lora_dropout.unwrap_or(0.0);
         let epochs = self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS);
         let min_lr_rate = self.min_lr_rate.unwrap_or(0.0);
         #[rustfmt::skip]
         let rules = [
             ("learning_rate", self.learning_rate, positive(self.learning_rate), "greater than 0"),
             ("lora_alpha", self.lora_alpha, positive(self.lora_alpha), "greater than 0"),
+            ("lora_dropout", lora_dropout, decay(lora_dropout), "at least 0 and less than 1"),
             ("adam_epsilon", self.adam_epsilon, positive(self.adam_epsilon), "greater than 0"),
             ("num_train_epochs", epochs, positive(epochs), "greater than 0"),
             ("weight_decay", self.weight_decay, not_negative(self.weight_decay), "0 or greater"),

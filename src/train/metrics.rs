@@ -2,9 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{Error, Result};
 
@@ -15,9 +16,12 @@ pub struct StepRecord {
     pub step: usize,
     /// Passes over the training data so far.
     pub epoch: f64,
-    /// Sum of the token losses over the number of labels, over all micro-batches of the step.
+    /// Sum of the token losses over the number of labels, over all micro-batches of the step. NaN and infinities are `null`
+    /// in JSON.
+    #[serde(deserialize_with = "number_or_nan")]
     pub loss: f64,
     /// Global norm of the gradient before clipping.
+    #[serde(deserialize_with = "number_or_nan")]
     pub grad_norm: f64,
     pub learning_rate: f64,
     /// Tokens that went through the model in this step.
@@ -25,6 +29,13 @@ pub struct StepRecord {
     pub tokens_per_second: f64,
     /// `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
+    /// The lines of the data that made the step be skipped (`on_non_finite`); empty for a step that was taken.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped_rows: Vec<usize>,
+}
+
+fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 /// What an evaluation found.
@@ -42,6 +53,7 @@ pub struct EvalRecord {
 pub struct MetricsWriter {
     path: PathBuf,
     file: File,
+    records: usize,
 }
 
 impl MetricsWriter {
@@ -52,25 +64,54 @@ impl MetricsWriter {
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let file = File::create(&path).map_err(Error::io(&path))?;
-        Ok(Self { path, file })
+        Ok(Self {
+            path,
+            file,
+            records: 0,
+        })
     }
 
-    /// Opens a file, or starts one, and drops every record after `step`: what a run that is continued from there will
-    /// write again. A last line that was cut short by a kill is dropped too.
+    /// Opens a file, or starts one, and cuts it before the first record after `step`: what a run that is continued from
+    /// there will write again. A last line that was cut short by a kill is cut off too.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Row`] for a line before the last that is not a record.
     pub fn truncate_after(path: impl AsRef<Path>, step: usize) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        if path.exists() {
-            keep_until(&path, step)?;
-        }
         let file = OpenOptions::new()
             .create(true)
+            .read(true)
             .append(true)
             .open(&path)
             .map_err(Error::io(&path))?;
-        Ok(Self { path, file })
+        let (records, bytes) = records_until(&path, &file, step)?;
+        // Cut in place: the file never has a moment of being something else.
+        file.set_len(bytes)
+            .and_then(|()| file.sync_all())
+            .map_err(Error::io(&path))?;
+        Ok(Self {
+            path,
+            file,
+            records,
+        })
+    }
+
+    /// How many records the file had when it was opened.
+    pub fn records(&self) -> usize {
+        self.records
+    }
+
+    /// Whether the file was removed while it was written to.
+    pub fn is_removed(&self) -> bool {
+        self.file.metadata().is_ok_and(|file| file.nlink() == 0)
+    }
+
+    /// A handle to sync the file by.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn file(&self) -> Result<File> {
+        self.file.try_clone().map_err(Error::io(&self.path))
     }
 
     /// Appends the record of a step.
@@ -97,35 +138,33 @@ impl MetricsWriter {
     }
 }
 
-/// Rewrites the file with the records up to `step`, beside it first, so that a kill leaves the old or the new one.
-fn keep_until(path: &Path, step: usize) -> Result<()> {
+/// How many complete records up to `step` the file begins with, and their bytes.
+fn records_until(path: &Path, file: &File, step: usize) -> Result<(usize, u64)> {
     #[derive(Deserialize)]
     struct AnyRecord {
         step: usize,
     }
-    let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty());
-    let mut kept = tempfile::NamedTempFile::new_in(directory.unwrap_or(Path::new(".")))
-        .map_err(Error::io(path))?;
-    let mut line = String::new();
-    for number in 1.. {
+    let mut reader = BufReader::new(file);
+    let mut line = Vec::new();
+    let mut bytes = 0;
+    for records in 0.. {
         line.clear();
-        let length = reader.read_line(&mut line).map_err(Error::io(path))?;
-        if length == 0 || !line.ends_with('\n') {
-            break;
+        let length = reader.read_until(b'\n', &mut line);
+        let length = length.map_err(Error::io(path))?;
+        if !line.ends_with(b"\n") {
+            return Ok((records, bytes));
         }
-        let record: AnyRecord = serde_json::from_str(&line).map_err(|e| Error::Row {
+        let record: AnyRecord = serde_json::from_slice(&line).map_err(|e| Error::Row {
             path: path.to_path_buf(),
-            line: number,
+            line: records + 1,
             reason: format!("not a metrics record: {e}"),
         })?;
-        if record.step <= step {
-            kept.write_all(line.as_bytes()).map_err(Error::io(path))?;
+        if record.step > step {
+            return Ok((records, bytes));
         }
+        bytes += length as u64;
     }
-    kept.as_file().sync_all().map_err(Error::io(path))?;
-    kept.persist(path).map_err(|e| Error::io(path)(e.error))?;
-    Ok(())
+    unreachable!("a file ends")
 }
 
 #[cfg(test)]
@@ -142,6 +181,7 @@ mod tests {
             tokens: 512,
             tokens_per_second: 100.0,
             peak_memory_bytes: Some(1 << 20),
+            skipped_rows: Vec::new(),
         }
     }
 
@@ -190,6 +230,22 @@ mod tests {
         assert_eq!(steps_in(&path), [1, 2]);
         writer.write_step(&step(3)).unwrap();
         assert_eq!(steps_in(&path), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_skipped_step_has_a_record_that_can_be_read() {
+        let skipped = StepRecord {
+            loss: f64::NAN,
+            grad_norm: f64::INFINITY,
+            skipped_rows: vec![3, 9],
+            ..step(1)
+        };
+        let json = serde_json::to_string(&skipped).unwrap();
+        assert!(json.contains(r#""loss":null"#) && json.contains(r#""skipped_rows":[3,9]"#));
+        let read: StepRecord = serde_json::from_str(&json).unwrap();
+        assert!(read.loss.is_nan() && read.skipped_rows == [3, 9]);
+        let taken = serde_json::to_string(&step(1)).unwrap();
+        assert!(!taken.contains("skipped_rows"));
     }
 
     #[test]

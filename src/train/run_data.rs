@@ -101,6 +101,11 @@ impl RunData {
             .example(place.row as usize)
     }
 
+    /// All training rows, each once, in the order of the files.
+    pub fn train_examples(&self) -> impl Iterator<Item = Example> {
+        (0..self.train_len()).map(|i| self.train_example(i))
+    }
+
     /// Evaluation rows, or `None` if the run has none.
     pub fn eval_len(&self) -> Option<usize> {
         self.eval.as_ref().map(Vec::len)

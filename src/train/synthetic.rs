@@ -35,24 +35,24 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// The shapes that have a name.
-    pub const NAMED: [(&'static str, Self); 4] = [
-        (
-            "llama-110m",
-            Self::llama(768, 2048, 12, 12, 12, 32_000, true),
-        ),
-        (
-            "tinyllama-1.1b",
-            Self::llama(2048, 5632, 22, 32, 4, 32_000, false),
-        ),
-        (
-            "llama-7b",
-            Self::llama(4096, 11_008, 32, 32, 32, 32_000, false),
-        ),
-        (
-            "llama3-8b",
-            Self::llama(4096, 14_336, 32, 32, 8, 128_256, false),
-        ),
+    pub const LLAMA_110M: Self = Self::llama(768, 2048, 12, 12, 12, 32_000, true);
+
+    /// The shapes that have a name: of their `config.json`, as Llama models without biases.
+    #[rustfmt::skip]
+    pub const NAMED: [(&'static str, Self); 13] = [
+        ("llama-110m", Self::LLAMA_110M),
+        ("tinyllama-1.1b", Self::llama(2048, 5632, 22, 32, 4, 32_000, false)),
+        ("llama-7b", Self::llama(4096, 11_008, 32, 32, 32, 32_000, false)),
+        ("llama-13b", Self::llama(5120, 13_824, 40, 40, 40, 32_000, false)),
+        ("llama-33b", Self::llama(6656, 17_920, 60, 52, 52, 32_000, false)),
+        ("llama-65b", Self::llama(8192, 22_016, 80, 64, 64, 32_000, false)),
+        ("llama3-8b", Self::llama(4096, 14_336, 32, 32, 8, 128_256, false)),
+        ("llama3-70b", Self::llama(8192, 28_672, 80, 64, 8, 128_256, false)),
+        ("mistral-7b", Self::llama(4096, 14_336, 32, 32, 8, 32_000, false)),
+        ("qwen2.5-7b", Self::llama(3584, 18_944, 28, 28, 4, 152_064, false)),
+        ("qwen2.5-14b", Self::llama(5120, 13_824, 48, 40, 8, 152_064, false)),
+        ("qwen2.5-32b", Self::llama(5120, 27_648, 64, 40, 8, 152_064, false)),
+        ("qwen2.5-72b", Self::llama(8192, 29_568, 80, 64, 8, 152_064, false)),
     ];
 
     const fn llama(
@@ -81,6 +81,14 @@ impl Shape {
             .iter()
             .find(|(known, _)| *known == name)
             .map(|(_, shape)| *shape)
+    }
+
+    /// What a decoder of this shape is made of.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] for sizes that do not go together.
+    pub fn decoder_config(&self) -> Result<DecoderConfig> {
+        DecoderConfig::from_json(&self.config(), Path::new("the shape"))
     }
 
     fn config(&self) -> serde_json::Value {

@@ -1,57 +1,57 @@
 //! A training run. [`Trainer::step`] is the whole of an optimizer step: read it first.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::checkpoint::{self, TrainerState};
-use super::config::{Resume, TrainConfig};
-use super::memory::activation_policies;
-use super::metrics::{EvalRecord, MetricsWriter, StepRecord};
+use super::checkpoint::{Checkpoint, PartialStep, TrainerState};
+use super::config::{OnNonFinite, TrainConfig};
+use super::fingerprint::Fingerprint;
+use super::metrics::{EvalRecord, StepRecord};
 use super::optimizer::Optimizer;
+use super::plan::{Engine, LongestBatch, Plan, Workload};
+use super::resume::Resumed;
 use super::run_data::RunData;
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
 use crate::device::Placement;
 use crate::infer::{LogProbs, evaluate, sequences};
-use crate::model::{ActivationPolicy, Decoder};
-use crate::ops::linear_cross_entropy;
-use crate::store::{Adapter, AdapterConfig, AtomicFile, Checkpoint};
+use crate::model::{Decoder, DecoderConfig, MicroBatch, block_sizes};
+use crate::ops::dropout::Dropout;
+use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::store::{self, Adapter, AdapterConfig, Disk, FileWatch, SystemDisk};
 use crate::{Error, Result};
-
-const METRICS_FILE: &str = "metrics.jsonl";
-const CONFIG_FILE: &str = "config.toml";
-
-/// What a run tells while it goes on.
-#[derive(Debug)]
-pub enum Event<'a> {
-    Step(&'a StepRecord),
-    Evaluation(&'a EvalRecord),
-    Checkpoint(&'a Path),
-}
-
-/// How a run ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// The final adapter is in the run directory.
-    Finished,
-    /// Stopped by the caller after this checkpoint.
-    Stopped(PathBuf),
-}
 
 /// A decoder with its adapter, its data, and where the run stands.
 pub struct Trainer {
-    config: TrainConfig,
-    adapter_config: AdapterConfig,
-    decoder: Decoder,
-    policies: Vec<ActivationPolicy>,
+    pub(super) config: TrainConfig,
+    pub(super) adapter_config: AdapterConfig,
+    pub(super) decoder: Decoder,
+    workload: Workload,
+    plan: Plan,
     data: RunData,
     order: SequenceOrder,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    total_steps: usize,
-    state: TrainerState,
+    pub(super) optimizer: Optimizer,
+    pub(super) schedule: Schedule,
+    pub(super) total_steps: usize,
+    pub(super) state: TrainerState,
+    pub(super) fingerprint: Fingerprint,
+    /// The mapped weight files of the base model.
+    base_files: FileWatch,
+    pub(super) disk: Arc<dyn Disk>,
+    /// The checkpoints of the run directory when the run began or was last left.
+    pub(super) known_checkpoints: Vec<PathBuf>,
+    pub(super) resumed: Option<Resumed>,
 }
+
+/// A micro-batch, with the lines of its rows in the data file.
+struct SourcedBatch {
+    batch: Batch,
+    lines: Vec<usize>,
+}
+
+/// So many steps in a row may be skipped (`on_non_finite`): after more, it is the run that is broken and not a row.
+const MAX_SKIPPED_IN_A_ROW: usize = 10;
 
 impl Trainer {
     /// Loads model and data, makes or loads the adapter, and takes up a checkpoint where the config says so. Writes
@@ -60,48 +60,66 @@ impl Trainer {
     /// # Errors
     /// Whatever is wrong with the config, the model, the data or the checkpoint.
     pub fn new(config: TrainConfig, placement: &Placement) -> Result<Self> {
-        let mut decoder = Decoder::load(
-            &Checkpoint::open(&config.model_name_or_path)?,
-            Some(config.quantize_options()),
-            placement,
-        )?;
+        let base = store::Checkpoint::open(&config.model_name_or_path)?;
+        let model = DecoderConfig::from_json(base.config(), &base.config_path())?;
         let tokenizer = Tokenizer::find(&config.model_name_or_path)?;
-        let vocab_size = decoder.config().vocab_size;
-        let data = RunData::load(&config, tokenizer.as_ref(), Some(vocab_size))?;
+        let data = RunData::load(&config, tokenizer.as_ref(), Some(model.vocab_size))?;
         let mut order = data.order(&config);
-        let adapter_config = match &config.adapter {
-            Some(dir) => {
-                let adapter = Adapter::read(dir)?;
-                decoder.load_adapter(&adapter).map_err(does_not_fit(dir))?;
-                adapter.config
-            }
-            None => {
-                let new = new_adapter_config(&config);
-                decoder.add_lora(&new, config.seed)?;
-                new
-            }
+        let adapter = config.adapter.as_ref().map(Adapter::read).transpose()?;
+        let adapter_config = match &adapter {
+            Some(Adapter { config: found, .. }) => AdapterConfig {
+                lora_dropout: config.lora_dropout.unwrap_or(found.lora_dropout),
+                ..found.clone()
+            },
+            None => new_adapter_config(&config),
         };
+        let blocks = block_sizes(&base, config.quantize_options())?;
+        let lora = (adapter_config.r, &adapter_config.target_modules);
+        let engine = Engine::of(placement);
+        let workload = Workload {
+            moments: config.optim.into(),
+            micro_batches: config.gradient_accumulation_steps,
+            dropout: adapter_config.lora_dropout > 0.0,
+            ..Workload::new(
+                model,
+                blocks,
+                engine,
+                lora,
+                longest_batch(&config, &data, &order),
+            )
+        };
+        let plan = Plan::of_run(&config, &workload, placement)?;
+        let placement = Placement {
+            residency: plan.residency,
+            ..placement.clone()
+        };
+        let mut decoder = Decoder::load(&base, Some(config.quantize_options()), &placement)?;
+        match (&adapter, &config.adapter) {
+            (Some(adapter), Some(dir)) => {
+                decoder.load_adapter(adapter).map_err(does_not_fit(dir))?;
+            }
+            _ => decoder.add_lora(&adapter_config, config.seed)?,
+        }
         let batch = config.per_device_train_batch_size * config.gradient_accumulation_steps;
         let total_steps = match config.epochs() {
             Some(epochs) => (order.sequences(epochs) / batch as f64).ceil().max(1.0) as usize,
             None => config.max_steps as usize,
         };
-        let tokens = order.longest_sequence() * config.per_device_train_batch_size;
         let mut trainer = Self {
-            policies: activation_policies(
-                decoder.config(),
-                placement,
-                tokens,
-                config.gradient_checkpointing,
-            ),
+            workload,
+            plan,
             order,
             optimizer: Optimizer::new(&config, &decoder)?,
             schedule: Schedule::from_config(&config, total_steps),
             state: TrainerState {
-                global_step: 0,
-                epoch: 0.0,
-                examples_seen: 0,
+                total_steps,
+                ..TrainerState::default()
             },
+            fingerprint: Fingerprint::new(&config, &base, data.train_examples())?,
+            base_files: base.watch(),
+            disk: Arc::new(SystemDisk),
+            known_checkpoints: Vec::new(),
+            resumed: None,
             adapter_config,
             decoder,
             data,
@@ -112,92 +130,101 @@ impl Trainer {
         Ok(trainer)
     }
 
+    /// The same run with its checkpoints on another disk.
+    pub fn on_disk(mut self, disk: Arc<dyn Disk>) -> Self {
+        self.disk = disk;
+        self
+    }
+
     /// One optimizer step: forward and backward of each micro-batch, clip, update.
     ///
     /// The loss is the sum of the token losses over the number of labels in all micro-batches together, so that how the
     /// rows are divided among micro-batches does not matter.
     ///
     /// # Errors
-    /// [`Error::Train`] if the loss or the gradient is not finite; the adapter is as before then.
+    /// [`Error::NonFiniteStep`] if the loss or the gradient is not finite and that is to stop the run; the adapter is as
+    /// before then.
     pub fn step(&mut self) -> Result<StepRecord> {
+        match self.step_unless(|| false)? {
+            Some(record) => Ok(record),
+            None => unreachable!("nothing asked for a pause"),
+        }
+    }
+
+    /// A step, or what is left of it, unless `pauses` says between two micro-batches that it is to be left there: then
+    /// [`TrainerState::partial_step`] tells what is done, the gradients hold its sums, and the next call goes on.
+    pub(super) fn step_unless(&mut self, pauses: impl Fn() -> bool) -> Result<Option<StepRecord>> {
         let started = Instant::now();
         let micro_batches = self.next_micro_batches();
-        let targets: usize = micro_batches.iter().map(Batch::target_count).sum();
-
-        self.optimizer.zero_grad(&self.decoder)?;
+        let targets = |m: &SourcedBatch| m.batch.target_count();
+        let targets: usize = micro_batches.iter().map(targets).sum();
         let d_loss = 1.0 / targets as f32;
-        let losses = micro_batches.iter().map(|batch| {
-            self.decoder
-                .backward(sequences(batch), &batch.labels, d_loss, &self.policies)
-        });
-        // Read when all is queued: a device works on meanwhile.
-        let losses = losses.collect::<Result<Vec<_>>>()?;
-        let mut loss = 0.0;
-        for losses in losses {
-            loss += linear_cross_entropy::total(&losses.read()?);
+        let (mut done, loss_sum) = match self.state.partial_step.take() {
+            Some(partial) => (partial.micro_batches, partial.loss_sum),
+            None => {
+                self.optimizer.zero_grad(&self.decoder)?;
+                (0, 0.0)
+            }
+        };
+        let taken_up = done;
+        let mut losses = StepLosses::after(loss_sum);
+        let inputs: Vec<_> = micro_batches
+            .iter()
+            .enumerate()
+            .map(|(number, SourcedBatch { batch, .. })| MicroBatch {
+                sequences: sequences(batch),
+                labels: &batch.labels,
+                dropout: self.dropout(number),
+            })
+            .collect();
+        for together in inputs[done..].chunks(self.plan.together) {
+            let policies = &self.plan.policies;
+            let queued = self.decoder.backward(together, d_loss, policies)?;
+            losses.queued.extend(queued);
+            done += together.len();
+            if done < micro_batches.len() && pauses() {
+                losses.read()?;
+                // What is not finite is dealt with at the end of the step.
+                if losses.sum.is_finite() {
+                    self.state.partial_step = Some(PartialStep {
+                        micro_batches: done,
+                        loss_sum: losses.sum,
+                    });
+                    return Ok(None);
+                }
+            }
         }
-        loss /= targets as f64;
+        // Read when all is queued: a device works on meanwhile.
+        losses.read()?;
+        let loss = losses.sum / targets as f64;
         let grad_norm = self.optimizer.grad_norm(&self.decoder)?;
-        self.expect_finite(loss, grad_norm)?;
-
         let learning_rate = self.schedule.learning_rate(self.state.global_step);
-        self.optimizer
-            .update(&self.decoder, learning_rate, grad_norm)?;
-
+        let mut skipped_rows = Vec::new();
+        if loss.is_finite() && grad_norm.is_finite() {
+            self.optimizer
+                .update(&self.decoder, learning_rate, grad_norm)?;
+            self.state.optimizer_updates += 1;
+            self.state.skipped_in_a_row = 0;
+        } else {
+            skipped_rows = suspects(&micro_batches[taken_up..], &losses.is_finite);
+            self.expect_skip_allowed(loss, grad_norm, &skipped_rows)?;
+            self.state.skipped_in_a_row += 1;
+        }
         self.advance();
-        let tokens = micro_batches.iter().map(Batch::token_count).sum();
-        Ok(StepRecord {
+        let tokens = micro_batches.iter().map(|m| m.batch.token_count()).sum();
+        // A clock that does not move in a step does not make a speed that JSON cannot hold.
+        let seconds = started.elapsed().as_secs_f64().max(1e-9);
+        Ok(Some(StepRecord {
             step: self.state.global_step,
             epoch: self.state.epoch,
             loss,
             grad_norm,
             learning_rate,
             tokens,
-            tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64(),
+            tokens_per_second: tokens as f64 / seconds,
             peak_memory_bytes: self.decoder.placement().peak_memory_bytes(),
-        })
-    }
-
-    /// Trains to the end, or until `stop` is set: evaluates, saves, and keeps the run directory.
-    ///
-    /// # Errors
-    /// Those of [`step`](Self::step), and of writing.
-    pub fn run(
-        &mut self,
-        stop: &AtomicBool,
-        mut observe: impl FnMut(Event<'_>),
-    ) -> Result<Outcome> {
-        let dir = self.config.output_dir.clone();
-        self.expect_no_other_run()?;
-        std::fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
-        AtomicFile::write(dir.join(CONFIG_FILE), self.config.resolved_toml()?)?;
-        let mut metrics = match self.state.global_step {
-            0 => MetricsWriter::create(dir.join(METRICS_FILE))?,
-            step => MetricsWriter::truncate_after(dir.join(METRICS_FILE), step)?,
-        };
-        while self.state.global_step < self.total_steps {
-            let record = self.step()?;
-            metrics.write_step(&record)?;
-            observe(Event::Step(&record));
-            let is_last = record.step == self.total_steps;
-            let is_due = |every: usize| is_last || record.step.is_multiple_of(every);
-            if is_due(self.config.eval_steps.unwrap_or(self.total_steps))
-                && let Some(record) = self.evaluate()?
-            {
-                metrics.write_eval(&record)?;
-                observe(Event::Evaluation(&record));
-            }
-            let stopped = stop.load(Ordering::Relaxed);
-            if stopped || is_due(self.config.save_steps) {
-                let path = self.save_checkpoint()?;
-                observe(Event::Checkpoint(&path));
-                if stopped && !is_last {
-                    return Ok(Outcome::Stopped(path));
-                }
-            }
-        }
-        self.decoder.adapter(&self.adapter_config)?.write(&dir)?;
-        Ok(Outcome::Finished)
+            skipped_rows,
+        }))
     }
 
     /// Scores the evaluation rows; `None` if the run has none.
@@ -214,13 +241,29 @@ impl Trainer {
         }))
     }
 
-    /// Writes `checkpoint-N` and removes the oldest ones beyond `save_total_limit`.
-    pub fn save_checkpoint(&self) -> Result<PathBuf> {
-        let dir = &self.config.output_dir;
-        let adapter = self.decoder.adapter(&self.adapter_config)?;
-        let path = checkpoint::write(dir, &self.state, &adapter, &self.optimizer)?;
-        checkpoint::prune(dir, self.config.save_total_limit)?;
-        Ok(path)
+    /// All that a checkpoint needs, copied to host memory.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if a weight file of the base model was changed since it was mapped: what was computed then is
+    /// not worth saving.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        self.expect_base_unchanged()?;
+        Ok(Checkpoint {
+            state: self.state.clone(),
+            fingerprint: self.fingerprint.clone(),
+            adapter: self.decoder.adapter(&self.adapter_config)?,
+            moments: self.optimizer.state()?,
+            gradients: match self.state.partial_step {
+                None => Default::default(),
+                Some(_) => self.gradients()?,
+            },
+        })
+    }
+
+    /// # Errors
+    /// [`Error::Malformed`] naming the weight file of the base model that was changed since it was mapped.
+    pub(super) fn expect_base_unchanged(&self) -> Result<()> {
+        self.base_files.expect_unchanged()
     }
 
     pub fn config(&self) -> &TrainConfig {
@@ -244,12 +287,22 @@ impl Trainer {
         self.state.global_step
     }
 
-    /// One policy for each block.
-    pub fn policies(&self) -> &[ActivationPolicy] {
-        &self.policies
+    /// What the memory of the run was planned from.
+    pub fn workload(&self) -> &Workload {
+        &self.workload
     }
 
-    fn next_micro_batches(&mut self) -> Vec<Batch> {
+    /// The memory of the run, and what its blocks keep.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What was taken up and what was passed over, if the run continues an earlier one.
+    pub fn resumed(&self) -> Option<&Resumed> {
+        self.resumed.as_ref()
+    }
+
+    fn next_micro_batches(&mut self) -> Vec<SourcedBatch> {
         let rows = self.config.per_device_train_batch_size;
         (0..self.config.gradient_accumulation_steps)
             .map(|micro_batch| {
@@ -259,9 +312,18 @@ impl Trainer {
                     let rows = self.order.rows(position);
                     examples.extend(rows.iter().map(|&row| self.data.train_example(row)));
                 }
-                Batch::from_examples(&examples.iter().collect::<Vec<_>>())
+                SourcedBatch {
+                    batch: Batch::from_examples(&examples.iter().collect::<Vec<_>>()),
+                    lines: examples.iter().map(|example| example.line).collect(),
+                }
             })
             .collect()
+    }
+
+    /// Dropout for a micro-batch of the next step.
+    fn dropout(&self, micro_batch: usize) -> Option<Dropout> {
+        let p = self.adapter_config.lora_dropout;
+        Dropout::new(p, self.config.seed, self.state.global_step, micro_batch)
     }
 
     fn advance(&mut self) {
@@ -272,57 +334,77 @@ impl Trainer {
         self.state.epoch = self.order.epochs(self.state.examples_seen);
     }
 
-    /// A new run does not mix its checkpoints with those of an earlier one.
-    fn expect_no_other_run(&self) -> Result<()> {
-        match checkpoint::list(&self.config.output_dir)?.pop() {
-            Some(path) if self.state.global_step == 0 => {
-                let reason = format!(
-                    "{} is from an earlier run; continue it with resume_from_checkpoint, or choose another directory",
-                    path.display()
-                );
-                Err(Error::config("output_dir", reason))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn expect_finite(&self, loss: f64, grad_norm: f64) -> Result<()> {
-        if loss.is_finite() && grad_norm.is_finite() {
+    fn expect_skip_allowed(&self, loss: f64, grad_norm: f64, rows: &[usize]) -> Result<()> {
+        let skips = self.config.on_non_finite == OnNonFinite::Skip;
+        if skips && self.state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW {
             return Ok(());
         }
-        Err(Error::Train(format!(
-            "step {}: loss {loss}, gradient norm {grad_norm}: not finite; lower learning_rate or look at the rows of this step",
-            self.state.global_step + 1
-        )))
+        Err(Error::NonFiniteStep {
+            step: self.state.global_step + 1,
+            loss,
+            grad_norm,
+            dataset: self.config.dataset.to_string(),
+            rows: rows.to_vec(),
+            hint: match skips {
+                true => "so were the steps before it; lower learning_rate",
+                false => "lower learning_rate, look at these rows, or set on_non_finite = \"skip\"",
+            },
+        })
+    }
+}
+
+/// The losses of the micro-batches of a step, added up in their order.
+struct StepLosses {
+    sum: f64,
+    /// Of each micro-batch that was read.
+    is_finite: Vec<bool>,
+    queued: Vec<Losses>,
+}
+
+impl StepLosses {
+    fn after(sum: f64) -> Self {
+        Self {
+            sum,
+            is_finite: Vec::new(),
+            queued: Vec::new(),
+        }
     }
 
-    fn resume(&mut self) -> Result<()> {
-        let dir = match &self.config.resume_from_checkpoint {
-            Resume::Never => return Ok(()),
-            Resume::From(dir) => dir.clone(),
-            Resume::Latest => match checkpoint::list(&self.config.output_dir)?.pop() {
-                Some(dir) => dir,
-                None => {
-                    let reason = format!("{} has no checkpoint", self.config.output_dir.display());
-                    return Err(Error::config("resume_from_checkpoint", reason));
-                }
-            },
-        };
-        let checkpoint = checkpoint::read(&dir)?;
-        let adapter = checkpoint.adapter;
-        if self.config.adapter.is_none() {
-            expect_same_adapter(&adapter.config, &self.adapter_config, &dir)?;
+    /// Waits for the device, where they are on one.
+    fn read(&mut self) -> Result<()> {
+        for losses in self.queued.drain(..) {
+            let total = linear_cross_entropy::total(&losses.read()?);
+            self.is_finite.push(total.is_finite());
+            self.sum += total;
         }
-        self.decoder
-            .load_adapter(&adapter)
-            .map_err(does_not_fit(&dir))?;
-        self.adapter_config = adapter.config;
-        self.optimizer = Optimizer::new(&self.config, &self.decoder)?;
-        self.optimizer
-            .restore(checkpoint.state.global_step, &checkpoint.moments)?;
-        self.state = checkpoint.state;
         Ok(())
     }
+}
+
+/// The longest micro-batch that the training rows can make.
+fn longest_batch(config: &TrainConfig, data: &RunData, order: &SequenceOrder) -> LongestBatch {
+    let sequences = config.per_device_train_batch_size;
+    let sizes = |example: Example| (example.input_ids.len(), example.target_count());
+    let of_rows = |sequences| LongestBatch::of(data.train_examples().map(sizes), sequences);
+    if !order.is_packed() {
+        return of_rows(sequences);
+    }
+    // Which rows come together changes from epoch to epoch; a full sequence may carry loss on all of it.
+    LongestBatch {
+        positions: of_rows(1).positions,
+        ..LongestBatch::full(sequences, order.longest_sequence())
+    }
+}
+
+/// The lines of the micro-batches whose loss is not finite; all of them where every loss is, and so it is the gradient.
+fn suspects(micro_batches: &[SourcedBatch], is_finite: &[bool]) -> Vec<usize> {
+    let all_finite = is_finite.iter().all(|finite| *finite);
+    let suspects = micro_batches.iter().zip(is_finite);
+    let suspects = suspects.filter(|(_, finite)| all_finite || !**finite);
+    let mut lines: Vec<usize> = suspects.flat_map(|(m, _)| m.lines.clone()).collect();
+    lines.sort_unstable();
+    lines.dedup();
+    lines
 }
 
 fn new_adapter_config(config: &TrainConfig) -> AdapterConfig {
@@ -331,40 +413,13 @@ fn new_adapter_config(config: &TrainConfig) -> AdapterConfig {
         revision: None,
         r: config.lora_r,
         lora_alpha: config.lora_alpha,
-        lora_dropout: 0.0,
+        lora_dropout: config.lora_dropout.unwrap_or(0.0),
         target_modules: config.lora_target_modules.clone(),
         use_rslora: config.use_rslora,
     }
 }
 
 /// An adapter that was made for another model, named by its directory.
-fn does_not_fit(adapter: &Path) -> impl FnOnce(Error) -> Error {
+pub(super) fn does_not_fit(adapter: &Path) -> impl FnOnce(Error) -> Error {
     move |error| Error::malformed(adapter, format!("does not fit the model: {error}"))
-}
-
-/// A run cannot change the size or the scale of its adapter on the way.
-fn expect_same_adapter(
-    found: &AdapterConfig,
-    configured: &AdapterConfig,
-    dir: &Path,
-) -> Result<()> {
-    for (key, found, configured) in [
-        ("lora_r", found.r.to_string(), configured.r.to_string()),
-        (
-            "lora_alpha",
-            found.lora_alpha.to_string(),
-            configured.lora_alpha.to_string(),
-        ),
-        (
-            "use_rslora",
-            found.use_rslora.to_string(),
-            configured.use_rslora.to_string(),
-        ),
-    ] {
-        if found != configured {
-            let reason = format!("is {configured}, but {found} in {}", dir.display());
-            return Err(Error::config(key, reason));
-        }
-    }
-    Ok(())
 }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod copies;
+
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -9,7 +11,10 @@ use std::time::Instant;
 
 use candle_core::{DType, Device};
 use half::bf16;
-use qlora::device::{self, Argument, DeviceMemory, Gemm, Launch, Matrix, Placement, Runtime};
+use qlora::device::{
+    self, Argument, DeviceMemory, Gemm, Launch, Marker, Matrix, PinnedMemory, Placement, Residency,
+    Runtime,
+};
 use qlora::{Error, Result};
 use qlora_emulator::Order;
 
@@ -40,6 +45,7 @@ pub fn placement() -> Placement {
     Placement {
         device: Device::Cpu,
         dtype: DType::BF16,
+        residency: Residency::Resident,
     }
 }
 
@@ -58,6 +64,7 @@ impl Runtime for EmulatedRuntime {
                 Argument::F32(value) => std::ptr::from_ref(value).cast(),
             })
             .collect();
+        copies::note_launch(launch.arguments);
         let [x, y] = launch.grid;
         let emulated = qlora_emulator::Launch {
             kernel: launch.kernel,
@@ -93,6 +100,28 @@ impl Runtime for EmulatedRuntime {
         Ok(())
     }
 
+    fn pinned(&self, bytes: usize) -> Result<Box<dyn PinnedMemory>> {
+        Ok(Box::new(HostMemory(vec![0; bytes])))
+    }
+
+    fn mark(&self) -> Result<Marker> {
+        Ok(copies::mark())
+    }
+
+    unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker> {
+        copies::queue(from, to, after)
+    }
+
+    fn wait(&self, marker: &Marker) -> Result<()> {
+        copies::reach(marker);
+        Ok(())
+    }
+
+    fn wait_on_host(&self, marker: &Marker) -> Result<()> {
+        copies::reach(marker);
+        Ok(())
+    }
+
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
         let started = Instant::now();
         work()?;
@@ -117,6 +146,14 @@ impl Runtime for EmulatedRuntime {
 
     fn describe(&self) -> String {
         format!("the emulator, {:?}", ORDER.get())
+    }
+}
+
+struct HostMemory(Vec<u8>);
+
+impl PinnedMemory for HostMemory {
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.0
     }
 }
 
@@ -172,6 +209,7 @@ unsafe fn add(gemm: &Gemm, at: usize, sum: f32) {
 
 /// `placement_test!(promise, |placement| { .. })`: the body as `promise::on_the_emulator` and, ignored unless it is asked for, as
 /// `promise::on_the_gpu`. With `in_every_order` before the promise, the emulator goes through [`ORDERS`].
+#[allow(unused_macros)]
 macro_rules! placement_test {
     (in_every_order $promise:ident, |$placement:ident| $body:block) => {
         placement_test!(&emulated::ORDERS, $promise, |$placement| $body);
@@ -203,4 +241,5 @@ macro_rules! placement_test {
         }
     };
 }
+#[allow(unused_imports)]
 pub(crate) use placement_test;

@@ -9,7 +9,8 @@ use qlora::IGNORE_INDEX;
 use qlora::device::Placement;
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segments};
-use qlora::ops::linear::{self, Lora, LoraGrad};
+use qlora::ops::dropout::Dropout;
+use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
 use qlora::ops::weight::{DenseCache, Weight};
@@ -237,7 +238,15 @@ fn quantized(w: &Tensor, placement: &Placement) -> (Weight, Tensor) {
 
 placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
     let mut numbers = Random::new("linear");
-    for (n, d_in, d_out, r) in [(5, 42, 30, 3), (37, 80, 130, 4), (1, 200, 7, 1)] {
+    let mask = Dropout::new(0.4, 1, 2, 3).unwrap().mask(4, 5);
+    for (n, d_in, d_out, r, mask) in [
+        (5, 42, 30, 3, None),
+        (37, 80, 130, 4, None),
+        (1, 200, 7, 1, None),
+        (5, 42, 30, 3, Some(mask)),
+        (70, 136, 40, 72, Some(mask)),
+    ] {
+        let factors = mask.map(|mask| mask.reference(n, d_in).unwrap());
         let (x, dy) = (
             random(&mut numbers, &[n, d_in]),
             random(&mut numbers, &[n, d_out]),
@@ -251,7 +260,14 @@ placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
         let inputs = [x.clone(), a.clone(), b.clone()];
         let want = expected(&mut numbers, &inputs, &dy, |t| {
             let (w, bias) = (like(&w, &t[0]), like(&bias, &t[0]));
-            linear::reference(&t[0], &w, Some(&bias), Some((&t[1], &t[2], 0.5))).unwrap()
+            let factors = factors.as_ref().map(|factors| like(factors, &t[0]));
+            let lora = ReferenceLora {
+                a: &t[1],
+                b: &t[2],
+                scaling: 0.5,
+                dropout: factors.as_ref(),
+            };
+            linear::reference(&t[0], &w, Some(&bias), Some(lora)).unwrap()
         });
         let (x, dy, a, b) = (place(&x, at), place(&dy, at), place(&a, at), place(&b, at));
         let bias = place_f32(&bias, at);
@@ -259,6 +275,7 @@ placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
             a: &a,
             b: &b,
             scaling: 0.5,
+            mask,
         };
         let (y, u) = linear::forward(&x, &weight, Some(&bias), Some(lora)).unwrap();
         want.output.assert_close("y", &y);
@@ -269,11 +286,11 @@ placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
             d_b: &d_b,
         };
         let du = linear::backward_lora(&dy, &x, &u.unwrap(), lora, grad).unwrap();
-        let dx = linear::backward_input(&dy, &weight, Some((&du, &a)), None).unwrap();
+        let dx = linear::backward_input(&dy, &weight, Some((&du, lora)), None).unwrap();
         want.grads[0].assert_close("dx", &dx);
         want.grads[1].assert_close("dA", &d_a);
         want.grads[2].assert_close("dB", &d_b);
-        let twice = linear::backward_input(&dy, &weight, Some((&du, &a)), Some(dx)).unwrap();
+        let twice = linear::backward_input(&dy, &weight, Some((&du, lora)), Some(dx)).unwrap();
         let double = |t: &Tensor| (t * 2.0).unwrap();
         let want = Pair {
             exact: double(&want.grads[0].exact),

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 use qlora::data::{Batch, Example};
 use qlora::device::Placement;
-use qlora::model::{Decoder, Sequences};
+use qlora::model::{Decoder, MicroBatch, Sequences};
+use qlora::ops::dropout::Dropout;
 use qlora::store::{Adapter, Checkpoint};
 use safetensors::tensor::{Dtype, SafeTensors};
 
@@ -171,6 +172,15 @@ pub fn decoder_with_adapter(case_dir: &Path, adapter_dir: &Path, placement: &Pla
         .load_adapter(&Adapter::read(adapter_dir).unwrap())
         .unwrap();
     decoder
+}
+
+/// The batch with its labels.
+pub fn micro_batch(batch: &Batch, dropout: Option<Dropout>) -> MicroBatch<'_> {
+    MicroBatch {
+        sequences: sequences(batch),
+        labels: &batch.labels,
+        dropout,
+    }
 }
 
 pub fn sequences(batch: &Batch) -> Sequences<'_> {

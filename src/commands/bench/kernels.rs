@@ -141,7 +141,7 @@ impl Bench {
     }
 
     fn random(&self, shape: (usize, usize)) -> anyhow::Result<Tensor> {
-        let Placement { device, dtype } = &self.placement;
+        let Placement { device, dtype, .. } = &self.placement;
         Ok(Tensor::randn(0f32, 1.0, shape, device)?.to_dtype(*dtype)?)
     }
 

@@ -13,6 +13,11 @@ use crate::ops::weight::Weight;
 const CHUNK_BYTES: usize = 256 << 20;
 const THREADS: u32 = 1024;
 
+/// Rows whose logits are there at a time.
+pub(super) fn chunk_rows(vocab: usize) -> usize {
+    (CHUNK_BYTES / (4 * vocab)).max(1)
+}
+
 /// Losses of rows that carry one, as kernels left them: all `[rows]`.
 #[derive(Debug)]
 pub(super) struct DeviceLosses {
@@ -70,7 +75,7 @@ pub(super) fn losses(
     let dx = d_loss
         .map(|_| Tensor::zeros(x.shape(), DType::BF16, device))
         .transpose()?;
-    let chunk_rows = (CHUNK_BYTES / (4 * head.out_features())).max(1);
+    let chunk_rows = chunk_rows(head.out_features());
     for start in (0..rows.len()).step_by(chunk_rows) {
         let len = chunk_rows.min(rows.len() - start);
         let part = |t: &Tensor| t.narrow(0, start, len);

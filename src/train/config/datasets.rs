@@ -14,6 +14,13 @@ impl<P: Into<PathBuf>> From<P> for DatasetList {
     }
 }
 
+impl std::fmt::Display for DatasetList {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let paths = self.0.iter().map(|path| path.display().to_string());
+        f.write_str(&paths.collect::<Vec<_>>().join(", "))
+    }
+}
+
 impl Serialize for DatasetList {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.0.as_slice() {

@@ -53,9 +53,10 @@ pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
     let mut config = TrainConfig::default();
     let is_given = |name: &str| given.get(name).is_some_and(|value| !value.is_null());
     let epochs_decide = is_given("num_train_epochs") && !is_given("max_steps");
+    let mut foreign = Vec::new();
     for (name, value) in given {
-        if let Some(foreign) = foreign::find(&name) {
-            foreign.check(&value)?;
+        if let Some(key) = foreign::find(&name) {
+            foreign.push((key, value));
             continue;
         }
         let key = KEYS
@@ -72,6 +73,9 @@ pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
     }
     if epochs_decide {
         config.max_steps = -1;
+    }
+    for (key, value) in foreign {
+        key.check(&value, &config)?;
     }
     Ok(config)
 }

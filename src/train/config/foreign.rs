@@ -5,6 +5,7 @@
 
 use serde_json::Value;
 
+use super::{ComputeDtype, TrainConfig};
 use crate::{Error, Result};
 
 /// A key known from elsewhere.
@@ -22,6 +23,8 @@ enum Accepted {
     Any,
     /// Compared as text in lower case, numbers by value.
     Only(&'static [&'static str]),
+    /// `true` on a device that computes in bf16, `false` on one that does not.
+    WhetherBf16,
 }
 
 const fn only(
@@ -45,23 +48,23 @@ const fn any(name: &'static str) -> ForeignKey {
 }
 
 const NOT_YET: &str = "";
+const DTYPE: &str = "it is the device that decides: f32 on the CPU, bf16 on CUDA (compute_dtype)";
 const NO_GENERATION: &str = "training generates no text; use `qlora generate`";
 
 /// The keys of qlora.py and of `TrainingArguments` that are recognised without being supported.
 #[rustfmt::skip]
 pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("bits", &["4"], "the base model is always 4-bit"),
-    only("lora_dropout", &["0"], NOT_YET),
     only("lora_modules", &["all"], "use lora_target_modules"),
     only("lora_bias", &["none"], NOT_YET),
     only("use_dora", &["false"], NOT_YET),
     only("full_finetune", &["false"], "only adapters are trained"),
     only("neftune_noise_alpha", &["0"], NOT_YET),
     only("label_smoothing_factor", &["0"], NOT_YET),
-    only("bf16", &["false"], "this build computes in f32 (compute_dtype)"),
-    only("fp16", &["false"], "this build computes in f32 (compute_dtype)"),
-    only("tf32", &["false"], "this build computes in f32 (compute_dtype)"),
-    only("adam8bit", &["false"], "8-bit moments are not built yet; use optim adamw_torch"),
+    ForeignKey { name: "bf16", accepted: Accepted::WhetherBf16, hint: DTYPE },
+    only("fp16", &["false"], DTYPE),
+    only("tf32", &["false"], DTYPE),
+    only("adam8bit", &["false"], "it is optim that decides; use adamw_8bit"),
     only("do_train", &["true"], "use `qlora eval` for an evaluation alone"),
     only("do_eval", &["true"], "evaluation runs where there are evaluation rows: leave out eval_dataset and eval_dataset_size"),
     only("do_mmlu_eval", &["false"], NOT_YET),
@@ -75,7 +78,6 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("use_auth_token", &["false"], "the token of `hf auth login`, or HF_TOKEN, is used for data sets"),
     only("cache_dir", &[], "the cache of huggingface_hub is used; set HF_HOME or HF_HUB_CACHE"),
     only("max_memory_MB", &[], NOT_YET),
-    only("vram_limit", &[], NOT_YET),
     only("preset", &[], NOT_YET),
     only("save_strategy", &["steps"], "checkpoints are written every save_steps"),
     only("evaluation_strategy", &["steps"], "evaluation runs every eval_steps"),
@@ -136,14 +138,17 @@ pub(super) fn synonym(name: &str) -> Option<&'static str> {
 }
 
 impl ForeignKey {
-    /// Accepts a value that asks for what is done anyway.
-    pub(super) fn check(&self, value: &Value) -> Result<()> {
+    /// Accepts a value that asks for what is done anyway under `config`.
+    pub(super) fn check(&self, value: &Value, config: &TrainConfig) -> Result<()> {
         let text = match value {
             Value::String(text) => text.to_ascii_lowercase(),
             other => other.to_string(),
         };
-        let Accepted::Only(accepted) = self.accepted else {
-            return Ok(());
+        let accepted: &[&str] = match self.accepted {
+            Accepted::Any => return Ok(()),
+            Accepted::Only(accepted) => accepted,
+            Accepted::WhetherBf16 if config.dtype_of_device() == ComputeDtype::Bf16 => &["true"],
+            Accepted::WhetherBf16 => &["false"],
         };
         let is_accepted = |accepted: &&str| match (accepted.parse::<f64>(), text.parse::<f64>()) {
             (Ok(a), Ok(b)) => a == b,

@@ -160,7 +160,10 @@ config_value! {
     DeviceKind => Text,
     ComputeDtype => Text,
     TargetModules => List,
+    EvalMetric => Text,
+    OnNonFinite => Text,
     Resume => BoolOrPath,
+    ByteCount => Text,
 }
 
 impl<T: ConfigValue> ConfigValue for Option<T> {
@@ -176,12 +179,43 @@ pub enum ComputeDtype {
     Bf16,
 }
 
+/// An amount of memory, typed as `24GB`, `24GiB` or bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteCount(pub u64);
+
+impl std::str::FromStr for ByteCount {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size: bytesize::ByteSize = text
+            .parse()
+            .map_err(|_| format!("`{text}` is not an amount of memory such as 24GB or 24GiB"))?;
+        Ok(Self(size.as_u64()))
+    }
+}
+
+impl Serialize for ByteCount {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.to_string().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteCount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// The optimizer. All names of AdamW with f32 moments are one: paging and fusing change where it runs, not what it
 /// computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Optim {
     #[serde(rename = "adamw_torch")]
     AdamwTorch,
+    /// With block-wise moments in 8 bits, those of bitsandbytes.
+    #[serde(rename = "adamw_8bit")]
+    Adamw8bit,
 }
 
 impl<'de> Deserialize<'de> for Optim {
@@ -190,14 +224,36 @@ impl<'de> Deserialize<'de> for Optim {
         match name.as_str() {
             "adamw_torch" | "adamw_hf" | "adamw_torch_fused" | "paged_adamw"
             | "paged_adamw_32bit" => Ok(Self::AdamwTorch),
-            _ if name.contains("8bit") => Err(serde::de::Error::custom(format!(
-                "`{name}` keeps its moments in 8 bits, which is not built yet; use adamw_torch"
+            "adamw_8bit" | "adamw_bnb_8bit" => Ok(Self::Adamw8bit),
+            "paged_adamw_8bit" => Err(serde::de::Error::custom(format!(
+                "`{name}` keeps its moments in host memory, which is not built yet; use adamw_8bit"
             ))),
             _ => Err(serde::de::Error::custom(format!(
-                "`{name}` is not supported; use adamw_torch"
+                "`{name}` is not supported; use adamw_torch or adamw_8bit"
             ))),
         }
     }
+}
+
+/// What becomes of a step whose loss or gradient is not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// The run ends, with a checkpoint from before the step.
+    Stop,
+    /// The step passes without an update.
+    Skip,
+}
+
+/// A metric that checkpoints are compared by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EvalMetric {
+    #[serde(rename = "eval_loss", alias = "loss")]
+    EvalLoss,
+    #[serde(rename = "eval_perplexity", alias = "perplexity")]
+    EvalPerplexity,
+    #[serde(rename = "eval_token_accuracy", alias = "token_accuracy")]
+    EvalTokenAccuracy,
 }
 
 /// Where a run continues.

@@ -1,0 +1,242 @@
+//! `qlora plan`: what a training run takes of memory, item by item, and what it can keep.
+
+use std::path::PathBuf;
+
+use qlora::device::DeviceKind;
+use qlora::model::{DecoderConfig, block_sizes};
+use qlora::store::Checkpoint;
+use qlora::train::config::ByteCount;
+use qlora::train::plan::{Engine, Footprint, Item, LongestBatch, Plan, Workload};
+use qlora::train::{Shape, TrainConfig};
+use serde_json::json;
+
+use super::{ConfigFlags, ShapeArgs};
+
+/// Keys of `qlora train` that change nothing about memory.
+const WITHOUT_EFFECT: [&str; 44] = [
+    "model_name_or_path",
+    "adapter",
+    "output_dir",
+    "dataset",
+    "dataset_weights",
+    "dataset_format",
+    "dataset_columns",
+    "dataset_cache_dir",
+    "eval_dataset",
+    "excess_length_strategy",
+    "train_on_source",
+    "mask_history",
+    "shuffle",
+    "group_by_length",
+    "max_train_samples",
+    "max_eval_samples",
+    "eval_dataset_size",
+    "quant_type",
+    "lora_alpha",
+    "use_rslora",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "min_lr_rate",
+    "warmup_steps",
+    "warmup_ratio",
+    "max_steps",
+    "num_train_epochs",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "resume_from_checkpoint",
+    "compute_dtype",
+    "vram_limit",
+    "threads",
+];
+
+#[derive(Debug, clap::Args)]
+#[command(mut_args = training_flag)]
+pub struct Args {
+    /// Hugging Face model directory
+    #[arg(
+        id = "model_directory",
+        long = "model",
+        value_name = "DIR",
+        conflicts_with = "shape"
+    )]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    shape: ShapeArgs,
+    /// Memory of the device, such as 24GiB or 80GB; unset: what the run takes with and without recomputing
+    #[arg(long, value_name = "SIZE")]
+    vram: Option<ByteCount>,
+    /// Products in bf16 that the device does, in TFLOP/s (`qlora bench kernels` measures it), for the tokens per second that it
+    /// can reach at most
+    #[arg(long, value_name = "X")]
+    tflops: Option<f64>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    flags: ConfigFlags,
+}
+
+fn training_flag(flag: clap::Arg) -> clap::Arg {
+    let id = flag.get_id().to_string();
+    match &*id {
+        "device" => flag.help("cpu or cuda [default: cuda]"),
+        _ if WITHOUT_EFFECT.contains(&&*id) => flag.hide(true),
+        _ => flag,
+    }
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let mut overrides = args.flags.overrides.clone();
+    if !overrides.iter().any(|(key, _)| key == "device") {
+        overrides.push(("device".into(), DeviceKind::Cuda.name().into()));
+    }
+    let config = TrainConfig::load_partial(None, &overrides)?;
+    let (model, blocks) = match &args.model {
+        Some(dir) => {
+            let checkpoint = Checkpoint::open(dir)?;
+            let model = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
+            (model, block_sizes(&checkpoint, config.quantize_options())?)
+        }
+        None => {
+            let shape = args.shape.shape(Shape::LLAMA_110M);
+            (shape.decoder_config()?, config.quantize_options().into())
+        }
+    };
+    let engine = match config.device {
+        DeviceKind::Cpu => Engine::Cpu,
+        DeviceKind::Cuda => Engine::Kernels,
+    };
+    let lora = (config.lora_r, &config.lora_target_modules);
+    let budget = config.per_device_train_batch_tokens.unwrap_or(0);
+    let longest = config.longest_sequence().max(budget);
+    let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
+    let workload = Workload {
+        moments: config.optim.into(),
+        micro_batches: config.gradient_accumulation_steps,
+        dropout: config.lora_dropout.unwrap_or(0.0) > 0.0,
+        ..Workload::new(model, blocks, engine, lora, batch)
+    };
+    let report = Report::new(&workload, &config, args.vram);
+    match args.json {
+        true => println!("{}", report.json(args.tflops)),
+        false => print!("{}", report.text(args.tflops)),
+    }
+    report.refusal.map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// What is said of a workload.
+struct Report<'a> {
+    workload: &'a Workload,
+    limit: Option<u64>,
+    /// The plan that fits; without a limit, all that is kept and then all that is computed again.
+    plans: Vec<Plan>,
+    refusal: Option<qlora::Error>,
+}
+
+impl<'a> Report<'a> {
+    fn new(workload: &'a Workload, config: &TrainConfig, vram: Option<ByteCount>) -> Self {
+        let layers = workload.model.num_layers;
+        let kept = match config.gradient_checkpointing {
+            Some(true) => &[0][..],
+            Some(false) => &[layers],
+            None => &[layers, 0],
+        };
+        let limit = vram.map(|vram| vram.0);
+        let (plans, refusal) = match limit.map(|limit| Plan::within(workload, config, limit)) {
+            Some(Ok(plan)) => (vec![plan], None),
+            Some(Err(error)) => (vec![Plan::keeping(workload, 0)], Some(error)),
+            None => {
+                let plans = kept.iter().map(|&kept| Plan::keeping(workload, kept));
+                (plans.collect(), None)
+            }
+        };
+        Self {
+            workload,
+            limit,
+            plans,
+            refusal,
+        }
+    }
+
+    /// Tokens in a second, at most, with this plan.
+    fn tokens_per_second(&self, plan: &Plan, tflops: f64) -> f64 {
+        let flops_per_token = self.workload.flops(plan.kept_blocks()) / self.workload.rows as f64;
+        tflops * 1e12 / flops_per_token
+    }
+
+    fn text(&self, tflops: Option<f64>) -> String {
+        let mut lines = vec![
+            format!(
+                "micro-batch of {} tokens, {} trained values",
+                self.workload.rows,
+                self.workload.trained_values()
+            ),
+            String::new(),
+        ];
+        let row = |name: &str, cells: Vec<String>| {
+            let cells: String = cells.iter().map(|cell| format!("{cell:>24}")).collect();
+            format!("{name:<28}{cells}")
+        };
+        let cells = |bytes: &dyn Fn(&Footprint) -> u64| {
+            let cell = |plan: &Plan| gigabytes(bytes(&plan.peak));
+            self.plans.iter().map(cell).collect()
+        };
+        let heads = self.plans.iter().map(super::activations).collect();
+        lines.push(row("activations", heads));
+        for item in Item::ALL {
+            if self.plans.iter().any(|plan| plan.peak.bytes(item) > 0) {
+                lines.push(row(item.name(), cells(&|peak| peak.bytes(item))));
+            }
+        }
+        lines.push(row("in all", cells(&Footprint::total)));
+        if let Some(tflops) = tflops {
+            let speed = |plan: &Plan| format!("{:.0}", self.tokens_per_second(plan, tflops));
+            lines.push(row(
+                "tokens/s at most",
+                self.plans.iter().map(speed).collect(),
+            ));
+        }
+        if let (Some(limit), None) = (self.limit, &self.refusal) {
+            lines.push(String::new());
+            lines.push(format!("fits into {}", gigabytes(limit)));
+        }
+        lines.join("\n") + "\n"
+    }
+
+    fn json(&self, tflops: Option<f64>) -> serde_json::Value {
+        let plan = |plan: &Plan| {
+            let items =
+                Item::ALL.map(|item| (item.name().to_string(), plan.peak.bytes(item).into()));
+            json!({
+                "items": serde_json::Map::from_iter(items),
+                "total_bytes": plan.peak.total(),
+                "kept_blocks": plan.kept_blocks(),
+                "blocks": plan.policies.len(),
+                "tokens_per_second_at_most": tflops.map(|tflops| self.tokens_per_second(plan, tflops)),
+            })
+        };
+        json!({
+            "tokens": self.workload.rows,
+            "trained_values": self.workload.trained_values(),
+            "limit_bytes": self.limit,
+            "fits": self.limit.map(|_| self.refusal.is_none()),
+            "plans": self.plans.iter().map(plan).collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.2} GB", bytes as f64 / 1e9)
+}

@@ -1,0 +1,79 @@
+//! `qlora verify`: whether what a run left can be made again, bit for bit.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use qlora::device::Placement;
+use qlora::train::{ReplayOptions, ReplayReport, TrainConfig, replay};
+
+/// The arguments of `qlora verify`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Do steps of a run again from a checkpoint and compare records and tensors
+    Run(RunArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArgs {
+    /// Run directory of `qlora train`
+    dir: PathBuf,
+
+    /// Checkpoint to begin at; unset: the newest one that has another after it, or the start of the run
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
+
+    /// Optimizer steps to do; unset: up to the next checkpoint
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let What::Run(args) = args.what;
+    let dir = ("output_dir".to_string(), args.dir.display().to_string());
+    let config = TrainConfig::load(Some(&args.dir.join("config.toml")), &[dir])?;
+    if let Some(threads) = config.threads {
+        super::use_threads(threads)?;
+    }
+    let placement = Placement::open(config.device)?;
+    let options = ReplayOptions {
+        checkpoint: args.checkpoint,
+        steps: args.steps,
+    };
+    let report = replay(config, &options, &placement)?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        println!("{}", told(&report));
+    }
+    match report.differences.len() {
+        0 => Ok(()),
+        1 => bail!("the replay differs in one place"),
+        count => bail!("the replay differs in {count} places"),
+    }
+}
+
+fn told(report: &ReplayReport) -> String {
+    let from = match &report.from {
+        Some(checkpoint) => checkpoint.display().to_string(),
+        None => "the start".to_string(),
+    };
+    let mut lines = vec![format!(
+        "steps {} to {} from {from}: {} records and {} tensors compared",
+        report.first_step, report.last_step, report.records, report.tensors
+    )];
+    lines.extend(report.differences.clone());
+    if report.differences.is_empty() {
+        lines.push("the same bits".to_string());
+    }
+    lines.join("\n")
+}

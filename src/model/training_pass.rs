@@ -1,0 +1,129 @@
+//! Forward and backward through a decoder: micro-batches go through each block one after another.
+//!
+//! Taken together, several of them need the weights of a block once on the way up and once on the way down. What is added to
+//! the adapters' gradients is added in the order of the micro-batches either way, with the same bits.
+
+use candle_core::Tensor;
+
+use super::block::{ActivationPolicy, Block, InputGrad, Layout, Saved};
+use super::decoder::{Decoder, Rows, Sequences};
+use crate::Result;
+use crate::ops::dropout::Dropout;
+use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::weight::Direction;
+
+/// What a decoder is trained on at a time.
+///
+/// # Shapes
+/// `labels: [N]`.
+#[derive(Debug, Clone, Copy)]
+pub struct MicroBatch<'a> {
+    pub sequences: Sequences<'a>,
+    pub labels: &'a [i64],
+    /// On the adapters' inputs.
+    pub dropout: Option<Dropout>,
+}
+
+impl Decoder {
+    /// Forward and backward: adds the gradient of `d_loss` times the summed loss of each micro-batch to the adapters'
+    /// gradients, with one policy for each block.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) for a micro-batch whose parts do not belong together.
+    pub fn backward(
+        &self,
+        micro_batches: &[MicroBatch<'_>],
+        d_loss: f32,
+        policies: &[ActivationPolicy],
+    ) -> Result<Vec<Losses>> {
+        let blocks = self.blocks();
+        let lowest = blocks.iter().position(Block::has_lora);
+        let lowest = lowest.unwrap_or(blocks.len());
+        let passes = micro_batches.iter().map(|batch| Pass::new(self, batch));
+        let mut passes = passes.collect::<Result<Vec<_>>>()?;
+        for (layer, (block, &policy)) in blocks.iter().zip(policies).enumerate() {
+            let _weights = self.enter(layer, Direction::Up)?;
+            for pass in &mut passes {
+                let saved = pass.forward(block, policy)?;
+                // Below the lowest adapter nothing is read again.
+                if layer >= lowest {
+                    pass.saved.push(saved);
+                }
+            }
+        }
+        let losses = passes.iter_mut().map(|pass| pass.loss(d_loss));
+        let losses = losses.collect::<Result<Vec<_>>>()?;
+        for (layer, block) in blocks.iter().enumerate().skip(lowest).rev() {
+            let input = match layer == lowest {
+                true => InputGrad::Skip,
+                false => InputGrad::Needed,
+            };
+            let _weights = self.enter(layer, Direction::Down)?;
+            for pass in &mut passes {
+                pass.backward(block, input)?;
+            }
+        }
+        Ok(losses)
+    }
+}
+
+/// A micro-batch on its way.
+struct Pass<'a> {
+    decoder: &'a Decoder,
+    batch: &'a MicroBatch<'a>,
+    rows: Rows,
+    /// The output of the block that was last gone through upwards, then the gradient of the input of the one downwards,
+    /// `[N, D]`; `None` once nothing below is trained.
+    hidden: Option<Tensor>,
+    saved: Vec<Saved>,
+}
+
+impl<'a> Pass<'a> {
+    fn new(decoder: &'a Decoder, batch: &'a MicroBatch<'a>) -> Result<Self> {
+        Ok(Self {
+            rows: decoder.rows(batch.sequences)?,
+            hidden: Some(decoder.embed(batch.sequences.input_ids)?),
+            saved: Vec::new(),
+            decoder,
+            batch,
+        })
+    }
+
+    fn layout(&self) -> Layout<'_> {
+        Layout {
+            dropout: self.batch.dropout,
+            ..self.rows.layout()
+        }
+    }
+
+    fn take_hidden(&mut self) -> Tensor {
+        let hidden = self.hidden.take();
+        hidden.expect("every block but the lowest trained one hands on what it was given")
+    }
+
+    fn forward(&mut self, block: &Block, policy: ActivationPolicy) -> Result<Saved> {
+        let x = self.take_hidden();
+        let (y, saved) = block.forward(&x, &self.layout(), policy)?;
+        self.hidden = Some(y);
+        Ok(saved)
+    }
+
+    fn loss(&mut self, d_loss: f32) -> Result<Losses> {
+        let (decoder, x) = (self.decoder, self.take_hidden());
+        let normed = decoder.final_norm(&x)?;
+        let (losses, d_normed) =
+            linear_cross_entropy::backward(&normed, decoder.head(), self.batch.labels, d_loss)?;
+        let dx = d_normed.zeros_like()?;
+        decoder.final_norm_backward(&d_normed, &x, &dx)?;
+        self.hidden = Some(dx);
+        Ok(losses)
+    }
+
+    fn backward(&mut self, block: &Block, input: InputGrad) -> Result<()> {
+        let saved = self.saved.pop();
+        let saved = saved.expect("one was kept for each block from the lowest adapter up");
+        let dy = self.take_hidden();
+        self.hidden = block.backward(dy, saved, &self.layout(), input)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,101 @@
+//! The same masks with AVX-512: eight calls of Philox side by side, and the bits of their 64 elements in two comparisons.
+
+use std::arch::x86_64::*;
+
+use super::super::philox::{MULTIPLIERS, round_keys};
+use super::{Mask, PER_CALL};
+
+/// Elements that are masked at a time.
+const CHUNK: usize = 8 * PER_CALL;
+const LANES: usize = 16;
+
+/// Whether this processor can.
+pub(super) fn is_available() -> bool {
+    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+}
+
+/// What is done with the elements that are kept.
+pub(super) trait Kept {
+    /// From 16 elements of the input, zero where they are dropped, and 16 of the output, the new ones of the output.
+    fn put(x: __m512, out: __m512) -> __m512;
+}
+
+/// They are copied.
+pub(super) struct Copied;
+
+/// They are added.
+pub(super) struct Added;
+
+impl Kept for Copied {
+    #[inline(always)]
+    fn put(x: __m512, _: __m512) -> __m512 {
+        x
+    }
+}
+
+impl Kept for Added {
+    #[inline(always)]
+    fn put(x: __m512, out: __m512) -> __m512 {
+        // SAFETY: only called where `is_available` said so.
+        unsafe { _mm512_add_ps(out, x) }
+    }
+}
+
+/// Puts what `mask` keeps of `x`, whose first element is number `first`, into `out`.
+///
+/// # Safety
+/// [`is_available`], and `out` is as long as `x`.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) unsafe fn put_kept<K: Kept>(mask: &Mask, first: usize, x: &[f32], out: &mut [f32]) {
+    let keys = round_keys(mask.key);
+    let (mut call, mut skipped) = (first / PER_CALL, first % PER_CALL);
+    let mut at = 0;
+    while at < x.len() {
+        let len = (CHUNK - skipped).min(x.len() - at);
+        let kept = bits(mask, &keys, call as u64) >> skipped;
+        for start in (0..len).step_by(LANES) {
+            let there = u16::MAX >> (LANES - LANES.min(len - start));
+            let (x, out) = (
+                x.as_ptr().wrapping_add(at + start),
+                out.as_mut_ptr().wrapping_add(at + start),
+            );
+            // SAFETY: `there` leaves the elements of `x` and `out`.
+            unsafe {
+                let kept = _mm512_maskz_loadu_ps((kept >> start) as u16 & there, x);
+                let put = K::put(kept, _mm512_maskz_loadu_ps(there, out));
+                _mm512_mask_storeu_ps(out, there, put);
+            }
+        }
+        at += len;
+        call += CHUNK / PER_CALL;
+        skipped = 0;
+    }
+}
+
+/// A bit for each of the 64 elements of eight calls, set where it is kept.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn bits(mask: &Mask, keys: &[[u32; 2]], first_call: u64) -> u64 {
+    let all = |word: u32| _mm512_set1_epi64(i64::from(word));
+    // In an order that unpacking below undoes.
+    let order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    let calls = _mm512_add_epi64(_mm512_set1_epi64(first_call as i64), order);
+    let high = |words| _mm512_srli_epi64::<32>(words);
+    // A word is the low half of 64 bits; multiplication reads no more, so the high half may hold anything.
+    let mut c = [calls, high(calls), all(mask.stream[0]), all(mask.stream[1])];
+    let [by_0, by_1] = MULTIPLIERS.map(all);
+    for &[key_0, key_1] in keys {
+        let (p0, p1) = (_mm512_mul_epu32(c[0], by_0), _mm512_mul_epu32(c[2], by_1));
+        c = [
+            _mm512_xor_si512(_mm512_xor_si512(high(p1), c[1]), all(key_0)),
+            p1,
+            _mm512_xor_si512(_mm512_xor_si512(high(p0), c[3]), all(key_1)),
+            p0,
+        ];
+    }
+    let pair = |low, high| _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64::<32>(high));
+    let (front, back) = (pair(c[0], c[1]), pair(c[2], c[3]));
+    let threshold = _mm512_set1_epi16(mask.threshold as i16);
+    let kept = |numbers| u64::from(_mm512_cmpge_epu16_mask(numbers, threshold));
+    kept(_mm512_unpacklo_epi64(front, back)) | kept(_mm512_unpackhi_epi64(front, back)) << 32
+}

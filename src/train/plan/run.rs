@@ -1,0 +1,141 @@
+//! The plan of a training run: its workload from the config, and the memory that it may take.
+
+use super::{Engine, LIBRARIES_BYTES, Moments, Plan, Workload};
+use crate::Result;
+use crate::device::{Placement, Residency};
+use crate::model::{DecoderConfig, Module};
+use crate::quant::BlockSizes;
+use crate::store::TargetModules;
+use crate::train::TrainConfig;
+
+/// The sizes of the longest micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LongestBatch {
+    /// Its tokens.
+    pub rows: usize,
+    /// Those that carry loss.
+    pub label_rows: usize,
+    /// Tokens of its longest sequence.
+    pub positions: usize,
+}
+
+impl LongestBatch {
+    /// Of micro-batches of `sequences` rows that have the longest length and loss on every token.
+    pub fn full(sequences: usize, length: usize) -> Self {
+        Self {
+            rows: sequences * length,
+            label_rows: sequences * length,
+            positions: length,
+        }
+    }
+
+    /// Of micro-batches of any `sequences` of these rows, given by their tokens and those of them that carry loss.
+    pub fn of(rows: impl Iterator<Item = (usize, usize)>, sequences: usize) -> Self {
+        let (mut lengths, mut labels): (Vec<_>, Vec<_>) = rows.unzip();
+        let largest = |sizes: &mut Vec<usize>| -> usize {
+            sizes.sort_unstable_by_key(|&size| std::cmp::Reverse(size));
+            sizes.iter().take(sequences).sum()
+        };
+        Self {
+            rows: largest(&mut lengths),
+            label_rows: largest(&mut labels),
+            positions: lengths.first().copied().unwrap_or(0),
+        }
+    }
+}
+
+impl Engine {
+    pub fn of(placement: &Placement) -> Self {
+        match placement.uses_kernels() {
+            true => Self::Kernels,
+            false => Self::Cpu,
+        }
+    }
+}
+
+impl Workload {
+    /// What training `model` takes, with an adapter of rank `r` on `targets`.
+    pub fn new(
+        model: DecoderConfig,
+        blocks: BlockSizes,
+        engine: Engine,
+        (r, targets): (usize, &TargetModules),
+        batch: LongestBatch,
+    ) -> Self {
+        let rank = |layer, module: Module| match targets.matches(&module.path(layer)) {
+            true => r,
+            false => 0,
+        };
+        Self {
+            ranks: (0..model.num_layers)
+                .map(|layer| Module::ALL.map(|module| rank(layer, module)))
+                .collect(),
+            model,
+            blocks,
+            engine,
+            rows: batch.rows,
+            label_rows: batch.label_rows,
+            positions: batch.positions,
+            moments: Moments::F32,
+            dropout: false,
+            micro_batches: 1,
+            residency: Residency::Resident,
+            together: 1,
+        }
+    }
+}
+
+impl Plan {
+    /// The plan of a run: the policies that `gradient_checkpointing` names, or the fastest that fit into `vram_limit` or,
+    /// without one, into what is free: all of it on a GPU, half of it on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotFit`](crate::Error::DoesNotFit) before anything is loaded. Without a `vram_limit` a run on the CPU
+    /// is never refused: its system can swap.
+    pub fn of_run(
+        config: &TrainConfig,
+        workload: &Workload,
+        placement: &Placement,
+    ) -> Result<Self> {
+        let free = placement.free_memory_bytes().unwrap_or(0);
+        match (config.vram_limit, workload.engine) {
+            (Some(limit), _) => Self::within(workload, config, limit.0),
+            // What is free does not include what the libraries have taken by now.
+            (None, Engine::Kernels) => Self::within(workload, config, free + LIBRARIES_BYTES),
+            (None, Engine::Cpu) => {
+                let fitting = Self::within(workload, config, free / 2);
+                Ok(fitting.unwrap_or_else(|_| {
+                    let kept = kept_by_config(workload, config).unwrap_or(0);
+                    Self::keeping(workload, kept)
+                }))
+            }
+        }
+    }
+
+    /// The plan within `limit` bytes: with the policies that the config names, else with the fastest that fit.
+    ///
+    /// # Errors
+    /// [`Error::DoesNotFit`](crate::Error::DoesNotFit), with the smallest change that would fit.
+    pub fn within(workload: &Workload, config: &TrainConfig, limit: u64) -> Result<Self> {
+        let Some(kept) = kept_by_config(workload, config) else {
+            return Self::fitting(workload, limit);
+        };
+        let mut refusal = None;
+        for way in workload.ways() {
+            let plan = Self::keeping(&way, kept);
+            if plan.peak.total() <= limit {
+                return Ok(plan);
+            }
+            refusal = Some(way.does_not_fit(limit, &plan));
+        }
+        Err(refusal.expect("there is a way to run every workload"))
+    }
+}
+
+/// The blocks that keep their activations by `gradient_checkpointing`, if it is set.
+fn kept_by_config(workload: &Workload, config: &TrainConfig) -> Option<usize> {
+    Some(match config.gradient_checkpointing? {
+        true => 0,
+        false => workload.model.num_layers,
+    })
+}

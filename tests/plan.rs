@@ -1,0 +1,233 @@
+//! The memory plan tells what a run allocates: held against an allocator that counts.
+//!
+//! On the emulator every tensor of the engine that a GPU would hold is allocated on the host, in the same sizes.
+
+mod emulated;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
+
+use candle_core::Device;
+use emulated::EmulatedRuntime;
+use qlora::Result;
+use qlora::device::{
+    self, DeviceMemory, Gemm, Launch, Marker, PinnedMemory, Placement, Residency, Runtime,
+};
+use qlora::quant::QuantizeOptions;
+use qlora::train::plan::{Item, Plan};
+use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
+
+/// Counts the bytes that are allocated, and the most there ever were.
+struct Counting;
+
+static NOW: AtomicIsize = AtomicIsize::new(0);
+static PEAK: AtomicIsize = AtomicIsize::new(0);
+
+/// Smaller ones are names and lists of the host.
+const SMALLEST_TENSOR: isize = 512;
+
+fn change(bytes: isize) {
+    if bytes.abs() >= SMALLEST_TENSOR && !IN_KERNEL.load(Ordering::Relaxed) {
+        let now = NOW.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        PEAK.fetch_max(now, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        change(layout.size() as isize);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        change(-(layout.size() as isize));
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What a run allocates: from the start, and at the worst moment of its second step.
+struct Measured {
+    lasting: isize,
+    peak: isize,
+}
+
+/// The emulator; what it allocates to run a kernel is no memory of the run.
+#[derive(Debug)]
+struct Uncounted;
+
+static IN_KERNEL: AtomicBool = AtomicBool::new(false);
+
+fn uncounted<R>(work: impl FnOnce() -> R) -> R {
+    IN_KERNEL.store(true, Ordering::SeqCst);
+    let result = work();
+    IN_KERNEL.store(false, Ordering::SeqCst);
+    result
+}
+
+impl Runtime for Uncounted {
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        // SAFETY: as the caller promises.
+        uncounted(|| unsafe { EmulatedRuntime.launch(launch) })
+    }
+
+    unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        // SAFETY: as the caller promises.
+        uncounted(|| unsafe { EmulatedRuntime.gemm(gemm) })
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        EmulatedRuntime.synchronize()
+    }
+
+    fn pinned(&self, bytes: usize) -> Result<Box<dyn PinnedMemory>> {
+        uncounted(|| EmulatedRuntime.pinned(bytes))
+    }
+
+    fn mark(&self) -> Result<Marker> {
+        EmulatedRuntime.mark()
+    }
+
+    unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker> {
+        // SAFETY: as the caller promises.
+        unsafe { EmulatedRuntime.copy(from, to, after) }
+    }
+
+    fn wait(&self, marker: &Marker) -> Result<()> {
+        EmulatedRuntime.wait(marker)
+    }
+
+    fn wait_on_host(&self, marker: &Marker) -> Result<()> {
+        EmulatedRuntime.wait_on_host(marker)
+    }
+
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        EmulatedRuntime.time(work)
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        EmulatedRuntime.multiprocessors()
+    }
+
+    fn memory(&self) -> Result<DeviceMemory> {
+        EmulatedRuntime.memory()
+    }
+
+    fn reset_peak_memory(&self) -> Result<()> {
+        EmulatedRuntime.reset_peak_memory()
+    }
+
+    fn describe(&self) -> String {
+        EmulatedRuntime.describe()
+    }
+}
+
+const SHAPE: Shape = Shape {
+    hidden_size: 128,
+    intermediate_size: 352,
+    num_hidden_layers: 4,
+    num_attention_heads: 4,
+    num_key_value_heads: 2,
+    vocab_size: 1024,
+    tie_word_embeddings: false,
+};
+
+/// A run of `sequences` rows of 160 tokens in a micro-batch, with the config keys given.
+fn config(synthetic: &SyntheticRun, keys: &[(&str, &str)]) -> TrainConfig {
+    let keys: Vec<_> = [
+        ("per_device_train_batch_size", "2"),
+        ("gradient_accumulation_steps", "1"),
+        ("max_seq_len", "160"),
+        ("lora_r", "8"),
+    ]
+    .iter()
+    .chain(keys)
+    .map(|(key, value)| (key.to_string(), value.to_string()))
+    .collect();
+    let mut config = TrainConfig::load_partial(None, &keys).unwrap();
+    config.model_name_or_path = synthetic.model();
+    config.dataset = synthetic.dataset();
+    config.output_dir = synthetic.output_dir();
+    config
+}
+
+fn measure(config: TrainConfig, placement: &Placement) -> (Trainer, Measured) {
+    let before = NOW.load(Ordering::SeqCst);
+    let mut trainer = Trainer::new(config, placement).unwrap();
+    let lasting = NOW.load(Ordering::SeqCst) - before;
+    trainer.step().unwrap();
+    PEAK.store(NOW.load(Ordering::SeqCst), Ordering::SeqCst);
+    trainer.step().unwrap();
+    let peak = PEAK.load(Ordering::SeqCst) - before;
+    (trainer, Measured { lasting, peak })
+}
+
+fn assert_within_3_percent(what: &str, measured: isize, planned: u64) {
+    let error = (measured as f64 - planned as f64) / planned as f64;
+    assert!(
+        error.abs() < 0.03,
+        "{what}: {measured} bytes, but {planned} were planned ({:+.1} %)",
+        100.0 * error
+    );
+}
+
+/// What a plan says that tensors take; the emulator has no libraries.
+fn tensors(plan: &Plan) -> u64 {
+    plan.peak.total() - plan.peak.bytes(Item::Libraries)
+}
+
+/// One test: the counters are the whole process's.
+#[test]
+fn a_step_allocates_what_was_planned() {
+    device::install(&Device::Cpu, Arc::new(Uncounted));
+    let placement = emulated::placement();
+    let synthetic = SyntheticRun::create(&SHAPE, 2, 160, QuantizeOptions::default()).unwrap();
+    let mut peaks = Vec::new();
+    for keys in [
+        &[("gradient_checkpointing", "false")][..],
+        &[("gradient_checkpointing", "true")],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("lora_target_modules", "q_proj,v_proj"),
+        ],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("lora_dropout", "0.1"),
+            ("optim", "adamw_8bit"),
+        ],
+    ] {
+        let (trainer, measured) = measure(config(&synthetic, keys), &placement);
+        let plan = trainer.plan();
+        let step =
+            [Item::Activations, Item::Working, Item::LossChunk].map(|item| plan.peak.bytes(item));
+        let lasting = tensors(plan) - step.iter().sum::<u64>();
+        assert_within_3_percent(&format!("{keys:?}, lasting"), measured.lasting, lasting);
+        assert_within_3_percent(&format!("{keys:?}, peak"), measured.peak, tensors(plan));
+        peaks.push(plan.peak.total());
+    }
+    // A limit between the two: some blocks keep their activations, and the limit holds.
+    let limit = peaks[0].midpoint(peaks[1]);
+    let keys = [("vram_limit", &*limit.to_string())];
+    let (trainer, measured) = measure(config(&synthetic, &keys), &placement);
+    let plan = trainer.plan();
+    assert!((1..4).contains(&plan.kept_blocks()), "{:?}", plan.policies);
+    assert!(plan.peak.total() <= limit);
+    assert_within_3_percent("mixed policies, peak", measured.peak, tensors(plan));
+    // A limit below what resident weights take: they are streamed, through fewer slots than there are blocks.
+    let resident = peaks[1];
+    let streams = |limit: &u64| {
+        let plan = Plan::within(trainer.workload(), trainer.config(), *limit);
+        plan.is_ok_and(|plan| plan.residency != Residency::Resident)
+    };
+    let limit = (1..1000).map(|kib| resident - 1024 * kib).find(streams);
+    let keys = [("vram_limit", &*limit.unwrap().to_string())];
+    let (trainer, measured) = measure(config(&synthetic, &keys), &placement);
+    assert!(trainer.plan().residency != Residency::Resident);
+    assert_within_3_percent("streamed, peak", measured.peak, tensors(trainer.plan()));
+}
