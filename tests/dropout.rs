@@ -357,7 +357,7 @@ fn a_step_has_a_mask_for_each_of_its_micro_batches() {
     std::fs::write(&dataset, rows).unwrap();
     let config = TrainConfig {
         adapter: Some(case.dir.join("adapter")),
-        dataset,
+        dataset: dataset.into(),
         per_device_train_batch_size: 1,
         ..config(dir.path(), Some(P))
     };
@@ -365,7 +365,7 @@ fn a_step_has_a_mask_for_each_of_its_micro_batches() {
     trainer.step().unwrap();
 
     let decoder = case.decoder();
-    let batch = Batch::from_examples(&[&trainer.data().train.examples[0]]);
+    let batch = Batch::from_examples(&[&trainer.data().train_example(0)]);
     let with = |micro_batches: [usize; 2]| {
         qlora::ops::adamw::zero(decoder.parameters().grads()).unwrap();
         for number in micro_batches {
@@ -396,7 +396,7 @@ fn evaluation_drops_nothing() {
     let found = trainer.evaluate().unwrap().unwrap().eval_loss;
     let checkpoint = trainer.save_checkpoint().unwrap();
     let decoder = decoder_with_adapter(&case.dir, &checkpoint, &Placement::cpu());
-    let rows = trainer.data().eval.as_ref().unwrap();
+    let rows = trainer.data().eval_examples().unwrap();
     let expected = evaluate(&decoder, rows, LogProbs::Omit, |_, _| Ok(())).unwrap();
     assert_eq!(found, expected.loss);
 }

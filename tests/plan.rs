@@ -152,7 +152,7 @@ fn config(synthetic: &SyntheticRun, keys: &[(&str, &str)]) -> TrainConfig {
     .collect();
     let mut config = TrainConfig::load_partial(None, &keys).unwrap();
     config.model_name_or_path = synthetic.model();
-    config.dataset = synthetic.dataset();
+    config.dataset = synthetic.dataset().into();
     config.output_dir = synthetic.output_dir();
     config
 }

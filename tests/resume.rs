@@ -119,7 +119,7 @@ fn a_change_of_the_mathematics_is_refused_and_told_unless_asked_for() {
     let before = names(dir.path());
 
     let other_data = dir.path().join("other.jsonl");
-    let rows = fs::read_to_string(half(dir.path()).dataset).unwrap();
+    let rows = fs::read_to_string(&half(dir.path()).dataset.0[0]).unwrap();
     fs::write(
         &other_data,
         rows.lines().skip(1).collect::<Vec<_>>().join("\n"),
@@ -162,7 +162,7 @@ fn a_change_of_the_mathematics_is_refused_and_told_unless_asked_for() {
         cases.push((changed, told.to_vec()));
     }
     let with_data = TrainConfig {
-        dataset: other_data.clone(),
+        dataset: other_data.clone().into(),
         ..longer.clone()
     };
     cases.push((with_data, vec!["the training rows changed"]));
@@ -193,9 +193,9 @@ fn a_change_of_the_mathematics_is_refused_and_told_unless_asked_for() {
     let moved = tempfile::tempdir().unwrap();
     copy_dir(dir.path(), moved.path());
     let copied_data = moved.path().join("copy.jsonl");
-    fs::copy(half(dir.path()).dataset, &copied_data).unwrap();
+    fs::copy(&half(dir.path()).dataset.0[0], &copied_data).unwrap();
     run(resumed(TrainConfig {
-        dataset: copied_data,
+        dataset: copied_data.into(),
         save_steps: 3,
         logging_steps: 1,
         gradient_checkpointing: Some(true),

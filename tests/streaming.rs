@@ -138,7 +138,7 @@ fn trained(
     keys.extend(limit.map(|limit| ("vram_limit".into(), limit.to_string())));
     let mut config = TrainConfig::load_partial(None, &keys).unwrap();
     config.model_name_or_path = run.model();
-    config.dataset = run.dataset();
+    config.dataset = run.dataset().into();
     config.output_dir = run.output_dir();
     let mut trainer = Trainer::new(config, placement).unwrap();
     let losses = (0..3).map(|_| trainer.step().unwrap().loss).collect();
