@@ -13,15 +13,22 @@ use serde_json::json;
 use super::{ConfigFlags, ShapeArgs};
 
 /// Keys of `qlora train` that change nothing about memory.
-const WITHOUT_EFFECT: [&str; 38] = [
+const WITHOUT_EFFECT: [&str; 45] = [
     "model_name_or_path",
     "adapter",
     "output_dir",
     "dataset",
+    "dataset_weights",
     "dataset_format",
+    "dataset_columns",
+    "dataset_cache_dir",
     "eval_dataset",
+    "excess_length_strategy",
     "train_on_source",
+    "mask_history",
     "shuffle",
+    "group_by_length",
+    "packing",
     "max_train_samples",
     "max_eval_samples",
     "eval_dataset_size",
@@ -113,10 +120,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         DeviceKind::Cuda => Engine::Kernels,
     };
     let lora = (config.lora_r, &config.lora_target_modules);
-    let batch = LongestBatch::full(
-        config.per_device_train_batch_size,
-        config.longest_sequence(),
-    );
+    let budget = config.per_device_train_batch_tokens.unwrap_or(0);
+    let longest = config.longest_sequence().max(budget);
+    let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
     let workload = Workload {
         moments: config.optim.into(),
         micro_batches: config.gradient_accumulation_steps,
