@@ -5,53 +5,28 @@ use std::path::PathBuf;
 use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::Checkpoint;
-use qlora::train::config::ByteCount;
+use qlora::train::config::{ByteCount, KEYS};
 use qlora::train::plan::{Engine, Footprint, Item, LongestBatch, Plan, Workload};
 use qlora::train::{Shape, TrainConfig};
 use serde_json::json;
 
 use super::{ConfigFlags, ShapeArgs};
 
-/// Keys of `qlora train` that change nothing about memory.
-const WITHOUT_EFFECT: [&str; 38] = [
-    "model_name_or_path",
-    "adapter",
-    "output_dir",
-    "dataset",
-    "dataset_format",
-    "eval_dataset",
-    "train_on_source",
-    "shuffle",
-    "max_train_samples",
-    "max_eval_samples",
-    "eval_dataset_size",
-    "quant_type",
-    "lora_alpha",
-    "use_rslora",
-    "per_device_eval_batch_size",
+/// Keys of `qlora train` that decide how much memory a run takes.
+const WITH_EFFECT: [&str; 13] = [
+    "source_max_len",
+    "target_max_len",
+    "max_seq_len",
+    "per_device_train_batch_size",
+    "per_device_train_batch_tokens",
     "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "min_lr_rate",
-    "warmup_steps",
-    "warmup_ratio",
-    "max_steps",
-    "num_train_epochs",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "seed",
-    "data_seed",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-    "logging_steps",
-    "resume_from_checkpoint",
-    "compute_dtype",
-    "vram_limit",
-    "threads",
+    "double_quant",
+    "lora_r",
+    "lora_target_modules",
+    "lora_dropout",
+    "optim",
+    "gradient_checkpointing",
+    "device",
 ];
 
 #[derive(Debug, clap::Args)]
@@ -84,9 +59,10 @@ pub struct Args {
 
 fn training_flag(flag: clap::Arg) -> clap::Arg {
     let id = flag.get_id().to_string();
+    let is_key = KEYS.iter().any(|key| key.name == id);
     match &*id {
         "device" => flag.help("cpu or cuda [default: cuda]"),
-        _ if WITHOUT_EFFECT.contains(&&*id) => flag.hide(true),
+        _ if is_key && !WITH_EFFECT.contains(&&*id) => flag.hide(true),
         _ => flag,
     }
 }
@@ -113,10 +89,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         DeviceKind::Cuda => Engine::Kernels,
     };
     let lora = (config.lora_r, &config.lora_target_modules);
-    let batch = LongestBatch::full(
-        config.per_device_train_batch_size,
-        config.longest_sequence(),
-    );
+    let budget = config.per_device_train_batch_tokens.unwrap_or(0);
+    let longest = config.longest_sequence().max(budget);
+    let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
     let workload = Workload {
         moments: config.optim.into(),
         micro_batches: config.gradient_accumulation_steps,

@@ -126,10 +126,10 @@ fn feed(name: &'static str, enough: impl Fn(usize) -> bool + Send + Sync) -> usi
     // All work of the reader on one thread, whose memory is counted.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build();
     pool.unwrap().install(|| {
-        keep_panics_quiet();
         let corpus = corpus(name);
         let scratch = Scratch::new(reader(name));
         let watchdog = Watchdog::new(name);
+        keep_panics_quiet();
         let mut mutator = Mutator::new(name.bytes().map(u64::from).sum());
         let mut largest = 0;
         for number in 0.. {
@@ -204,6 +204,10 @@ each_reader!(
     checkpoint,
     data_jsonl,
     data_json,
+    data_csv,
+    data_parquet,
+    data_gzip,
+    data_zstd,
     run_config
 );
 

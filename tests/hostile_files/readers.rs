@@ -47,7 +47,7 @@ impl Scratch {
     }
 }
 
-pub const READERS: [Reader; 11] = [
+pub const READERS: [Reader; 15] = [
     Reader {
         name: "safetensors",
         prepare: model_config_file,
@@ -97,6 +97,26 @@ pub const READERS: [Reader; 11] = [
         name: "data_json",
         prepare: nothing,
         read: |dir, bytes| data(dir, "data.json", bytes),
+    },
+    Reader {
+        name: "data_csv",
+        prepare: nothing,
+        read: |dir, bytes| data(dir, "data.csv", bytes),
+    },
+    Reader {
+        name: "data_parquet",
+        prepare: nothing,
+        read: |dir, bytes| data(dir, "data.parquet", bytes),
+    },
+    Reader {
+        name: "data_gzip",
+        prepare: nothing,
+        read: |dir, bytes| data(dir, "data.jsonl.gz", bytes),
+    },
+    Reader {
+        name: "data_zstd",
+        prepare: nothing,
+        read: |dir, bytes| data(dir, "data.jsonl.zst", bytes),
     },
     Reader {
         name: "run_config",
