@@ -122,7 +122,7 @@ pub enum Error {
     )]
     OutOfDeviceMemory { detail: String },
 
-    #[error("the run needs {}, and {} are there: {advice}", gigabytes(*.needed), gigabytes(*.limit))]
+    #[error("the run needs {}, and it may take {}: {advice}", in_units(*.needed), in_units(*.limit))]
     DoesNotFit {
         /// Bytes, with every block computing its activations again.
         needed: u64,
@@ -175,8 +175,9 @@ impl From<candle_core::Error> for Error {
     }
 }
 
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
+/// `41.3 GB`, `700.0 MB`.
+fn in_units(bytes: u64) -> String {
+    bytesize::ByteSize(bytes).display().si().to_string()
 }
 
 impl Error {

@@ -19,8 +19,9 @@ mkdir -p "$kit/bin" "$kit/tests" "$kit/examples"
 
 export CUDAFORGE_THREADS=${CUDAFORGE_THREADS:-2}
 # The program is built for the tests, too: asking for it by itself would build its dependencies with other features again.
-built=$(cargo test --features cuda --no-run --test kernels --test gpu --message-format json-render-diagnostics)
-for name in qlora kernels gpu; do
+tests=(kernels gpu dropout optimizer neftune streaming)
+built=$(cargo test --features cuda --no-run "${tests[@]/#/--test=}" --message-format json-render-diagnostics)
+for name in qlora "${tests[@]}"; do
   executable=$(grep "\"name\":\"$name\"" <<<"$built" | grep -o '"executable":"[^"]*"' | cut -d '"' -f 4)
   strip -o "$kit/bin/$name" "$executable"
 done

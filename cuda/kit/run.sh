@@ -9,7 +9,7 @@
 set -euo pipefail
 
 kit=$(cd "$(dirname "$0")" && pwd)
-all_steps=(kernels gpu bench-kernels speed-llama-110m speed-llama3-8b demo)
+all_steps=(kernels gpu dropout optimizer neftune streaming bench-kernels speed-llama-110m speed-llama3-8b demo)
 libraries=(libcuda.so.1 libcublas.so.13 libcublasLt.so.13 libcurand.so.10 libnvrtc.so.13)
 
 usage() {
@@ -20,7 +20,7 @@ usage() {
 # The command of a step.
 command_of() {
   case $1 in
-    kernels | gpu) command=("$kit/bin/$1" --ignored) ;;
+    kernels | gpu | dropout | optimizer | neftune | streaming) command=("$kit/bin/$1" --ignored) ;;
     bench-kernels) command=("$kit/bin/qlora" bench kernels --json) ;;
     speed-*) command=("$kit/bin/qlora" bench speed --shape "${1#speed-}" --device cuda --json) ;;
     demo) command=("$kit/bin/qlora" demo --device cuda --out "$results/demo" --json) ;;
