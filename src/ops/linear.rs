@@ -363,7 +363,7 @@ fn backward_input_on_device(
     Ok(dx)
 }
 
-/// An adapter of [`reference`].
+/// An adapter of [`reference()`].
 #[derive(Clone, Copy)]
 pub struct ReferenceLora<'a> {
     pub a: &'a Tensor,
