@@ -19,7 +19,7 @@ use qlora::store::Adapter;
 use qlora::train::config::Resume;
 use qlora::train::{TrainConfig, Trainer};
 use reference_case::{
-    CASES, ReferenceCase, decoder_with_adapter, micro_batch, relative_error, values,
+    CASES, ReferenceCase, decoder_with_adapter, micro_batch, relative_error, trained, values,
 };
 use safetensors::SafeTensors;
 
@@ -287,16 +287,6 @@ fn config(output_dir: &Path, lora_dropout: Option<f64>) -> TrainConfig {
         max_steps: 4,
         ..TrainConfig::default()
     }
-}
-
-fn trained(config: TrainConfig, at: &Placement) -> (Vec<f64>, Vec<Vec<f32>>) {
-    let mut trainer = Trainer::new(config, at).unwrap();
-    let mut losses = Vec::new();
-    while trainer.steps_done() < trainer.total_steps() {
-        losses.push(trainer.step().unwrap().loss);
-    }
-    let adapter = trainer.decoder().trainables();
-    (losses, adapter.map(|(_, t)| t.master().unwrap()).collect())
 }
 
 #[test]

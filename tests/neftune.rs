@@ -13,7 +13,7 @@ use qlora::ops::neftune::{self, Noise};
 use qlora::ops::philox::philox;
 use qlora::train::config::Resume;
 use qlora::train::{TrainConfig, Trainer};
-use reference_case::{ReferenceCase, decoder_with_adapter, values};
+use reference_case::{ReferenceCase, decoder_with_adapter, trained, values};
 
 const ALPHA: f64 = 5.0;
 
@@ -135,20 +135,10 @@ fn config(output_dir: &Path, neftune_noise_alpha: Option<f64>) -> TrainConfig {
     }
 }
 
-fn trained(config: TrainConfig) -> (Vec<f64>, Vec<Vec<f32>>) {
-    let mut trainer = Trainer::new(config, &Placement::cpu()).unwrap();
-    let mut losses = Vec::new();
-    while trainer.steps_done() < trainer.total_steps() {
-        losses.push(trainer.step().unwrap().loss);
-    }
-    let adapter = trainer.decoder().trainables();
-    (losses, adapter.map(|(_, t)| t.master().unwrap()).collect())
-}
-
 #[test]
 fn an_alpha_of_0_gives_the_bits_of_no_noise() {
     let dir = tempfile::tempdir().unwrap();
-    let run = |alpha| trained(config(dir.path(), alpha));
+    let run = |alpha| trained(config(dir.path(), alpha), &Placement::cpu());
     let without = run(None);
     assert!(run(Some(0.0)) == without);
     assert!(run(Some(ALPHA)) != without);
@@ -158,12 +148,12 @@ fn an_alpha_of_0_gives_the_bits_of_no_noise() {
 fn a_noisy_run_repeats_and_resumes_bit_for_bit_with_any_policy() {
     let dir = tempfile::tempdir().unwrap();
     let config = || config(dir.path(), Some(ALPHA));
-    let (losses, adapter) = trained(config());
+    let (losses, adapter) = trained(config(), &Placement::cpu());
     let recomputed = TrainConfig {
         gradient_checkpointing: Some(true),
         ..config()
     };
-    assert!(trained(recomputed) == (losses.clone(), adapter.clone()));
+    assert!(trained(recomputed, &Placement::cpu()) == (losses.clone(), adapter.clone()));
     let mut first = Trainer::new(config(), &Placement::cpu()).unwrap();
     for loss in &losses[..2] {
         assert_eq!(first.step().unwrap().loss, *loss);
@@ -172,7 +162,7 @@ fn a_noisy_run_repeats_and_resumes_bit_for_bit_with_any_policy() {
         resume_from_checkpoint: Resume::From(first.save_checkpoint().unwrap()),
         ..config()
     };
-    let (rest, same_adapter) = trained(resumed);
+    let (rest, same_adapter) = trained(resumed, &Placement::cpu());
     assert!(rest == losses[2..] && same_adapter == adapter);
 }
 

@@ -17,7 +17,7 @@ use qlora::ops::philox::Uniform;
 use qlora::quant::{dynamic_map, unsigned_dynamic_map};
 use qlora::train::config::{Optim, Resume};
 use qlora::train::{TrainConfig, Trainer};
-use reference_case::{ReferenceCase, floats, relative_error, values};
+use reference_case::{ReferenceCase, floats, relative_error, trained, values};
 use safetensors::{Dtype, SafeTensors};
 
 /// The settings of update `step`: those of `tests/fixtures/make_adamw_8bit.py`.
@@ -145,16 +145,6 @@ fn config(output_dir: &Path, optim: Optim) -> TrainConfig {
         max_steps: 8,
         ..TrainConfig::default()
     }
-}
-
-fn trained(config: TrainConfig, at: &Placement) -> (Vec<f64>, Vec<Vec<f32>>) {
-    let mut trainer = Trainer::new(config, at).unwrap();
-    let mut losses = Vec::new();
-    while trainer.steps_done() < trainer.total_steps() {
-        losses.push(trainer.step().unwrap().loss);
-    }
-    let adapter = trainer.decoder().trainables();
-    (losses, adapter.map(|(_, t)| t.master().unwrap()).collect())
 }
 
 #[test]

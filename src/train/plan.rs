@@ -258,16 +258,11 @@ impl Plan {
     /// # Errors
     /// [`Error::DoesNotFit`] if none fits, with the smallest change that would.
     pub fn fitting(workload: &Workload, limit: u64) -> Result<Self> {
-        let fits =
-            |workload: &Workload, kept: usize| Self::keeping(workload, kept).peak.total() <= limit;
-        let ways = workload.ways();
-        let Some(way) = ways.iter().find(|way| fits(way, 0)) else {
-            let least = ways.last().unwrap_or(workload);
-            return Err(least.does_not_fit(limit, &Self::keeping(least, 0)));
-        };
+        let way = workload.way_that_fits(limit, 0)?;
+        let fits = |kept: usize| Self::keeping(&way, kept).peak.total() <= limit;
         let counts: Vec<usize> = (1..=workload.model.num_layers).collect();
-        let kept = counts.partition_point(|&kept| fits(way, kept));
-        Ok(Self::keeping(way, kept))
+        let kept = counts.partition_point(|&kept| fits(kept));
+        Ok(Self::keeping(&way, kept))
     }
 
     /// Blocks that keep their activations.
@@ -306,6 +301,17 @@ impl Workload {
             Residency::Resident => [alone].into_iter().chain(halves.map(streamed)).collect(),
             Residency::Streamed { .. } => halves.map(streamed).collect(),
         }
+    }
+
+    /// The fastest way that fits into `limit` while `kept` blocks keep their activations.
+    fn way_that_fits(&self, limit: u64, kept: usize) -> Result<Self> {
+        let mut ways = self.ways();
+        let fits = |way: &Self| Plan::keeping(way, kept).peak.total() <= limit;
+        if let Some(first) = ways.iter().position(fits) {
+            return Ok(ways.swap_remove(first));
+        }
+        let least = ways.last().unwrap_or(self);
+        Err(least.does_not_fit(limit, &Plan::keeping(least, kept)))
     }
 
     /// What is there from the first step to the last.
@@ -395,11 +401,7 @@ impl Workload {
     pub fn flops(&self, kept: usize) -> f64 {
         let model = &self.model;
         let rows = self.rows as f64;
-        let elements: usize = Module::ALL
-            .into_iter()
-            .map(|module| model.linear_shape(module))
-            .map(|(d_out, d_in)| d_out * d_in)
-            .sum();
+        let elements: usize = model.block_elements().iter().sum();
         let linear = 2.0 * rows * elements as f64;
         let product = rows * (self.positions + 1) as f64 * self.head_widths().0 as f64;
         let (forward, backward) = (linear + 2.0 * product, linear + 5.0 * product);

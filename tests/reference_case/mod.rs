@@ -11,6 +11,7 @@ use qlora::device::Placement;
 use qlora::model::{Decoder, MicroBatch, Regularization, Sequences};
 use qlora::ops::dropout::Dropout;
 use qlora::store::{Adapter, Checkpoint};
+use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
 pub const CASES: [&str; 7] = [
@@ -197,4 +198,15 @@ pub fn sequences(batch: &Batch) -> Sequences<'_> {
 /// The data of a tensor.
 pub fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The losses of a run's steps, and its adapter after them.
+pub fn trained(config: TrainConfig, at: &Placement) -> (Vec<f64>, Vec<Vec<f32>>) {
+    let mut trainer = Trainer::new(config, at).unwrap();
+    let mut losses = Vec::new();
+    while trainer.steps_done() < trainer.total_steps() {
+        losses.push(trainer.step().unwrap().loss);
+    }
+    let adapter = trainer.decoder().trainables();
+    (losses, adapter.map(|(_, t)| t.master().unwrap()).collect())
 }

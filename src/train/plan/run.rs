@@ -103,18 +103,10 @@ impl Plan {
     /// # Errors
     /// [`Error::DoesNotFit`](crate::Error::DoesNotFit), with the smallest change that would fit.
     pub fn within(workload: &Workload, config: &TrainConfig, limit: u64) -> Result<Self> {
-        let Some(kept) = kept_by_config(workload, config) else {
-            return Self::fitting(workload, limit);
-        };
-        let mut refusal = None;
-        for way in workload.ways() {
-            let plan = Self::keeping(&way, kept);
-            if plan.peak.total() <= limit {
-                return Ok(plan);
-            }
-            refusal = Some(way.does_not_fit(limit, &plan));
+        match kept_by_config(workload, config) {
+            Some(kept) => Ok(Self::keeping(&workload.way_that_fits(limit, kept)?, kept)),
+            None => Self::fitting(workload, limit),
         }
-        Err(refusal.expect("there is a way to run every workload"))
     }
 }
 

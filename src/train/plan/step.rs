@@ -253,7 +253,6 @@ impl Step<'_> {
     /// `linear_cross_entropy::backward`: the losses, and the gradient of the final norm's output.
     fn loss(&mut self) -> (Vec<Held>, Held) {
         let d = self.workload.model.hidden_size;
-        let rows = self.workload.rows;
         let labels = 4 * self.workload.label_rows as u64;
         let columns: Vec<_> = (0..2)
             .map(|_| self.ledger.alloc(Item::Working, labels))
@@ -262,7 +261,7 @@ impl Step<'_> {
             .map(|_| self.ledger.alloc(Item::Working, labels))
             .collect();
         let dx = self.values(Item::Working, d);
-        let chunk = self.workload.loss_chunk_rows().min(rows) as u64;
+        let chunk = self.workload.loss_chunk_rows() as u64;
         let hidden = chunk * d as u64 * self.workload.value_bytes();
         let logits = 4 * chunk * self.workload.model.vocab_size as u64;
         let gathered = self.ledger.alloc(Item::LossChunk, hidden);
