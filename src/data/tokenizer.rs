@@ -2,6 +2,7 @@
 //! whether a bos or eos is added, the chat template, the ids that end a generation.
 
 use std::ops::Range;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -143,17 +144,15 @@ impl Tokenizer {
 
     /// Token ids of `text` without special tokens around it; special tokens spelled in the text become their ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false);
+        let encoding = without_panic(|| self.inner.encode_fast(text, false));
         let encoding = encoding.map_err(|e| self.cannot_encode(&e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// As [`encode`](Self::encode), with the bytes that each token covers.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Encoding> {
-        let encoding = self
-            .inner
-            .encode(text, false)
-            .map_err(|e| self.cannot_encode(&e))?;
+        let encoding = without_panic(|| self.inner.encode(text, false));
+        let encoding = encoding.map_err(|e| self.cannot_encode(&e))?;
         Ok(Encoding {
             ids: encoding.get_ids().to_vec(),
             offsets: encoding.get_offsets().to_vec(),
@@ -162,10 +161,8 @@ impl Tokenizer {
 
     /// Token ids of `text` with the special tokens that the tokenizer puts around a text (bos for most models).
     pub fn encode_with_specials(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, true)
-            .map_err(|e| self.cannot_encode(&e))?;
+        let encoding = without_panic(|| self.inner.encode_fast(text, true));
+        let encoding = encoding.map_err(|e| self.cannot_encode(&e))?;
         let mut ids = encoding.get_ids().to_vec();
         if let (true, Some(bos)) = (self.add_bos_token, self.bos_token_id())
             && ids.first() != Some(&bos)
@@ -182,8 +179,7 @@ impl Tokenizer {
 
     /// The text of `ids`; `special` says what becomes of special tokens.
     pub fn decode(&self, ids: &[u32], special: SpecialTokens) -> Result<String> {
-        self.inner
-            .decode(ids, special == SpecialTokens::Skip)
+        without_panic(|| self.inner.decode(ids, special == SpecialTokens::Skip))
             .map_err(|e| Error::malformed(&self.path, format!("cannot decode: {e}")))
     }
 
@@ -192,7 +188,7 @@ impl Tokenizer {
         let Some(raw) = self.inner.id_to_token(id) else {
             return format!("<unknown {id}>");
         };
-        match self.inner.decode(&[id], false) {
+        match without_panic(|| self.inner.decode(&[id], false)) {
             Ok(text) if !text.contains('\u{FFFD}') && !text.is_empty() => {
                 let lost_space = raw.starts_with('▁') && !text.starts_with(' ');
                 if lost_space { format!(" {text}") } else { text }
@@ -301,13 +297,18 @@ struct Parts {
     decoder: Option<Value>,
 }
 
+/// What a call into the tokenizers crate gives; its panics (0.23: a `Strip` decoder that takes more characters than a token
+/// has, merges of unknown tokens) are errors, as the file decides over them.
+fn without_panic<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(call))
+        .unwrap_or_else(|_| Err("the tokenizers crate cannot work with this file".into()))
+}
+
 /// The tokenizer without the truncation and padding that may be saved in its file: rows are cut and laid out here.
 fn plain_tokenizer(bytes: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
     // The crate panics (0.23) where a part that is an object of many kinds is not even JSON.
     let _: Parts = serde_json::from_slice(bytes)?;
-    let read = || tokenizers::Tokenizer::from_bytes(bytes);
-    let mut inner = std::panic::catch_unwind(read)
-        .map_err(|_| "is not a tokenizer that the tokenizers crate can read")??;
+    let mut inner = without_panic(|| tokenizers::Tokenizer::from_bytes(bytes))?;
     inner.with_truncation(None)?;
     inner.with_padding(None);
     Ok(inner)
