@@ -5,7 +5,11 @@
 //! y   = mid + down_proj(silu(gate_proj(h2)) up_proj(h2))                      h2 = rms_norm(mid)
 //! ```
 
+mod mlp;
+
 use candle_core::Tensor;
+
+pub use mlp::MLP_TILE_ROWS;
 
 use super::kv_cache::LayerCache;
 use super::lora_linear::LoraLinear;
@@ -13,8 +17,8 @@ use super::names::Module;
 use crate::Result;
 use crate::ops::attention::{self, Heads, Segments};
 use crate::ops::dropout::Dropout;
+use crate::ops::rms_norm;
 use crate::ops::rope::{self, Positions, RopeTable};
-use crate::ops::{gated_act, residual, rms_norm};
 
 /// What a block keeps from forward for backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +63,8 @@ pub struct Activations {
     qkv: Qkv,
     attention: attention::Saved,
     mid: Tensor,
-    mlp: Mlp,
+    /// `None` where it is computed again in backward, by tiles.
+    mlp: Option<Vec<mlp::Tile>>,
     u_o: Option<Tensor>,
 }
 
@@ -72,15 +77,6 @@ struct Qkv {
     /// `q` and `k` before their norm, in models that have one.
     raw: Option<(Tensor, Tensor)>,
     u: [Option<Tensor>; 3],
-}
-
-#[derive(Debug)]
-struct Mlp {
-    gate: Tensor,
-    up: Tensor,
-    u_gate: Option<Tensor>,
-    u_up: Option<Tensor>,
-    u_down: Option<Tensor>,
 }
 
 /// One layer of the decoder.
@@ -140,30 +136,47 @@ impl Block {
         layout: &Layout<'_>,
         policy: ActivationPolicy,
     ) -> Result<(Tensor, Saved)> {
-        let (y, activations) = self.forward_keeping(x, layout)?;
-        let saved = match policy {
-            ActivationPolicy::Keep => Saved::Kept(Box::new(activations)),
-            ActivationPolicy::Recompute => Saved::Input(x.clone()),
-        };
-        Ok((y, saved))
+        let (mut activations, h) = self.attend(x, layout)?;
+        let dropout = layout.dropout;
+        match policy {
+            ActivationPolicy::Keep => {
+                let mut tiles = Vec::new();
+                let y = self.mlp(&activations.mid, &h, dropout, |tile| tiles.push(tile))?;
+                activations.mlp = Some(tiles);
+                Ok((y, Saved::Kept(Box::new(activations))))
+            }
+            ActivationPolicy::Recompute => {
+                let Activations {
+                    x,
+                    mid,
+                    qkv,
+                    attention,
+                    u_o,
+                    ..
+                } = activations;
+                drop((qkv, attention, u_o));
+                let y = self.mlp(&mid, &h, dropout, drop)?;
+                Ok((y, Saved::Input(x)))
+            }
+        }
     }
 
-    fn forward_keeping(&self, x: &Tensor, layout: &Layout<'_>) -> Result<(Tensor, Activations)> {
+    /// The first half of forward, up to the norm of `mid`.
+    fn attend(&self, x: &Tensor, layout: &Layout<'_>) -> Result<(Activations, Tensor)> {
         let qkv = self.attention_inputs(x, layout)?;
         let attention = attention::forward(&qkv.q, &qkv.k, &qkv.v, layout.segments, self.heads)?;
         let (attended, u_o) = self.o.forward(&attention.out, layout.dropout)?;
         let norm = &self.post_attention_norm;
         let (mid, h) = rms_norm::forward_residual(x, attended, norm, self.eps)?;
-        let (y, mlp) = self.mlp(&mid, &h, layout.dropout)?;
         let activations = Activations {
             x: x.clone(),
             qkv,
             attention,
             mid,
-            mlp,
+            mlp: None,
             u_o,
         };
-        Ok((y, activations))
+        Ok((activations, h))
     }
 
     /// The next tokens of one sequence: attends to what the cache holds and adds these tokens to it.
@@ -179,7 +192,7 @@ impl Block {
         let attended = self.o.forward(&attention.out, layout.dropout)?.0;
         let norm = &self.post_attention_norm;
         let (mid, h) = rms_norm::forward_residual(x, attended, norm, self.eps)?;
-        Ok(self.mlp(&mid, &h, layout.dropout)?.0)
+        self.mlp(&mid, &h, layout.dropout, drop)
     }
 
     fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
@@ -206,23 +219,6 @@ impl Block {
         Ok(t.reshape(((), self.heads.head_dim))?)
     }
 
-    /// `mid` with the MLP's output for its norm `h` added.
-    fn mlp(&self, mid: &Tensor, h: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Mlp)> {
-        let (gate, u_gate) = self.gate.forward(h, dropout)?;
-        let (up, u_up) = self.up.forward(h, dropout)?;
-        let act = gated_act::forward(&gate, &up)?;
-        let (out, u_down) = self.down.forward(&act, dropout)?;
-        let y = residual::forward(mid, out)?;
-        let mlp = Mlp {
-            gate,
-            up,
-            u_gate,
-            u_up,
-            u_down,
-        };
-        Ok((y, mlp))
-    }
-
     /// Adds to the adapters' gradients; gives the gradient of the block's input if it is needed.
     ///
     /// # Shapes
@@ -236,7 +232,7 @@ impl Block {
     ) -> Result<Option<Tensor>> {
         let activations = match saved {
             Saved::Kept(activations) => *activations,
-            Saved::Input(x) => self.forward_keeping(&x, layout)?.1,
+            Saved::Input(x) => self.attend(&x, layout)?.0,
         };
         let Activations {
             x,
@@ -250,12 +246,13 @@ impl Block {
         let d_residual = dy;
         let dropout = layout.dropout;
         self.mlp_backward(&d_residual, &mid, mlp, dropout)?;
+        drop(mid);
         let d_out = self
             .o
             .backward(&d_residual, &attention.out, u_o.as_ref(), dropout, None)?;
         let operands = (&qkv.q, &qkv.k, &qkv.v);
         let d_qkv = attention::backward(&d_out, operands, &attention, layout.segments, self.heads)?;
-        drop((d_out, attention, mid));
+        drop((d_out, attention));
         let h = rms_norm::forward(&x, &self.input_norm, self.eps)?;
         let [d_q, d_k, d_v] = self.rotary_backward(d_qkv, &qkv, layout)?;
         let branches = [(&self.q, d_q), (&self.k, d_k), (&self.v, d_v)];
@@ -273,28 +270,6 @@ impl Block {
         let Some(d_h) = d_h else { return Ok(None) };
         rms_norm::backward(&d_h, &x, &self.input_norm, self.eps, &d_residual)?;
         Ok(Some(d_residual))
-    }
-
-    /// Adds the gradient through the MLP to `d_mid`, which holds that of `y`.
-    fn mlp_backward(
-        &self,
-        d_mid: &Tensor,
-        mid: &Tensor,
-        mlp: Mlp,
-        dropout: Option<Dropout>,
-    ) -> Result<()> {
-        let act = gated_act::forward(&mlp.gate, &mlp.up)?;
-        let u_down = mlp.u_down.as_ref();
-        let d_act = self.down.backward(d_mid, &act, u_down, dropout, None)?;
-        drop(act);
-        gated_act::backward(&d_act, &mlp.gate, &mlp.up)?;
-        drop(d_act);
-        let (d_gate, d_up) = (mlp.gate, mlp.up);
-        let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
-        let (u_gate, u_up) = (mlp.u_gate.as_ref(), mlp.u_up.as_ref());
-        let d_h = self.gate.backward(&d_gate, &h, u_gate, dropout, None)?;
-        let d_h = self.up.backward(&d_up, &h, u_up, dropout, Some(d_h))?;
-        rms_norm::backward(&d_h, mid, &self.post_attention_norm, self.eps, d_mid)
     }
 
     /// The gradients of `q_proj`, `k_proj` and `v_proj`'s outputs from those that attention gives.

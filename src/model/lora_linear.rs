@@ -50,6 +50,12 @@ impl LoraLinear {
         linear::forward(x, &self.weight, self.bias.as_ref(), lora)
     }
 
+    /// The `u` of [`forward`](Self::forward) alone.
+    pub fn down_project(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<Option<Tensor>> {
+        let lora = self.lora.as_ref().map(|lora| lora.values(dropout));
+        lora.map(|lora| linear::down_project(x, lora)).transpose()
+    }
+
     /// Adds to the adapter's gradients and gives the gradient of the input, added to `sum` if there is one; `dropout` as in
     /// forward.
     pub fn backward(

@@ -12,7 +12,7 @@ mod parameters;
 mod rope_frequencies;
 mod training_pass;
 
-pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, Saved};
+pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, MLP_TILE_ROWS, Saved};
 pub use config::*;
 pub use decoder::{Decoder, Sequences};
 pub use kv_cache::KvCache;

@@ -4,8 +4,9 @@
 //! `keep_scale = 2^16 / (2^16 - threshold)`, which is `1 / (1 - p)` for the `p` that the threshold stands for.
 //!
 //! One call of Philox gives the bits of eight elements. Its key is made from (seed, optimizer step, micro-batch), its counter
-//! is (element / 8, layer, module), and `element % 8` counts the halves of its four words, the low half first. An element is
-//! counted in its micro-batch, row-major, so that the mask does not depend on what is kept and what is computed again.
+//! is (element / 8, layer, module + 256 tile), and `element % 8` counts the halves of its four words, the low half first. An
+//! element is counted in its micro-batch or, where a module takes that in tiles of rows, in its tile, row-major, so that the
+//! mask does not depend on what is kept and what is computed again.
 //! `cuda/dropout.cuh` makes the same masks.
 
 #[cfg(target_arch = "x86_64")]
@@ -25,6 +26,8 @@ const PER_CALL: usize = 8;
 const LANES: usize = 16;
 /// Elements that are masked at a time.
 const CHUNK: usize = LANES * PER_CALL;
+/// Bits of the counter's last word that tell the modules of a layer apart; the tile is above them.
+const MODULE_BITS: u32 = 8;
 /// Tells the keys of dropout from other uses of the seed: "drop".
 const PURPOSE: u32 = 0x6472_6f70;
 
@@ -33,6 +36,7 @@ const PURPOSE: u32 = 0x6472_6f70;
 pub struct Dropout {
     key: [u32; 2],
     threshold: u32,
+    tile: u32,
 }
 
 impl Dropout {
@@ -42,14 +46,26 @@ impl Dropout {
     pub fn new(p: f64, seed: u64, step: usize, micro_batch: usize) -> Option<Self> {
         let threshold = ((p * 65_536.0).round() as u32).min(65_535);
         let key = micro_batch_key(seed, step, micro_batch, PURPOSE);
-        (threshold > 0).then_some(Self { key, threshold })
+        (threshold > 0).then_some(Self {
+            key,
+            threshold,
+            tile: 0,
+        })
+    }
+
+    /// The dropout of tile `number` of a micro-batch that a module goes through in tiles of rows; number 0 is the first.
+    pub fn of_tile(self, number: usize) -> Self {
+        Self {
+            tile: number as u32,
+            ..self
+        }
     }
 
     /// The mask of the input of one module of one layer.
     pub fn mask(&self, layer: usize, module: usize) -> Mask {
         Mask {
             key: self.key,
-            stream: [layer as u32, module as u32],
+            stream: [layer as u32, module as u32 | self.tile << MODULE_BITS],
             threshold: self.threshold,
         }
     }

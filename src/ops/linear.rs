@@ -66,10 +66,8 @@ pub fn forward(
     if let Some(launcher) = Launcher::of(OP, x)? {
         return forward_on_device(&launcher, x, weight, bias, lora);
     }
+    let u = lora.map(|lora| down_project(x, lora)).transpose()?;
     let x = read(OP, x)?;
-    let u = lora
-        .map(|lora| down_project(&x, (n, d_in), &lora))
-        .transpose()?;
     let x = Mat::new(&x, n, d_in);
     let lora_data = match (&lora, &u) {
         (Some(lora), Some(u)) => Some((
@@ -146,31 +144,39 @@ fn forward_on_device(
     let Some(lora) = lora else {
         return Ok((y, None));
     };
-    let u = match &lora.mask {
-        Some(mask) => masked::down_project_on_device(launcher, x, lora.a, mask)?,
-        None => {
-            let u = launcher.empty((n, lora.a.dim(0)?), DType::BF16)?;
-            let factors = (Factor::new(x), Factor::transposed(lora.a));
-            launcher.gemm(OP, factors, &u, 1.0, 0.0)?;
-            u
-        }
-    };
+    let u = down_project(x, lora)?;
     let factors = (Factor::new(&u), Factor::transposed(lora.b));
     launcher.gemm(OP, factors, &y, lora.scaling, 1.0)?;
     Ok((y, Some(u)))
 }
 
 /// `u = x' A^T`.
-fn down_project(x: &[f32], (n, d_in): (usize, usize), lora: &Lora<'_>) -> Result<Tensor> {
-    let r = lora.a.dims2()?.0;
-    let a = read(OP, lora.a)?;
+///
+/// # Shapes
+/// `x: [N, in]` -> `[N, R]`.
+pub fn down_project(x: &Tensor, lora: Lora<'_>) -> Result<Tensor> {
+    let (n, d_in) = x.dims2()?;
+    let r = lora.a.dim(0)?;
+    expect_dims(OP, "lora_a", lora.a, &[r, d_in])?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        return match &lora.mask {
+            Some(mask) => masked::down_project_on_device(&launcher, x, lora.a, mask),
+            None => {
+                let u = launcher.empty((n, r), DType::BF16)?;
+                let factors = (Factor::new(x), Factor::transposed(lora.a));
+                launcher.gemm(OP, factors, &u, 1.0, 0.0)?;
+                Ok(u)
+            }
+        };
+    }
+    let (x, a) = (read(OP, x)?, read(OP, lora.a)?);
     let a = Mat::new(&a, r, d_in);
     cpu::build((n, r), |u| match lora.mask {
         Some(mask) => {
-            let cols = d_in;
+            let (x, cols) = (&x[..], d_in);
             masked::down_project(Masked { x, cols, mask }, a, u);
         }
-        None => matmul_by_rows(u, Into::Overwrite, Mat::new(x, n, d_in), a.t(), 1.0),
+        None => matmul_by_rows(u, Into::Overwrite, Mat::new(&x, n, d_in), a.t(), 1.0),
     })
 }
 

@@ -5,7 +5,7 @@
 //! allocates.
 
 use super::{Engine, Footprint, Item, Workload};
-use crate::model::{ActivationPolicy, Module};
+use crate::model::{ActivationPolicy, MLP_TILE_ROWS, Module};
 use crate::ops::linear;
 
 /// Memory in use, and how it was made up when it was largest.
@@ -51,9 +51,12 @@ struct Activations {
     qkv: Vec<Held>,
     attention: [Held; 2],
     mid: Held,
-    mlp: Vec<Held>,
+    mlp: Option<Vec<Tile>>,
     u_o: Held,
 }
+
+/// Gate and up with the `u` of each, and that of down.
+type Tile = [Held; 5];
 
 /// The most that forward and backward of one micro-batch hold at a time, with one policy for each block.
 pub(super) fn peak(workload: &Workload, policies: &[ActivationPolicy]) -> Footprint {
@@ -84,13 +87,13 @@ impl Step<'_> {
         let mut saved: Vec<Vec<_>> = passes.map(|_| Vec::new()).collect();
         for (layer, policy) in policies.iter().enumerate() {
             for (x, saved) in hidden.iter_mut().zip(&mut saved) {
-                let (y, activations) = self.forward_keeping(layer);
+                let (y, activations) = self.forward(layer, *policy);
                 if layer < lowest {
                     self.drop_activations(activations);
                     self.ledger.free([*x]);
                 } else {
                     let x = self.ledger.rename(*x, Item::Activations);
-                    saved.push((x, self.save(*policy, activations)));
+                    saved.push((x, activations.map(|kept| self.keep(kept))));
                 }
                 *x = y;
             }
@@ -130,7 +133,12 @@ impl Step<'_> {
 
     /// A tensor `[N, width]` of activations.
     fn values(&mut self, item: Item, width: usize) -> Held {
-        let values = (self.workload.rows * width) as u64;
+        self.tile_values(self.workload.rows, item, width)
+    }
+
+    /// A tensor `[rows, width]` of activations.
+    fn tile_values(&mut self, rows: usize, item: Item, width: usize) -> Held {
+        let values = (rows * width) as u64;
         self.ledger
             .alloc(item, values * self.workload.value_bytes())
     }
@@ -141,43 +149,44 @@ impl Step<'_> {
         self.ledger.alloc(Item::Working, 4 * values)
     }
 
-    /// The output of a linear layer and the adapter's `u`.
-    fn linear(&mut self, layer: usize, module: Module) -> [Held; 2] {
+    /// The output of a linear layer for so many rows, and the adapter's `u`.
+    fn linear(&mut self, layer: usize, module: Module, rows: usize) -> [Held; 2] {
         let (d_out, _) = self.workload.model.linear_shape(module);
-        let y = self.values(Item::Working, d_out);
-        let u = self.rank_values(layer, module);
-        self.dropout_scratch(layer, module, 0);
-        [y, u]
+        let y = self.tile_values(rows, Item::Working, d_out);
+        [y, self.down_project(layer, module, rows)]
+    }
+
+    /// The adapter's `u`.
+    fn down_project(&mut self, layer: usize, module: Module, rows: usize) -> Held {
+        let u = self.rank_values(layer, module, rows);
+        self.dropout_scratch(layer, module, rows, 0);
+        u
     }
 
     /// What kernels take besides their results where there is dropout: in forward (0) or backward (1).
-    fn dropout_scratch(&mut self, layer: usize, module: Module, direction: usize) {
+    fn dropout_scratch(&mut self, layer: usize, module: Module, rows: usize, direction: usize) {
         let r = self.workload.rank(layer, module);
         if self.workload.dropout && self.workload.engine == Engine::Kernels && r > 0 {
             let (_, d_in) = self.workload.model.linear_shape(module);
-            let bytes = linear::dropout_scratch_bytes(self.workload.rows, d_in, r)[direction];
+            let bytes = linear::dropout_scratch_bytes(rows, d_in, r)[direction];
             let partial = self.ledger.alloc(Item::Working, bytes);
             self.ledger.free([partial]);
         }
     }
 
     /// The gradient of `u`, with that of the adapter's factors.
-    fn backward_lora(&mut self, layer: usize, module: Module) -> Held {
-        let du = self.rank_values(layer, module);
-        self.dropout_scratch(layer, module, 1);
+    fn backward_lora(&mut self, layer: usize, module: Module, rows: usize) -> Held {
+        let du = self.rank_values(layer, module, rows);
+        self.dropout_scratch(layer, module, rows, 1);
         du
     }
 
-    /// `u` or its gradient, `[N, R]`.
-    fn rank_values(&mut self, layer: usize, module: Module) -> Held {
-        self.values(Item::Working, self.workload.rank(layer, module))
+    /// `u` or its gradient, `[rows, R]`.
+    fn rank_values(&mut self, layer: usize, module: Module, rows: usize) -> Held {
+        self.tile_values(rows, Item::Working, self.workload.rank(layer, module))
     }
 
-    fn save(&mut self, policy: ActivationPolicy, activations: Activations) -> Option<Activations> {
-        if policy == ActivationPolicy::Recompute {
-            self.drop_activations(activations);
-            return None;
-        }
+    fn keep(&mut self, activations: Activations) -> Activations {
         let Activations {
             qkv,
             attention,
@@ -186,16 +195,19 @@ impl Step<'_> {
             u_o,
         } = activations;
         let mut keep = |tensor| self.ledger.rename(tensor, Item::Activations);
-        Some(Activations {
+        Activations {
             qkv: qkv.into_iter().map(&mut keep).collect(),
             attention: attention.map(&mut keep),
             mid: keep(mid),
-            mlp: mlp.into_iter().map(&mut keep).collect(),
+            mlp: mlp.map(|tiles| tiles.into_iter().map(|tile| tile.map(&mut keep)).collect()),
             u_o: keep(u_o),
-        })
+        }
     }
 
-    fn drop_activations(&mut self, activations: Activations) {
+    fn drop_activations(&mut self, activations: Option<Activations>) {
+        let Some(activations) = activations else {
+            return;
+        };
         let Activations {
             qkv,
             attention,
@@ -206,48 +218,92 @@ impl Step<'_> {
         self.ledger.free(qkv);
         self.ledger.free(attention);
         self.ledger.free([mid, u_o]);
-        self.ledger.free(mlp);
+        self.ledger.free(mlp.into_iter().flatten().flatten());
     }
 
-    /// `Block::forward_keeping`: the output, and what backward reads beside the input.
-    fn forward_keeping(&mut self, layer: usize) -> (Held, Activations) {
-        let model = &self.workload.model;
-        let (d, f) = (model.hidden_size, model.intermediate_size);
-        let (queries, keys) = self.workload.head_widths();
-        let num_heads = model.num_heads;
-        let qk_norm = model.qk_norm;
+    /// `Block::forward`: the output, and what backward reads beside the input where that is kept.
+    fn forward(&mut self, layer: usize, policy: ActivationPolicy) -> (Held, Option<Activations>) {
+        let (mut activations, h) = self.attend(layer);
+        match policy {
+            ActivationPolicy::Keep => {
+                let (y, tiles) = self.mlp(layer, policy);
+                activations.mlp = Some(tiles);
+                self.ledger.free([h]);
+                (y, Some(activations))
+            }
+            ActivationPolicy::Recompute => {
+                self.ledger.free(activations.qkv);
+                self.ledger.free(activations.attention);
+                self.ledger.free([activations.u_o]);
+                let (y, _) = self.mlp(layer, policy);
+                self.ledger.free([activations.mid, h]);
+                (y, None)
+            }
+        }
+    }
 
+    /// `Block::attend`: its results and the norm of `mid`.
+    fn attend(&mut self, layer: usize) -> (Activations, Held) {
+        let Workload { model, rows, .. } = self.workload;
+        let d = model.hidden_size;
+        let (queries, keys) = self.workload.head_widths();
         let h = self.values(Item::Working, d);
         let mut qkv = Vec::new();
         for module in [Module::Q, Module::K, Module::V] {
-            qkv.extend(self.linear(layer, module));
+            qkv.extend(self.linear(layer, module, *rows));
         }
-        if qk_norm {
+        if model.qk_norm {
             qkv.extend([queries, keys].map(|width| self.values(Item::Working, width)));
         }
         self.ledger.free([h]);
         let attention = [
             self.values(Item::Working, queries),
-            self.f32_values(num_heads),
+            self.f32_values(model.num_heads),
         ];
-        let [mid, u_o] = self.linear(layer, Module::O);
+        let [mid, u_o] = self.linear(layer, Module::O, *rows);
         let h = self.values(Item::Working, d);
-        let mut mlp = Vec::new();
-        for module in [Module::Gate, Module::Up] {
-            mlp.extend(self.linear(layer, module));
-        }
-        let act = self.values(Item::Working, f);
-        let [y, u_down] = self.linear(layer, Module::Down);
-        mlp.push(u_down);
-        self.ledger.free([act, h]);
         let activations = Activations {
             qkv,
             attention,
             mid,
-            mlp,
+            mlp: None,
             u_o,
         };
-        (y, activations)
+        (activations, h)
+    }
+
+    /// Rows of each tile of the MLP.
+    fn tiles(&self) -> impl Iterator<Item = usize> + use<> {
+        let rows = self.workload.rows;
+        (0..rows)
+            .step_by(MLP_TILE_ROWS)
+            .map(move |start| MLP_TILE_ROWS.min(rows - start))
+    }
+
+    /// `Block::mlp`: the block's output, and the tiles where they are kept.
+    fn mlp(&mut self, layer: usize, policy: ActivationPolicy) -> (Held, Vec<Tile>) {
+        let Workload { model, rows, .. } = self.workload;
+        let (mut kept, mut whole) = (Vec::new(), None);
+        for tile_rows in self.tiles() {
+            let [gate, u_gate] = self.linear(layer, Module::Gate, tile_rows);
+            let [up, u_up] = self.linear(layer, Module::Up, tile_rows);
+            let act = self.tile_values(tile_rows, Item::Working, model.intermediate_size);
+            let [y, u_down] = self.linear(layer, Module::Down, tile_rows);
+            self.ledger.free([act]);
+            let tile = [gate, u_gate, up, u_up, u_down];
+            match policy {
+                ActivationPolicy::Keep => kept.push(tile),
+                ActivationPolicy::Recompute => self.ledger.free(tile),
+            }
+            if tile_rows == *rows {
+                return (y, kept);
+            }
+            if whole.is_none() {
+                whole = Some(self.values(Item::Working, model.hidden_size));
+            }
+            self.ledger.free([y]);
+        }
+        (whole.expect("a batch has rows"), kept)
     }
 
     /// `linear_cross_entropy::backward`: the losses, and the gradient of the final norm's output.
@@ -280,10 +336,9 @@ impl Step<'_> {
         saved: Option<Activations>,
         is_lowest: bool,
     ) {
-        let model = &self.workload.model;
+        let Workload { model, rows, .. } = self.workload;
         let d = model.hidden_size;
         let (queries, keys) = self.workload.head_widths();
-        let (num_heads, qk_norm) = (model.num_heads, model.qk_norm);
         let Activations {
             qkv,
             attention,
@@ -291,27 +346,28 @@ impl Step<'_> {
             mlp,
             u_o,
         } = saved.unwrap_or_else(|| {
-            let (y, activations) = self.forward_keeping(layer);
-            self.ledger.free([y]);
+            let (activations, h) = self.attend(layer);
+            self.ledger.free([h]);
             activations
         });
         self.mlp_backward(layer, mlp);
-        let du = self.backward_lora(layer, Module::O);
+        self.ledger.free([mid]);
+        let du = self.backward_lora(layer, Module::O, *rows);
         let d_out = self.values(Item::Working, queries);
         self.ledger.free([du]);
-        let delta = self.f32_values(num_heads);
+        let delta = self.f32_values(model.num_heads);
         let mut d_qkv = [queries, keys, keys].map(|width| self.values(Item::Working, width));
-        self.ledger.free([delta, d_out, mid]);
+        self.ledger.free([delta, d_out]);
         self.ledger.free(attention);
         let h = self.values(Item::Working, d);
-        if qk_norm {
+        if model.qk_norm {
             let d_raw = [queries, keys].map(|width| self.values(Item::Working, width));
             self.ledger.free([d_qkv[0], d_qkv[1]]);
             d_qkv = [d_raw[0], d_raw[1], d_qkv[2]];
         }
         let mut d_h = None;
         for (module, d_out) in [Module::Q, Module::K, Module::V].into_iter().zip(d_qkv) {
-            let du = self.backward_lora(layer, module);
+            let du = self.backward_lora(layer, module, *rows);
             if !is_lowest && d_h.is_none() {
                 d_h = Some(self.values(Item::Working, d));
             }
@@ -322,19 +378,37 @@ impl Step<'_> {
         self.ledger.free(qkv);
     }
 
-    fn mlp_backward(&mut self, layer: usize, mlp: Vec<Held>) {
+    fn mlp_backward(&mut self, layer: usize, kept: Option<Vec<Tile>>) {
         let model = &self.workload.model;
         let (d, f) = (model.hidden_size, model.intermediate_size);
-        let act = self.values(Item::Working, f);
-        let du = self.backward_lora(layer, Module::Down);
-        let d_act = self.values(Item::Working, f);
-        self.ledger.free([du, act, d_act]);
-        let h = self.values(Item::Working, d);
-        let du = self.backward_lora(layer, Module::Gate);
-        let d_h = self.values(Item::Working, d);
-        self.ledger.free([du]);
-        let du = self.backward_lora(layer, Module::Up);
-        self.ledger.free([du, h, d_h]);
-        self.ledger.free(mlp);
+        let mut kept = kept.map(Vec::into_iter);
+        for rows in self.tiles() {
+            let (tile, act) = match kept.as_mut().and_then(Iterator::next) {
+                Some(tile) => (tile, self.tile_values(rows, Item::Working, f)),
+                None => self.tile_again(layer, rows),
+            };
+            let du = self.backward_lora(layer, Module::Down, rows);
+            let d_act = self.tile_values(rows, Item::Working, f);
+            self.ledger.free([du, act, d_act]);
+            let h = self.tile_values(rows, Item::Working, d);
+            let du = self.backward_lora(layer, Module::Gate, rows);
+            let d_h = self.tile_values(rows, Item::Working, d);
+            self.ledger.free([du]);
+            let du = self.backward_lora(layer, Module::Up, rows);
+            self.ledger.free([du, h, d_h]);
+            self.ledger.free(tile);
+        }
+    }
+
+    /// `Block::tile_again`: a tile, and the input of `down_proj`.
+    fn tile_again(&mut self, layer: usize, rows: usize) -> (Tile, Held) {
+        let model = &self.workload.model;
+        let h = self.tile_values(rows, Item::Working, model.hidden_size);
+        let [gate, u_gate] = self.linear(layer, Module::Gate, rows);
+        let [up, u_up] = self.linear(layer, Module::Up, rows);
+        self.ledger.free([h]);
+        let act = self.tile_values(rows, Item::Working, model.intermediate_size);
+        let u_down = self.down_project(layer, Module::Down, rows);
+        ([gate, u_gate, up, u_up, u_down], act)
     }
 }

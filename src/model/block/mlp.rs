@@ -1,0 +1,156 @@
+//! The gated MLP of a block, in tiles of tokens: no tensor of tokens times `intermediate_size` is larger than a tile, unless
+//! it is kept.
+//!
+//! What is computed again in backward is what backward reads: the output of `down_proj` is not.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::Block;
+use crate::Result;
+use crate::ops::dropout::Dropout;
+use crate::ops::{gated_act, residual, rms_norm};
+
+/// Tokens of a tile: enough for its products to run at full speed. A constant, so that the gradients of an adapter, which are
+/// added up by tiles, have the same bits whatever is kept.
+pub const MLP_TILE_ROWS: usize = 4096;
+
+/// What backward reads of a tile, `gate`, `up: [rows, F]`.
+#[derive(Debug)]
+pub(super) struct Tile {
+    gate: Tensor,
+    up: Tensor,
+    u_gate: Option<Tensor>,
+    u_up: Option<Tensor>,
+    u_down: Option<Tensor>,
+}
+
+/// The tiles of `rows` tokens.
+fn tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows)
+        .step_by(MLP_TILE_ROWS)
+        .map(move |start| start..rows.min(start + MLP_TILE_ROWS))
+}
+
+/// The rows of a matrix that are a tile's.
+fn part(t: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
+    Ok(t.narrow(0, rows.start, rows.len())?)
+}
+
+/// Masks of their own for the tokens of a tile.
+fn of_tile(dropout: Option<Dropout>, number: usize) -> Option<Dropout> {
+    dropout.map(|dropout| dropout.of_tile(number))
+}
+
+impl Block {
+    /// `mid` with the MLP's output for its norm `h` added; each tile is given to `keep` before the next is computed.
+    ///
+    /// # Shapes
+    /// `mid`, `h: [N, D]` -> `[N, D]`.
+    pub(super) fn mlp(
+        &self,
+        mid: &Tensor,
+        h: &Tensor,
+        dropout: Option<Dropout>,
+        mut keep: impl FnMut(Tile),
+    ) -> Result<Tensor> {
+        let rows = mid.dim(0)?;
+        let mut whole = None;
+        for (number, tile_rows) in tiles(rows).enumerate() {
+            let dropout = of_tile(dropout, number);
+            let h = part(h, &tile_rows)?;
+            let (gate, u_gate) = self.gate.forward(&h, dropout)?;
+            let (up, u_up) = self.up.forward(&h, dropout)?;
+            let act = gated_act::forward(&gate, &up)?;
+            let (out, u_down) = self.down.forward(&act, dropout)?;
+            drop(act);
+            keep(Tile {
+                gate,
+                up,
+                u_gate,
+                u_up,
+                u_down,
+            });
+            let y = residual::forward(&part(mid, &tile_rows)?, out)?;
+            if tile_rows.len() == rows {
+                return Ok(y);
+            }
+            let whole = match &mut whole {
+                Some(whole) => whole,
+                empty => empty.insert(mid.zeros_like()?),
+            };
+            whole.slice_set(&y, 0, tile_rows.start)?;
+        }
+        Ok(whole.unwrap_or_else(|| mid.clone()))
+    }
+
+    /// Adds the gradient through the MLP to `d_mid`, which holds that of the block's output. Without `kept` tiles they are
+    /// computed again, one at a time.
+    ///
+    /// # Shapes
+    /// `d_mid`, `mid: [N, D]`.
+    pub(super) fn mlp_backward(
+        &self,
+        d_mid: &Tensor,
+        mid: &Tensor,
+        kept: Option<Vec<Tile>>,
+        dropout: Option<Dropout>,
+    ) -> Result<()> {
+        let mut kept = kept.map(Vec::into_iter);
+        for (number, rows) in tiles(mid.dim(0)?).enumerate() {
+            let dropout = of_tile(dropout, number);
+            let (d_mid, mid) = (part(d_mid, &rows)?, part(mid, &rows)?);
+            match kept.as_mut().and_then(Iterator::next) {
+                Some(tile) => {
+                    let act = gated_act::forward(&tile.gate, &tile.up)?;
+                    self.tile_backward(&d_mid, &mid, tile, act, dropout)?;
+                }
+                None => {
+                    let (tile, act) = self.tile_again(&mid, dropout)?;
+                    self.tile_backward(&d_mid, &mid, tile, act, dropout)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A tile of forward, with the input of `down_proj`.
+    fn tile_again(&self, mid: &Tensor, dropout: Option<Dropout>) -> Result<(Tile, Tensor)> {
+        let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
+        let (gate, u_gate) = self.gate.forward(&h, dropout)?;
+        let (up, u_up) = self.up.forward(&h, dropout)?;
+        drop(h);
+        let act = gated_act::forward(&gate, &up)?;
+        let u_down = self.down.down_project(&act, dropout)?;
+        let tile = Tile {
+            gate,
+            up,
+            u_gate,
+            u_up,
+            u_down,
+        };
+        Ok((tile, act))
+    }
+
+    fn tile_backward(
+        &self,
+        d_mid: &Tensor,
+        mid: &Tensor,
+        tile: Tile,
+        act: Tensor,
+        dropout: Option<Dropout>,
+    ) -> Result<()> {
+        let u_down = tile.u_down.as_ref();
+        let d_act = self.down.backward(d_mid, &act, u_down, dropout, None)?;
+        drop(act);
+        gated_act::backward(&d_act, &tile.gate, &tile.up)?;
+        drop(d_act);
+        let (d_gate, d_up) = (tile.gate, tile.up);
+        let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
+        let (u_gate, u_up) = (tile.u_gate.as_ref(), tile.u_up.as_ref());
+        let d_h = self.gate.backward(&d_gate, &h, u_gate, dropout, None)?;
+        let d_h = self.up.backward(&d_up, &h, u_up, dropout, Some(d_h))?;
+        rms_norm::backward(&d_h, mid, &self.post_attention_norm, self.eps, d_mid)
+    }
+}
