@@ -51,7 +51,7 @@ fn wrong_usage_ends_with_2_and_the_nearest_name() {
             &["train", "--lora_r", "-1"],
             "expected a non-negative integer, found `-1`",
         ),
-        (&["train", "--optim", "paged_adamw_8bit"], "not built yet"),
+        (&["train", "--optim", "lion_32bit"], "paged_adamw_8bit"),
         (
             &["train", "--double_quant", "perhaps"],
             "expected true or false",

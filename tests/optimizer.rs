@@ -196,23 +196,29 @@ fn large_tensors_are_stored_in_8_bits_and_small_ones_in_f32() {
     assert!(large > 0 && small > 0, "{large} and {small}");
 }
 
+/// From moments on the device and from paged ones, with the others and with the same.
 fn a_run_resumes_bit_for_bit(at: &Placement) {
     let dir = tempfile::tempdir().unwrap();
-    let config = || TrainConfig {
+    let config = |optim| TrainConfig {
         max_steps: 4,
-        ..config(dir.path(), Optim::Adamw8bit)
+        ..config(dir.path(), optim)
     };
-    let (losses, adapter) = trained(config(), at);
-    let mut first = Trainer::new(config(), at).unwrap();
-    for loss in &losses[..2] {
-        assert_eq!(first.step().unwrap().loss, *loss);
+    let (losses, adapter) = trained(config(Optim::Adamw8bit), at);
+    for optim in [Optim::Adamw8bit, Optim::PagedAdamw8bit] {
+        let mut first = Trainer::new(config(optim), at).unwrap();
+        for loss in &losses[..2] {
+            assert_eq!(first.step().unwrap().loss, *loss);
+        }
+        let checkpoint = first.save_checkpoint().unwrap();
+        for optim in [Optim::Adamw8bit, Optim::PagedAdamw8bit] {
+            let resumed = TrainConfig {
+                resume_from_checkpoint: Resume::From(checkpoint.clone()),
+                ..config(optim)
+            };
+            let (rest, same_adapter) = trained(resumed, at);
+            assert!(rest == losses[2..] && same_adapter == adapter);
+        }
     }
-    let resumed = TrainConfig {
-        resume_from_checkpoint: Resume::From(first.save_checkpoint().unwrap()),
-        ..config()
-    };
-    let (rest, same_adapter) = trained(resumed, at);
-    assert!(rest == losses[2..] && same_adapter == adapter);
 }
 
 #[test]

@@ -2,10 +2,12 @@
 
 use std::fmt::Write;
 
+use qlora::device::{Dequantized, Residency, Side};
 use qlora::quant::QuantizeOptions;
 use qlora::store::TargetModules;
-use qlora::train::Shape;
+use qlora::train::config::Optim;
 use qlora::train::plan::{Engine, Item, LongestBatch, Plan, Workload};
+use qlora::train::{Shape, TrainConfig};
 
 const GIGABYTES: [u64; 5] = [16, 24, 48, 80, 141];
 
@@ -19,25 +21,38 @@ fn workload(shape: Shape, r: usize, batch: LongestBatch) -> Workload {
     )
 }
 
-/// Blocks that keep their activations, of how many; or the longest micro-batch that would fit.
+/// What fits: how many blocks keep their activations, then what is not on the device: `w` the dequantized block (one weight
+/// at a time), `e` the embedding, `o` the inputs of so many blocks, `s` the weights (streamed). Else the longest micro-batch.
 fn verdict(workload: &Workload, limit: u64) -> String {
-    match Plan::fitting(workload, limit) {
-        Ok(plan) => format!("{}/{}", plan.kept_blocks(), plan.policies.len()),
-        Err(_) => match workload.longest_that_fits(limit) {
+    let Ok(plan) = Plan::fitting(workload, limit) else {
+        return match workload.longest_that_fits(limit) {
             Some(tokens) => format!("<={tokens}"),
             None => "-".to_string(),
-        },
+        };
+    };
+    let mut verdict = format!("{}/{}", plan.kept_blocks(), plan.policies.len());
+    let residence = plan.residence;
+    let elsewhere = [
+        (residence.dequantized == Dequantized::Weight, "w"),
+        (residence.embedding == Side::Host, "e"),
+        (residence.weights != Residency::Resident, "s"),
+    ];
+    let elsewhere = elsewhere.iter().filter(|(is_so, _)| *is_so);
+    elsewhere.for_each(|(_, letter)| verdict += letter);
+    if plan.offloaded_blocks() > 0 {
+        verdict += &format!("o{}", plan.offloaded_blocks());
     }
+    verdict
 }
 
-fn table(r: usize, batch: LongestBatch) -> String {
-    let mut table = format!("r {r}, {} tokens\n{:<16}", batch.rows, "");
+fn table(r: usize, batch: LongestBatch, optim: Optim) -> String {
+    let mut table = format!("r {r}, {} tokens, {optim:?}\n{:<16}", batch.rows, "");
     for gigabytes in GIGABYTES {
         write!(table, "{:>12}", format!("{gigabytes} GB")).unwrap();
     }
     writeln!(table, "{:>12}{:>12}", "recompute", "keep").unwrap();
     for (name, shape) in Shape::NAMED {
-        let workload = workload(shape, r, batch);
+        let workload = with_optim(workload(shape, r, batch), optim);
         write!(table, "{name:<16}").unwrap();
         for gigabytes in GIGABYTES {
             let verdict = verdict(&workload, gigabytes * 1_000_000_000);
@@ -52,14 +67,79 @@ fn table(r: usize, batch: LongestBatch) -> String {
     table
 }
 
+fn with_optim(workload: Workload, optim: Optim) -> Workload {
+    let config = TrainConfig {
+        optim,
+        gradient_accumulation_steps: 1,
+        ..TrainConfig::default()
+    };
+    workload.with_settings(&config, 0.0)
+}
+
 #[test]
 fn paper_settings_of_512_tokens() {
-    insta::assert_snapshot!(table(64, LongestBatch::full(1, 512)));
+    let batch = LongestBatch::full(1, 512);
+    insta::assert_snapshot!(table(64, batch, Optim::AdamwTorch));
+}
+
+#[test]
+fn paper_settings_with_paged_moments() {
+    let batch = LongestBatch::full(1, 512);
+    insta::assert_snapshot!(table(64, batch, Optim::PagedAdamw32bit));
 }
 
 #[test]
 fn long_sequences() {
-    insta::assert_snapshot!(table(32, LongestBatch::full(1, 65_536)));
+    let batch = LongestBatch::full(1, 65_536);
+    insta::assert_snapshot!(table(32, batch, Optim::AdamwTorch));
+}
+
+/// The plan of a shape by name within so many gigabytes, with the optimizer of the paper.
+fn fitting(name: &str, r: usize, tokens: usize, gigabytes: u64) -> Plan {
+    let shape = Shape::named(name).unwrap();
+    let workload = workload(shape, r, LongestBatch::full(1, tokens));
+    let workload = with_optim(workload, Optim::PagedAdamw32bit);
+    Plan::fitting(&workload, gigabytes * 1_000_000_000).unwrap()
+}
+
+#[test]
+fn the_models_of_the_paper_fit_where_they_are_promised_to() {
+    for (name, gigabytes) in [("llama-33b", 21), ("llama-65b", 41)] {
+        let plan = fitting(name, 64, 512, gigabytes);
+        assert_eq!(plan.residence.weights, Residency::Resident, "{name}");
+    }
+    let streamed = fitting("llama-65b", 64, 512, 16);
+    assert_ne!(streamed.residence.weights, Residency::Resident);
+    for (name, tokens, gigabytes) in [
+        ("llama3-8b", 78_475, 24),
+        ("llama3-8b", 342_733, 80),
+        ("llama3-70b", 12_106, 48),
+    ] {
+        let plan = fitting(name, 32, tokens, gigabytes);
+        assert_eq!(
+            plan.residence.weights,
+            Residency::Resident,
+            "{name}, {tokens} tokens"
+        );
+    }
+}
+
+/// No tensor of tokens times `intermediate_size`: what a token takes of the device does not depend on it.
+#[test]
+fn a_token_of_a_long_sequence_takes_nothing_for_the_width_of_the_mlp() {
+    let bytes_per_token = |intermediate_size| {
+        let shape = Shape {
+            intermediate_size,
+            ..Shape::named("llama3-8b").unwrap()
+        };
+        let working = |tokens| {
+            let workload = workload(shape, 32, LongestBatch::full(1, tokens));
+            let peak = Plan::keeping(&workload, 0).peak;
+            peak.bytes(Item::Activations) + peak.bytes(Item::Working)
+        };
+        (working(200_000) - working(100_000)) / 100_000
+    };
+    assert_eq!(bytes_per_token(14_336), bytes_per_token(28_672));
 }
 
 /// 4 bits, 1/8 byte-scale a weight and 1/64 of 4/256 bytes: 4.127 bits (arXiv:2305.14314, section 3).

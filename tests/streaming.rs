@@ -6,7 +6,7 @@ mod emulated;
 
 use candle_core::Tensor;
 use emulated::placement_test;
-use qlora::device::{Placement, Residency};
+use qlora::device::{Placement, Residence, Residency};
 use qlora::model::{ActivationPolicy, Decoder, KvCache, MicroBatch, Regularization, Sequences};
 use qlora::quant::QuantizeOptions;
 use qlora::store::{AdapterConfig, Checkpoint, TargetModules};
@@ -29,7 +29,10 @@ fn synthetic(options: QuantizeOptions) -> SyntheticRun {
 
 fn streamed(placement: &Placement, slots: usize) -> Placement {
     Placement {
-        residency: Residency::Streamed { slots },
+        residence: Residence {
+            weights: Residency::Streamed { slots },
+            ..placement.residence
+        },
         ..placement.clone()
     }
 }
@@ -152,13 +155,15 @@ placement_test!(
     |placement| {
         let run = synthetic(QuantizeOptions::default());
         let (resident, losses, adapter) = trained(&run, placement, None);
-        assert_eq!(resident.plan().residency, Residency::Resident);
+        assert_eq!(resident.plan().residence.weights, Residency::Resident);
         let least = resident.plan().peak.total();
         let streams = |limit: &u64| {
             let keys = [("vram_limit".to_string(), limit.to_string())];
             let config = TrainConfig::load_partial(None, &keys).unwrap();
             let plan = qlora::train::plan::Plan::within(resident.workload(), &config, *limit);
-            plan.is_ok_and(|plan| plan.residency != Residency::Resident && plan.together == 3)
+            plan.is_ok_and(|plan| {
+                plan.residence.weights != Residency::Resident && plan.together == 3
+            })
         };
         let limit = (1..2000).map(|kib| least - kib * 1024).find(streams);
         assert!(limit.is_some());

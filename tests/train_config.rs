@@ -71,7 +71,7 @@ fn written() -> TrainConfig {
         min_lr_rate: Some(0.1),
         max_steps: -1,
         num_train_epochs: Some(2.5),
-        optim: Optim::AdamwTorch,
+        optim: Optim::PagedAdamw32bit,
         resume_from_checkpoint: Resume::From("run/checkpoint-10".into()),
         ..TrainConfig::default()
     }
@@ -229,13 +229,12 @@ fn a_bad_value_is_an_error_that_names_its_key() {
             "polynomial",
             "expected one of `constant`",
         ),
-        ("optim", "paged_adamw_8bit", "use adamw_8bit"),
         (
             "dataset_format",
             "parquet",
             "expected `tokenized`, `messages`",
         ),
-        ("optim", "sgd", "use adamw_torch or adamw_8bit"),
+        ("optim", "sgd", "use adamw_torch, adamw_8bit"),
         ("lora_target_modules", "(q_proj", "is not a regex"),
         ("compute_dtype", "bf16", "only f32 is supported on the CPU"),
         ("min_lr_rate", "0.1", "only used by"),
@@ -326,12 +325,11 @@ fn the_names_of_an_optimizer_are_one() {
     for (optim, names) in [
         (
             Optim::AdamwTorch,
-            &[
-                "adamw_torch",
-                "adamw_hf",
-                "adamw_torch_fused",
-                "paged_adamw_32bit",
-            ][..],
+            &["adamw_torch", "adamw_hf", "adamw_torch_fused"][..],
+        ),
+        (
+            Optim::PagedAdamw32bit,
+            &["paged_adamw_32bit", "paged_adamw"],
         ),
         (Optim::Adamw8bit, &["adamw_8bit", "adamw_bnb_8bit"]),
     ] {

@@ -23,6 +23,7 @@ pub use shape_args::ShapeArgs;
 use std::io::Write;
 
 use anyhow::Context;
+use qlora::device::{Dequantized, Residence, Residency, Side};
 use qlora::train::plan::Plan;
 
 /// The user stopped the run; what was done is saved. Ends with status 130.
@@ -85,13 +86,40 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Which activations a plan keeps, in words.
+/// What a plan does with activations, in words.
 pub fn activations(plan: &Plan) -> String {
-    match (plan.kept_blocks(), plan.policies.len()) {
-        (0, _) => "recompute".into(),
-        (kept, all) if kept == all => "keep".into(),
-        (kept, all) => format!("keep in {kept} of {all} blocks"),
+    let all = plan.policies.len();
+    let kept = match plan.kept_blocks() {
+        0 => "recompute".to_string(),
+        kept if kept == all => "keep".into(),
+        kept => format!("keep in {kept} of {all} blocks"),
+    };
+    match plan.offloaded_blocks() {
+        0 => kept,
+        offloaded => format!("{kept}, {offloaded} of {all} inputs in host memory"),
     }
+}
+
+/// What a plan leaves on the host, in words; nothing where all is on the device.
+pub fn on_the_host(plan: &Plan) -> Vec<&'static str> {
+    let Residence {
+        weights,
+        dequantized,
+        embedding,
+        optimizer,
+    } = plan.residence;
+    [
+        (weights != Residency::Resident, "weights are streamed"),
+        (
+            dequantized == Dequantized::Weight,
+            "one weight is dequantized at a time",
+        ),
+        (embedding == Side::Host, "the embedding is in host memory"),
+        (optimizer == Side::Host, "optimizer moments are paged"),
+    ]
+    .into_iter()
+    .filter_map(|(is_so, words)| is_so.then_some(words))
+    .collect()
 }
 
 /// A number of threads, at least 1.

@@ -6,7 +6,7 @@ use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::Checkpoint;
 use qlora::train::config::{ByteCount, KEYS};
-use qlora::train::plan::{Engine, Footprint, Item, LongestBatch, Plan, Workload};
+use qlora::train::plan::{Engine, Footprint, HostFootprint, Item, LongestBatch, Plan, Workload};
 use qlora::train::{Shape, TrainConfig};
 use serde_json::json;
 
@@ -92,12 +92,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let budget = config.per_device_train_batch_tokens.unwrap_or(0);
     let longest = config.longest_sequence().max(budget);
     let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
-    let workload = Workload {
-        moments: config.optim.into(),
-        micro_batches: config.gradient_accumulation_steps,
-        dropout: config.lora_dropout.unwrap_or(0.0) > 0.0,
-        ..Workload::new(model, blocks, engine, lora, batch)
-    };
+    let workload = Workload::new(model, blocks, engine, lora, batch);
+    let workload = workload.with_settings(&config, config.lora_dropout.unwrap_or(0.0));
     let report = Report::new(&workload, &config, args.vram);
     match args.json {
         true => println!("{}", report.json(args.tflops)),
@@ -113,6 +109,8 @@ struct Report<'a> {
     /// The plan that fits; without a limit, all that is kept and then all that is computed again.
     plans: Vec<Plan>,
     refusal: Option<qlora::Error>,
+    /// Tokens of the longest one that would fit alone.
+    longest_sequence: Option<usize>,
 }
 
 impl<'a> Report<'a> {
@@ -137,6 +135,7 @@ impl<'a> Report<'a> {
             limit,
             plans,
             refusal,
+            longest_sequence: limit.and_then(|limit| workload.longest_sequence(limit)),
         }
     }
 
@@ -178,9 +177,27 @@ impl<'a> Report<'a> {
                 self.plans.iter().map(speed).collect(),
             ));
         }
-        if let (Some(limit), None) = (self.limit, &self.refusal) {
+        let host = |bytes: &dyn Fn(&HostFootprint) -> u64| {
+            let cell = |plan: &Plan| gigabytes(bytes(&plan.host));
+            self.plans.iter().map(cell).collect()
+        };
+        if self.plans.iter().any(|plan| plan.host.total() > 0) {
+            lines.push(row(
+                "in pinned host memory",
+                host(&|host: &HostFootprint| host.total()),
+            ));
+        }
+        if let (Some(limit), None, [plan]) = (self.limit, &self.refusal, &self.plans[..]) {
             lines.push(String::new());
-            lines.push(format!("fits into {}", gigabytes(limit)));
+            let elsewhere = super::on_the_host(plan);
+            let how = match elsewhere.is_empty() {
+                true => "with all of it on the device".to_string(),
+                false => format!("because {}", elsewhere.join(", ")),
+            };
+            lines.push(format!("fits into {} {how}", gigabytes(limit)));
+        }
+        if let Some(tokens) = self.longest_sequence {
+            lines.push(format!("one sequence of up to {tokens} tokens would fit"));
         }
         lines.join("\n") + "\n"
     }
@@ -193,7 +210,13 @@ impl<'a> Report<'a> {
                 "items": serde_json::Map::from_iter(items),
                 "total_bytes": plan.peak.total(),
                 "kept_blocks": plan.kept_blocks(),
+                "offloaded_blocks": plan.offloaded_blocks(),
                 "blocks": plan.policies.len(),
+                "host_bytes": {
+                    "activations": plan.host.activations,
+                    "optimizer": plan.host.optimizer,
+                },
+                "not_on_the_device": super::on_the_host(plan),
                 "tokens_per_second_at_most": tflops.map(|tflops| self.tokens_per_second(plan, tflops)),
             })
         };
@@ -202,6 +225,7 @@ impl<'a> Report<'a> {
             "trained_values": self.workload.trained_values(),
             "limit_bytes": self.limit,
             "fits": self.limit.map(|_| self.refusal.is_none()),
+            "longest_sequence": self.longest_sequence,
             "plans": self.plans.iter().map(plan).collect::<Vec<_>>(),
         })
     }

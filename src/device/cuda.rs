@@ -80,7 +80,9 @@ fn describe_error(error: DriverError) -> String {
 struct CudaRuntime {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// To the device, and from it: the bus takes both at a time.
     copies: Arc<CudaStream>,
+    copies_back: Arc<CudaStream>,
     blas: Arc<CudaBlas>,
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
@@ -112,14 +114,18 @@ impl CudaRuntime {
         let multiprocessors = context
             .attribute(count)
             .map_err(|e| failed("counting processors", e))?;
+        let copies = || {
+            context
+                .new_stream()
+                .map_err(|e| failed("the stream for copies", e))
+        };
         Ok(Self {
             pool: MemoryPool::of_device()?,
             blas: device.cublas_handle(),
             functions: Mutex::default(),
             multiprocessors: multiprocessors as u32,
-            copies: context
-                .new_stream()
-                .map_err(|e| failed("the stream for copies", e))?,
+            copies: copies()?,
+            copies_back: copies()?,
             context,
             stream,
             modules,
@@ -240,8 +246,7 @@ impl Runtime for CudaRuntime {
         let failed = |e| failed(&format!("{bytes} bytes of pinned host memory"), e);
         self.context.bind_to_thread().map_err(failed)?;
         // SAFETY: freed by its owner, and written before anything reads it.
-        let memory = unsafe { driver::malloc_host(bytes, sys::CU_MEMHOSTALLOC_WRITECOMBINED) }
-            .map_err(failed)?;
+        let memory = unsafe { driver::malloc_host(bytes, 0) }.map_err(failed)?;
         let memory = NonNull::new(memory.cast())
             .ok_or_else(|| Error::Train(format!("no {bytes} bytes of pinned host memory")))?;
         Ok(Box::new(Pinned {
@@ -256,7 +261,7 @@ impl Runtime for CudaRuntime {
     }
 
     unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker> {
-        let failed = |e| failed("copying weights to the GPU", e);
+        let failed = |e| failed("copying to the GPU", e);
         self.context.bind_to_thread().map_err(failed)?;
         if let Some(after) = after {
             self.copies.wait(event(after)).map_err(failed)?;
@@ -264,6 +269,18 @@ impl Runtime for CudaRuntime {
         // SAFETY: as the caller promises.
         unsafe { driver::memcpy_htod_async(to, from, self.copies.cu_stream()) }.map_err(failed)?;
         mark(&self.copies)
+    }
+
+    unsafe fn copy_back(&self, from: u64, to: &mut [u8], after: Option<&Marker>) -> Result<Marker> {
+        let failed = |e| failed("copying from the GPU", e);
+        self.context.bind_to_thread().map_err(failed)?;
+        if let Some(after) = after {
+            self.copies_back.wait(event(after)).map_err(failed)?;
+        }
+        let stream = self.copies_back.cu_stream();
+        // SAFETY: as the caller promises.
+        unsafe { driver::memcpy_dtoh_async(to, from, stream) }.map_err(failed)?;
+        mark(&self.copies_back)
     }
 
     fn wait(&self, marker: &Marker) -> Result<()> {

@@ -52,12 +52,49 @@ pub enum Residency {
     Streamed { slots: usize },
 }
 
+/// The memory that something lies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Device,
+    Host,
+}
+
+/// How many weights lie dequantized on the device at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dequantized {
+    /// Those of a block: each is dequantized once for recompute and backward together.
+    Block,
+    /// The one that is needed, which is dequantized for each of its products.
+    Weight,
+}
+
+/// Where those things lie that kernels compute with and that take much memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Residence {
+    pub weights: Residency,
+    pub dequantized: Dequantized,
+    /// Of the token embedding, if it is not the head as well.
+    pub embedding: Side,
+    /// Of the optimizer's moments and the lower halves of the masters.
+    pub optimizer: Side,
+}
+
+impl Residence {
+    /// All of it on the device.
+    pub const DEVICE: Self = Self {
+        weights: Residency::Resident,
+        dequantized: Dequantized::Block,
+        embedding: Side::Device,
+        optimizer: Side::Device,
+    };
+}
+
 /// Where a model computes, and the type of its activations: f32 by the CPU's own code, bf16 by kernels.
 #[derive(Debug, Clone)]
 pub struct Placement {
     pub device: Device,
     pub dtype: DType,
-    pub residency: Residency,
+    pub residence: Residence,
 }
 
 impl Placement {
@@ -66,7 +103,16 @@ impl Placement {
         Self {
             device: Device::Cpu,
             dtype: DType::F32,
-            residency: Residency::Resident,
+            residence: Residence::DEVICE,
+        }
+    }
+
+    /// In bf16 by the kernels of `device`.
+    pub fn kernels(device: Device) -> Self {
+        Self {
+            device,
+            dtype: DType::BF16,
+            residence: Residence::DEVICE,
         }
     }
 
@@ -82,11 +128,7 @@ impl Placement {
     pub fn open(kind: DeviceKind) -> Result<Self> {
         match kind {
             DeviceKind::Cpu => Ok(Self::cpu()),
-            DeviceKind::Cuda => Ok(Self {
-                device: open_cuda()?,
-                dtype: DType::BF16,
-                residency: Residency::Resident,
-            }),
+            DeviceKind::Cuda => Ok(Self::kernels(open_cuda()?)),
         }
     }
 

@@ -80,7 +80,7 @@ impl Debug for Marker {
     }
 }
 
-/// Memory of the host that a device copies from by itself.
+/// Memory of the host that a device copies from and to by itself.
 pub trait PinnedMemory: Send {
     fn bytes_mut(&mut self) -> &mut [u8];
 }
@@ -102,7 +102,7 @@ pub trait Runtime: Debug + Send + Sync {
     /// Waits for everything queued, and reports what went wrong in it.
     fn synchronize(&self) -> Result<()>;
 
-    /// Memory to copy from.
+    /// Memory to copy from and to.
     fn pinned(&self, bytes: usize) -> Result<Box<dyn PinnedMemory>>;
 
     /// The present end of the queue of kernels.
@@ -113,6 +113,13 @@ pub trait Runtime: Debug + Send + Sync {
     /// # Safety
     /// `from` is pinned memory and stays as it is until the marker is reached, and `to` is ours to write from `after` on.
     unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker>;
+
+    /// The same from the device to the host, in a queue of its own.
+    ///
+    /// # Safety
+    /// `to` is pinned memory that nothing else touches until the marker is reached, and `from` is what is to be copied from
+    /// `after` until then.
+    unsafe fn copy_back(&self, from: u64, to: &mut [u8], after: Option<&Marker>) -> Result<Marker>;
 
     /// Lets the kernels that are queued from now on wait for `marker`.
     fn wait(&self, marker: &Marker) -> Result<()>;

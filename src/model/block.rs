@@ -17,6 +17,7 @@ use super::names::Module;
 use crate::Result;
 use crate::ops::attention::{self, Heads, Segments};
 use crate::ops::dropout::Dropout;
+use crate::ops::host_memory::Parked;
 use crate::ops::rms_norm;
 use crate::ops::rope::{self, Positions, RopeTable};
 
@@ -27,6 +28,8 @@ pub enum ActivationPolicy {
     Keep,
     /// The block's input; forward runs again in backward.
     Recompute,
+    /// The same, with the input in pinned memory of the host until then. As `Recompute` where the device is the host.
+    Offload,
 }
 
 /// Whether anything below a block is trained.
@@ -54,6 +57,26 @@ pub enum Saved {
     Kept(Box<Activations>),
     /// The block's input, `[N, D]`.
     Input(Tensor),
+    /// That on the host.
+    Parked(Parked),
+}
+
+impl Saved {
+    /// What was on the host, back on the device.
+    pub(super) fn arrived(self) -> Result<Self> {
+        match self {
+            Self::Parked(input) => Ok(Self::Input(input.take()?)),
+            here => Ok(here),
+        }
+    }
+
+    /// Begins to bring back what is on the host.
+    pub(super) fn fetch(&mut self) -> Result<()> {
+        match self {
+            Self::Parked(input) => input.fetch(),
+            Self::Kept(_) | Self::Input(_) => Ok(()),
+        }
+    }
 }
 
 /// Everything that backward reads.
@@ -145,7 +168,7 @@ impl Block {
                 activations.mlp = Some(tiles);
                 Ok((y, Saved::Kept(Box::new(activations))))
             }
-            ActivationPolicy::Recompute => {
+            ActivationPolicy::Recompute | ActivationPolicy::Offload => {
                 let Activations {
                     x,
                     mid,
@@ -233,6 +256,7 @@ impl Block {
         let activations = match saved {
             Saved::Kept(activations) => *activations,
             Saved::Input(x) => self.attend(&x, layout)?.0,
+            Saved::Parked(x) => self.attend(&x.take()?, layout)?.0,
         };
         let Activations {
             x,

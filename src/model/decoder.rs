@@ -11,8 +11,9 @@ use super::load::Loader;
 use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
 use super::parameters::Parameters;
-use crate::device::Placement;
+use crate::device::{Placement, Side};
 use crate::ops::attention::{Segment, Segments};
+use crate::ops::host_memory::HostMemory;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::rope::{Positions, RopeTable};
 use crate::ops::weight::{BlockStream, Direction, Entered, Weight};
@@ -48,6 +49,8 @@ pub struct Decoder {
     parameters: Parameters,
     /// What brings the weights of the blocks, where they do not stay on the device.
     stream: Option<Arc<BlockStream>>,
+    /// Where activations wait that are offloaded; `None` where the device is the host.
+    host_memory: Option<HostMemory>,
 }
 
 impl Decoder {
@@ -64,10 +67,15 @@ impl Decoder {
     ) -> Result<Self> {
         let config = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
         let mut loader = Loader::new(checkpoint, &config, quantize, placement)?;
-        let embedding = loader.vocabulary("model.embed_tokens.weight")?;
+        // The head is multiplied by: where it is the embedding as well, that stays on the device.
+        let side = match config.tie_word_embeddings {
+            true => Side::Device,
+            false => placement.residence.embedding,
+        };
+        let embedding = loader.vocabulary("model.embed_tokens.weight", side)?;
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
-            false => loader.vocabulary("lm_head.weight")?,
+            false => loader.vocabulary("lm_head.weight", Side::Device)?,
         };
         let blocks = (0..config.num_layers)
             .map(|layer| loader.block(layer))
@@ -77,6 +85,7 @@ impl Decoder {
         Ok(Self {
             norm,
             stream,
+            host_memory: placement.uses_kernels().then(HostMemory::default),
             inv_freq: config.rope.inv_freq(config.head_dim),
             rope: Arc::new(Mutex::new(Arc::new(RopeTable::new(&[], 0)))),
             parameters: Parameters::none(&placement.device)?,
@@ -174,7 +183,7 @@ impl Decoder {
         };
         let rows = Rows::new(self, &positions, vec![segment], Arc::clone(&cache.rope))?;
         let layout = rows.layout();
-        let mut x = embedding::forward(ids, &self.embedding)?;
+        let mut x = self.embed(ids)?;
         for (layer, (block, cached)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
             let _weights = self.enter(layer, Direction::Up)?;
             x = block.decode(&x, &layout, cached)?;
@@ -187,7 +196,7 @@ impl Decoder {
     fn infer(&self, sequences: Sequences<'_>) -> Result<Tensor> {
         let rows = self.rows(sequences)?;
         let layout = rows.layout();
-        let mut x = embedding::forward(sequences.input_ids, &self.embedding)?;
+        let mut x = self.embed(sequences.input_ids)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let _weights = self.enter(layer, Direction::Up)?;
             x = block.forward(&x, &layout, ActivationPolicy::Recompute)?.0;
@@ -203,8 +212,18 @@ impl Decoder {
             .transpose()
     }
 
+    /// Where activations wait that are offloaded; `None` where the device is the host.
+    pub fn host_memory(&self) -> Option<&HostMemory> {
+        self.host_memory.as_ref()
+    }
+
     pub(super) fn embed(&self, ids: &[u32]) -> Result<Tensor> {
-        embedding::forward(ids, &self.embedding)
+        match &self.host_memory {
+            Some(host) if !self.embedding.is_on_device() => {
+                embedding::forward_from_host(ids, &self.embedding, host, &self.placement.device)
+            }
+            _ => embedding::forward(ids, &self.embedding),
+        }
     }
 
     pub(super) fn head(&self) -> &Weight {

@@ -8,7 +8,7 @@ use super::block::Block;
 use super::config::DecoderConfig;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
-use crate::device::{Placement, Residency};
+use crate::device::{Dequantized, Placement, Residency, Side};
 use crate::ops::attention::Heads;
 use crate::ops::weight::{BlockStream, DenseCache, Slots, Weight};
 use crate::quant::{BlockSizes, DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
@@ -36,11 +36,11 @@ impl<'a> Loader<'a> {
         let cache = match placement.uses_kernels() {
             false => None,
             true => {
-                let block = config.block_elements();
-                Some(Arc::new(DenseCache::new(&block, &placement.device)?))
+                let weights = config.dequantized_elements(placement.residence.dequantized);
+                Some(Arc::new(DenseCache::new(&weights, &placement.device)?))
             }
         };
-        let slots = match placement.residency {
+        let slots = match placement.residence.weights {
             Residency::Streamed { slots } if cache.is_some() => {
                 let blocks = block_sizes(checkpoint, quantize.unwrap_or_default())?;
                 let bytes = Weight::slot_bytes(&config.block_elements(), blocks);
@@ -59,7 +59,7 @@ impl<'a> Loader<'a> {
     }
 
     /// The embedding or the head.
-    pub(super) fn vocabulary(&self, name: &str) -> Result<Weight> {
+    pub(super) fn vocabulary(&self, name: &str, side: Side) -> Result<Weight> {
         let (rows, cols) = (self.config.vocab_size, self.config.hidden_size);
         let mut weight = self.stored(name, rows, cols)?;
         if let (FrozenWeight::Quantized(params), true) = (&weight, self.cache.is_some()) {
@@ -68,7 +68,10 @@ impl<'a> Loader<'a> {
             params.dequantize(&mut values);
             weight = FrozenWeight::Dense(DenseTensor::from_bf16(vec![rows, cols], &values));
         }
-        self.place(weight)
+        match side {
+            Side::Device => self.place(weight),
+            Side::Host => Ok(weight.into()),
+        }
     }
 
     fn place(&self, weight: FrozenWeight) -> Result<Weight> {
@@ -188,6 +191,15 @@ impl DecoderConfig {
             let (d_out, d_in) = self.linear_shape(module);
             d_out * d_in
         })
+    }
+
+    /// Elements of each weight that lies dequantized on a device at a time.
+    pub fn dequantized_elements(&self, dequantized: Dequantized) -> Vec<usize> {
+        let elements = self.block_elements();
+        match dequantized {
+            Dequantized::Block => elements.to_vec(),
+            Dequantized::Weight => elements.into_iter().max().into_iter().collect(),
+        }
     }
 
     /// The weight of a linear layer, `[out, in]`.

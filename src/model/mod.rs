@@ -19,7 +19,7 @@ pub use kv_cache::KvCache;
 pub use load::block_sizes;
 pub use lora_linear::{LoraLinear, LoraPair};
 pub use names::Module;
-pub use parameters::{Parameters, Slot, TRAINED_ALIGNMENT, Trainable};
+pub use parameters::{LowerHalves, Parameters, Slot, TRAINED_ALIGNMENT, Trainable};
 pub use training_pass::{MicroBatch, Regularization};
 
 pub use crate::ops::linear_cross_entropy::TokenLoss;

@@ -1,13 +1,15 @@
 //! The trained values of a decoder, all in one piece: the optimizer updates them together.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
 use crate::Result;
-use crate::device::Placement;
+use crate::device::{Placement, Side};
 use crate::ops::adamw;
+use crate::ops::paged::PagedTensor;
 
 /// Every trained tensor begins at a multiple of this many elements: a block of 8-bit moments belongs to one tensor, and
 /// its memory is aligned for wide accesses.
@@ -19,9 +21,56 @@ pub struct Trainable {
     /// What forward and backward read: f32 on the CPU, else the upper half of the master, bf16.
     pub value: Tensor,
     /// The lower half of the f32 master, where `value` is bf16.
-    low: Option<Tensor>,
+    low: Option<LowerHalf>,
     /// f32.
     pub grad: Tensor,
+}
+
+/// Of one tensor, as i16.
+#[derive(Debug, Clone)]
+enum LowerHalf {
+    OnDevice(Tensor),
+    Paged(Arc<PagedTensor>, Range<usize>),
+}
+
+impl LowerHalf {
+    fn read(&self) -> Result<Vec<i16>> {
+        match self {
+            Self::OnDevice(low) => Ok(low.flatten_all()?.to_vec1()?),
+            Self::Paged(low, elements) => low.with_bytes(elements.clone(), |bytes| {
+                let halves = bytes.as_chunks::<2>().0.iter();
+                halves.map(|half| i16::from_ne_bytes(*half)).collect()
+            }),
+        }
+    }
+}
+
+/// Of all tensors, flat, as i16.
+#[derive(Debug, Clone)]
+pub enum LowerHalves {
+    OnDevice(Tensor),
+    Paged(Arc<PagedTensor>),
+}
+
+impl LowerHalves {
+    fn new(low: Vec<i16>, placement: &Placement) -> Result<Self> {
+        let (n, device) = (low.len(), &placement.device);
+        if placement.residence.optimizer == Side::Device {
+            return Ok(Self::OnDevice(Tensor::from_vec(low, n, device)?));
+        }
+        let paged = PagedTensor::zeros(n, DType::I16, device)?;
+        paged.with_bytes(0..n, |bytes| {
+            bytes.copy_from_slice(bytemuck::cast_slice(&low))
+        })?;
+        Ok(Self::Paged(Arc::new(paged)))
+    }
+
+    fn of(&self, slot: &Slot) -> Result<LowerHalf> {
+        Ok(match self {
+            Self::OnDevice(low) => LowerHalf::OnDevice(slot.view(low)?),
+            Self::Paged(low) => LowerHalf::Paged(Arc::clone(low), slot.range.clone()),
+        })
+    }
 }
 
 impl Trainable {
@@ -31,8 +80,7 @@ impl Trainable {
             return Ok(self.value.flatten_all()?.to_vec1()?);
         };
         let high: Vec<bf16> = self.value.flatten_all()?.to_vec1()?;
-        let low: Vec<i16> = low.flatten_all()?.to_vec1()?;
-        let halves = high.into_iter().zip(low);
+        let halves = high.into_iter().zip(low.read()?);
         Ok(halves.map(|(h, l)| adamw::join_master(h, l)).collect())
     }
 }
@@ -49,7 +97,7 @@ pub(super) struct NewParameter {
 #[derive(Debug, Clone)]
 pub struct Parameters {
     values: Tensor,
-    low: Option<Tensor>,
+    low: Option<LowerHalves>,
     grads: Tensor,
     slots: Vec<Slot>,
 }
@@ -85,7 +133,7 @@ impl Parameters {
             _ => {
                 let (high, low): (Vec<bf16>, Vec<i16>) =
                     flat.into_iter().map(adamw::split_master).unzip();
-                let low = Tensor::from_vec(low, n, device)?;
+                let low = LowerHalves::new(low, placement)?;
                 (Tensor::from_vec(high, n, device)?, Some(low))
             }
         };
@@ -112,7 +160,7 @@ impl Parameters {
         let slot = &self.slots[index];
         Ok(Trainable {
             value: slot.view(&self.values)?,
-            low: self.low.as_ref().map(|low| slot.view(low)).transpose()?,
+            low: self.low.as_ref().map(|low| low.of(slot)).transpose()?,
             grad: slot.view(&self.grads)?,
         })
     }
@@ -123,7 +171,7 @@ impl Parameters {
     }
 
     /// The lower halves of the f32 masters, where the values are bf16.
-    pub fn low(&self) -> Option<&Tensor> {
+    pub fn low(&self) -> Option<&LowerHalves> {
         self.low.as_ref()
     }
 

@@ -52,9 +52,13 @@ impl Decoder {
         let mut passes = passes.collect::<Result<Vec<_>>>()?;
         for (layer, (block, &policy)) in blocks.iter().zip(policies).enumerate() {
             let _weights = self.enter(layer, Direction::Up)?;
+            // Below the lowest adapter nothing is read again.
+            let policy = match layer < lowest {
+                true => ActivationPolicy::Recompute,
+                false => policy,
+            };
             for pass in &mut passes {
                 let saved = pass.forward(block, policy)?;
-                // Below the lowest adapter nothing is read again.
                 if layer >= lowest {
                     pass.saved.push(saved);
                 }
@@ -122,9 +126,18 @@ impl<'a> Pass<'a> {
 
     fn forward(&mut self, block: &Block, policy: ActivationPolicy) -> Result<Saved> {
         let x = self.take_hidden();
+        let host = self.decoder.host_memory();
+        let host = host.filter(|_| policy == ActivationPolicy::Offload);
+        // The input leaves while the block computes.
+        let parked = host.map(|host| host.park(x.clone())).transpose()?;
         let (y, saved) = block.forward(&x, &self.layout(), policy)?;
         self.hidden = Some(y);
-        Ok(saved)
+        let Some(mut parked) = parked else {
+            return Ok(saved);
+        };
+        drop((x, saved));
+        parked.release()?;
+        Ok(Saved::Parked(parked))
     }
 
     fn loss(&mut self, d_loss: f32) -> Result<Losses> {
@@ -141,6 +154,10 @@ impl<'a> Pass<'a> {
     fn backward(&mut self, block: &Block, input: InputGrad) -> Result<()> {
         let saved = self.saved.pop();
         let saved = saved.expect("one was kept for each block from the lowest adapter up");
+        let saved = saved.arrived()?;
+        if let Some(next) = self.saved.last_mut() {
+            next.fetch()?;
+        }
         let dy = self.take_hidden();
         self.hidden = block.backward(dy, saved, &self.layout(), input)?;
         Ok(())

@@ -1,8 +1,11 @@
 //! The token embedding: a row of the table for each token. The table is frozen, so there is no backward.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use rayon::prelude::*;
 
 use super::cpu;
+use super::host_memory::HostMemory;
 use super::launcher::{Grid, Launcher, Operand};
 use super::weight::Weight;
 use crate::{Error, Result};
@@ -17,14 +20,8 @@ const OP: &str = "embedding";
 /// # Errors
 /// [`Error::Shape`] for an id that is not below V.
 pub fn forward(ids: &[u32], table: &Weight) -> Result<Tensor> {
-    let (vocab, d) = (table.out_features(), table.in_features());
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-        return Err(Error::Shape {
-            op: OP,
-            expected: format!("token ids below {vocab}"),
-            found: id.to_string(),
-        });
-    }
+    let d = table.in_features();
+    expect_known(ids, table)?;
     if let Some(device) = table.device() {
         let launcher = Launcher::on(OP, device)?;
         let ids = Tensor::from_slice(ids, ids.len(), device)?;
@@ -35,6 +32,44 @@ pub fn forward(ids: &[u32], table: &Weight) -> Result<Tensor> {
             table.read_tile(id as usize..id as usize + 1, 0..d, row);
         }
     })
+}
+
+/// The same in bf16 on `device`, from a table that is on the host alone.
+///
+/// # Errors
+/// As [`forward`], and what the device's driver reports.
+pub fn forward_from_host(
+    ids: &[u32],
+    table: &Weight,
+    host: &HostMemory,
+    device: &Device,
+) -> Result<Tensor> {
+    let d = table.in_features();
+    expect_known(ids, table)?;
+    host.bring((ids.len(), d), DType::BF16, device, |bytes| {
+        let rows = bytes.par_chunks_exact_mut(2 * d).zip(ids);
+        rows.for_each_init(
+            || vec![0f32; d],
+            |values, (row, &id)| {
+                table.read_tile(id as usize..id as usize + 1, 0..d, values);
+                for (bytes, value) in row.as_chunks_mut::<2>().0.iter_mut().zip(values) {
+                    *bytes = bf16::from_f32(*value).to_ne_bytes();
+                }
+            },
+        );
+    })
+}
+
+fn expect_known(ids: &[u32], table: &Weight) -> Result<()> {
+    let vocab = table.out_features();
+    match ids.iter().find(|&&id| id as usize >= vocab) {
+        None => Ok(()),
+        Some(id) => Err(Error::Shape {
+            op: OP,
+            expected: format!("token ids below {vocab}"),
+            found: id.to_string(),
+        }),
+    }
 }
 
 /// The rows `ids` of `table: [V, D]`, by the kernel.

@@ -128,6 +128,11 @@ impl Launcher {
         })
     }
 
+    /// For copies, which operations queue themselves.
+    pub(super) fn runtime(&self) -> &dyn Runtime {
+        &*self.runtime
+    }
+
     /// A new tensor whose every element a kernel will write.
     pub(super) fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();

@@ -2,7 +2,7 @@
 //!
 //! On a device a 4-bit weight is dequantized to bf16 in front of the product that needs it, into a scratch buffer that is
 //! allocated once and shared by all weights of a model. The buffer keeps what was dequantized last, so that a block that
-//! fits is dequantized once for recompute and backward together.
+//! fits is dequantized once for recompute and backward together; where memory is short it holds one weight.
 
 mod stream;
 
@@ -137,6 +137,11 @@ impl Weight {
             self.dense(&Launcher::on(OP, device)?)?;
         }
         Ok(())
+    }
+
+    /// Whether kernels can read it.
+    pub fn is_on_device(&self) -> bool {
+        self.on_device.is_some()
     }
 
     /// The device that the weight was copied to.

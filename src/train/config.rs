@@ -186,7 +186,7 @@ train_config! {
     neftune_noise_alpha: Option<f64> = None;
     /// Clip the gradient to this global norm; 0: never
     max_grad_norm: f64 = 0.3;
-    /// adamw_torch (also adamw_hf, adamw_torch_fused, paged_adamw_32bit): f32 moments; adamw_8bit (adamw_bnb_8bit): 8-bit ones
+    /// AdamW with f32 moments (adamw_torch, adamw_hf, adamw_torch_fused) or 8-bit ones (adamw_8bit, adamw_bnb_8bit); paged_adamw_32bit and paged_adamw_8bit keep them in host memory
     optim: Optim = Optim::AdamwTorch;
     /// What to do about a loss or gradient that is not finite: stop the run, or skip the step
     on_non_finite: OnNonFinite = OnNonFinite::Stop;

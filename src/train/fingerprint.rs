@@ -111,6 +111,11 @@ impl Fingerprint {
 
 fn effective_keys(config: &TrainConfig) -> Result<BTreeMap<String, Value>> {
     let unreadable = |reason: String| Error::config("config.toml", reason);
+    // Where the moments lie changes no result.
+    let config = TrainConfig {
+        optim: config.optim.resident(),
+        ..config.clone()
+    };
     let value = serde_json::to_value(config).map_err(|error| unreadable(error.to_string()))?;
     let Value::Object(keys) = value else {
         return Err(unreadable("is not a set of keys".into()));

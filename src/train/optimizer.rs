@@ -1,15 +1,18 @@
 //! AdamW over the adapters of a decoder, with moments in f32 or in 8 bits, and clipping by the global norm.
 
-use std::collections::BTreeMap;
+mod moments;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
+use moments::Moments;
 
 use super::TrainConfig;
-use super::config::Optim;
-use crate::model::{Decoder, Slot};
-use crate::ops::adamw::moments_8bit::{self, BLOCK_SIZE};
+use crate::device::Side;
+use crate::model::{Decoder, LowerHalves, Slot};
 use crate::ops::adamw::{self, AdamW, Weight};
+use crate::ops::paged::{self, PagedTensor, Pager};
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
@@ -22,10 +25,13 @@ pub(super) const MIN_8BIT_ELEMENTS: usize = 4096;
 /// How the names of tensors end to which `loraplus_lr_ratio` applies.
 const LORA_B: &str = ".lora_B.weight";
 
-/// The moments of neighbouring trained tensors, flat as in [`Parameters`](crate::model::Parameters).
+/// Elements that visit the device at a time, where the moments are in host memory: enough for a copy at full speed.
+pub(super) const PAGE_ELEMENTS: usize = 1 << 21;
+
+/// Neighbouring trained tensors, flat as in [`Parameters`](crate::model::Parameters).
 #[derive(Debug)]
 struct Group {
-    /// The part of the flat parameters that they belong to.
+    /// The part of the flat parameters that they are.
     range: Range<usize>,
     kind: Kind,
     moments: Moments,
@@ -43,17 +49,10 @@ impl Kind {
     fn of(slot: &Slot, config: &TrainConfig) -> Self {
         let is_b = slot.name.ends_with(LORA_B);
         Self {
-            in_8_bits: config.optim == Optim::Adamw8bit && slot.range.len() >= MIN_8BIT_ELEMENTS,
+            in_8_bits: config.optim.is_8bit() && slot.range.len() >= MIN_8BIT_ELEMENTS,
             lr_ratio: config.loraplus_lr_ratio.filter(|_| is_b).unwrap_or(1.0),
         }
     }
-}
-
-/// Named as in torch.
-#[derive(Debug)]
-enum Moments {
-    F32 { exp_avg: Tensor, exp_avg_sq: Tensor },
-    EightBit(moments_8bit::Moments),
 }
 
 /// The settings, and the moments of all trained tensors.
@@ -69,6 +68,8 @@ pub struct Optimizer {
     step: usize,
     groups: Vec<Group>,
     slots: Vec<Slot>,
+    /// Where pages visit the device, of f32 moments and of 8-bit ones; `None` where they live there.
+    pagers: Option<[Pager; 2]>,
 }
 
 impl Optimizer {
@@ -76,6 +77,15 @@ impl Optimizer {
     pub fn new(config: &TrainConfig, decoder: &Decoder) -> Result<Self> {
         let slots = decoder.parameters().slots();
         let grads = decoder.parameters().grads();
+        let side = decoder.placement().residence.optimizer;
+        let groups = groups(config, slots, grads, side)?;
+        let pagers = match side {
+            Side::Device => None,
+            Side::Host => Some([
+                pager(&groups, false, grads.device())?,
+                pager(&groups, true, grads.device())?,
+            ]),
+        };
         Ok(Self {
             beta1: config.adam_beta1,
             beta2: config.adam_beta2,
@@ -83,8 +93,9 @@ impl Optimizer {
             weight_decay: config.weight_decay,
             max_grad_norm: config.max_grad_norm,
             step: 0,
-            groups: groups(config, slots, grads)?,
+            groups,
             slots: slots.to_vec(),
+            pagers,
         })
     }
 
@@ -115,37 +126,52 @@ impl Optimizer {
             step: self.step,
             grad_scale,
         };
-        let parameters = decoder.parameters();
-        for group in &self.groups {
-            let part = |flat: &Tensor| flat.narrow(0, group.range.start, group.range.len());
-            let low = parameters.low().map(part).transpose()?;
-            let weight = Weight {
-                value: &part(parameters.values())?,
-                low: low.as_ref(),
-            };
-            let grad = part(parameters.grads())?;
-            let update = AdamW {
-                learning_rate: learning_rate * group.kind.lr_ratio,
-                ..update
-            };
-            match &group.moments {
-                Moments::F32 {
-                    exp_avg,
-                    exp_avg_sq,
-                } => adamw::forward(&update, weight, &grad, exp_avg, exp_avg_sq)?,
-                Moments::EightBit(moments) => {
-                    moments_8bit::forward(&update, weight, &grad, moments)?;
+        let flat = Flat {
+            values: decoder.parameters().values(),
+            grads: decoder.parameters().grads(),
+        };
+        let of_group = |group: &Group| AdamW {
+            learning_rate: learning_rate * group.kind.lr_ratio,
+            ..update
+        };
+        match (&mut self.pagers, decoder.parameters().low()) {
+            (Some(pagers), Some(LowerHalves::Paged(low))) => {
+                for (in_8_bits, pager) in [false, true].into_iter().zip(pagers) {
+                    let of_kind = |group: &&Group| group.kind.in_8_bits == in_8_bits;
+                    let groups = self.groups.iter().filter(of_kind);
+                    update_paged(pager, groups, low, &flat, of_group)?;
                 }
+                Ok(())
+            }
+            (_, low) => {
+                let low = match low {
+                    Some(LowerHalves::OnDevice(low)) => Some(low),
+                    _ => None,
+                };
+                self.groups.iter().try_for_each(|group| {
+                    let low = low.map(|low| part(low, &group.range)).transpose()?;
+                    let (value, grad) = flat.part(&group.range)?;
+                    let weight = Weight {
+                        value: &value,
+                        low: low.as_ref(),
+                    };
+                    group.moments.update(&of_group(group), weight, &grad)
+                })
             }
         }
-        Ok(())
     }
 
     /// The moments by name: `exp_avg.NAME` and `exp_avg_sq.NAME`; in 8 bits these are the codes, and their scales are
     /// `exp_avg_absmax.NAME` and `exp_avg_sq_absmax.NAME`.
     pub fn state(&self) -> Result<BTreeMap<String, DenseTensor>> {
-        let stored = |(name, moment): (String, Tensor)| Ok((name, to_stored(&moment)?));
-        self.named_moments()?.into_iter().map(stored).collect()
+        let mut state = BTreeMap::new();
+        for slot in &self.slots {
+            let (group, elements) = self.place(slot);
+            let stored = group.moments.stored(&elements, slot.shape)?;
+            let named = stored.into_iter();
+            state.extend(named.map(|(kind, moment)| (format!("{kind}.{}", slot.name), moment)));
+        }
+        Ok(state)
     }
 
     /// Takes up moments that [`state`](Self::state) gave after `step` updates.
@@ -155,96 +181,130 @@ impl Optimizer {
     /// otherwise.
     pub fn restore(&mut self, step: usize, state: &BTreeMap<String, DenseTensor>) -> Result<()> {
         self.step = step;
-        for (name, moment) in self.named_moments()? {
-            let fits = |stored: &&DenseTensor| {
-                stored.shape == moment.dims() && stored.dtype == moment.dtype()
-            };
-            let Some(stored) = state.get(&name).filter(fits) else {
-                let describe = |dtype: DType, shape: &[usize]| format!("{dtype:?} {shape:?}");
-                return Err(Error::TensorMismatch {
-                    expected: describe(moment.dtype(), moment.dims()),
-                    found: state
-                        .get(&name)
-                        .map_or("nothing".into(), |o| describe(o.dtype, &o.shape)),
-                    tensor: name,
-                });
-            };
-            let values =
-                Tensor::from_raw_buffer(&stored.data, stored.dtype, &stored.shape, &Device::Cpu)?;
-            moment.slice_set(&values.to_device(moment.device())?, 0, 0)?;
+        for slot in &self.slots {
+            let (group, elements) = self.place(slot);
+            let moments = group.moments.described(&elements, slot.shape);
+            let stored = moments.map(|(kind, dtype, shape)| {
+                let name = format!("{kind}.{}", slot.name);
+                match state.get(&name) {
+                    Some(found) if found.shape == shape && found.dtype == dtype => Ok(found),
+                    found => Err(Error::TensorMismatch {
+                        tensor: name,
+                        expected: format!("{dtype:?} {shape:?}"),
+                        found: found.map_or("nothing".into(), |found| {
+                            format!("{:?} {:?}", found.dtype, found.shape)
+                        }),
+                    }),
+                }
+            });
+            let stored = stored.collect::<Result<Vec<_>>>()?;
+            group.moments.restore(&elements, &stored)?;
         }
         Ok(())
     }
 
-    /// Views of the moments of each tensor by name.
-    fn named_moments(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut named = Vec::new();
-        for slot in &self.slots {
-            let of_group = |group: &&Group| group.range.contains(&slot.range.start);
-            let group = self.groups.iter().find(of_group);
-            let group = group.expect("every slot is in a group");
-            let start = slot.range.start - group.range.start;
-            let part = |flat: &Tensor| flat.narrow(0, start, slot.range.len())?.reshape(slot.shape);
-            let blocks = slot.range.len().div_ceil(BLOCK_SIZE);
-            let scales = |flat: &Tensor| flat.narrow(0, start / BLOCK_SIZE, blocks);
-            let mut put =
-                |kind: &str, moment| named.push((format!("{kind}.{}", slot.name), moment));
-            match &group.moments {
-                Moments::F32 {
-                    exp_avg,
-                    exp_avg_sq,
-                } => {
-                    put("exp_avg", part(exp_avg)?);
-                    put("exp_avg_sq", part(exp_avg_sq)?);
-                }
-                Moments::EightBit(moments_8bit::Moments { m, v, .. }) => {
-                    put("exp_avg", part(&m.codes)?);
-                    put("exp_avg_absmax", scales(&m.absmax)?);
-                    put("exp_avg_sq", part(&v.codes)?);
-                    put("exp_avg_sq_absmax", scales(&v.absmax)?);
-                }
-            }
+    /// The group of a tensor, and the tensor's elements in it.
+    fn place(&self, slot: &Slot) -> (&Group, Range<usize>) {
+        let of_group = |group: &&Group| group.range.contains(&slot.range.start);
+        let group = self.groups.iter().find(of_group);
+        let group = group.expect("every slot is in a group");
+        let start = slot.range.start - group.range.start;
+        (group, start..start + slot.range.len())
+    }
+}
+
+/// The flat values and their gradients.
+struct Flat<'a> {
+    values: &'a Tensor,
+    grads: &'a Tensor,
+}
+
+impl Flat<'_> {
+    fn part(&self, range: &Range<usize>) -> Result<(Tensor, Tensor)> {
+        Ok((part(self.values, range)?, part(self.grads, range)?))
+    }
+}
+
+fn part(flat: &Tensor, range: &Range<usize>) -> Result<Tensor> {
+    Ok(flat.narrow(0, range.start, range.len())?)
+}
+
+/// Slots for the pages of these groups' moments of one kind.
+fn pager(groups: &[Group], in_8_bits: bool, device: &Device) -> Result<Pager> {
+    let of_kind = groups.iter().filter(|g| g.kind.in_8_bits == in_8_bits);
+    let longest = of_kind.map(|group| group.range.len()).max().unwrap_or(0);
+    Pager::new(&page(in_8_bits, longest.min(PAGE_ELEMENTS)), device)
+}
+
+/// Type and elements of each tensor of a page: those of the moments, and the lower halves.
+pub(super) fn page(in_8_bits: bool, elements: usize) -> Vec<(DType, usize)> {
+    let moments = moments::tensors(in_8_bits, elements);
+    moments.chain([(DType::I16, elements)]).collect()
+}
+
+/// Updates groups page by page: while one is updated, the next comes and the one before goes.
+fn update_paged<'a>(
+    pager: &mut Pager,
+    groups: impl Iterator<Item = &'a Group>,
+    low: &PagedTensor,
+    flat: &Flat<'_>,
+    update: impl Fn(&Group) -> AdamW,
+) -> Result<()> {
+    /// Pages on the device or on their way there, with a slot left for one on its way back.
+    const AHEAD: usize = paged::SLOTS - 1;
+    let mut pages = groups.flat_map(|group| {
+        let starts = (0..group.range.len()).step_by(PAGE_ELEMENTS);
+        starts.map(move |start| (group, start..group.range.len().min(start + PAGE_ELEMENTS)))
+    });
+    let in_flat = |group: &Group, page: &Range<usize>| {
+        group.range.start + page.start..group.range.start + page.end
+    };
+    let parts = |group: &'a Group, page: &Range<usize>| {
+        let mut parts = group.moments.paged_parts(page);
+        parts.push((low, in_flat(group, page)));
+        parts
+    };
+    let mut visits = VecDeque::new();
+    loop {
+        while visits.len() < AHEAD
+            && let Some((group, page)) = pages.next()
+        {
+            let visit = pager.fetch(&parts(group, &page))?;
+            visits.push_back((group, page, visit));
         }
-        Ok(named)
+        let Some((group, page, visit)) = visits.pop_front() else {
+            return Ok(());
+        };
+        visit.begin()?;
+        let (low, moments) = visit
+            .tensors
+            .split_last()
+            .expect("the lower halves are last");
+        let (value, grad) = flat.part(&in_flat(group, &page))?;
+        let weight = Weight {
+            value: &value,
+            low: Some(low),
+        };
+        let update = update(group);
+        group.moments.update_with(&update, weight, &grad, moments)?;
+        pager.give_back(visit, &parts(group, &page))?;
     }
 }
 
 /// Moments of zero for the flat parameters, in as few groups as their kinds allow.
-fn groups(config: &TrainConfig, slots: &[Slot], grads: &Tensor) -> Result<Vec<Group>> {
+fn groups(config: &TrainConfig, slots: &[Slot], grads: &Tensor, side: Side) -> Result<Vec<Group>> {
     let kind = |slot: &Slot| Kind::of(slot, config);
     let runs: Vec<&[Slot]> = slots.chunk_by(|a, b| kind(a) == kind(b)).collect();
     let starts = runs.iter().map(|run| run[0].range.start);
     // What lies between two tensors belongs to the first.
     let ends = starts.clone().skip(1).chain([grads.elem_count()]);
     let group = |((run, start), end): ((&&[Slot], usize), usize)| {
-        let (n, device) = (end - start, grads.device());
-        let zeros = || Tensor::zeros(n, DType::F32, device);
         let kind = kind(&run[0]);
-        let moments = match kind.in_8_bits {
-            true => Moments::EightBit(moments_8bit::Moments::zeros(n, device)?),
-            false => Moments::F32 {
-                exp_avg: zeros()?,
-                exp_avg_sq: zeros()?,
-            },
-        };
         Ok(Group {
             range: start..end,
             kind,
-            moments,
+            moments: Moments::zeros(kind.in_8_bits, end - start, side, grads.device())?,
         })
     };
     runs.iter().zip(starts).zip(ends).map(group).collect()
-}
-
-/// A moment as it is stored: f32, or bytes.
-fn to_stored(moment: &Tensor) -> Result<DenseTensor> {
-    let (shape, flat) = (moment.dims().to_vec(), moment.flatten_all()?);
-    Ok(match moment.dtype() {
-        DType::U8 => DenseTensor {
-            dtype: DType::U8,
-            shape,
-            data: flat.to_vec1::<u8>()?.into(),
-        },
-        _ => DenseTensor::from_f32(shape, &flat.to_vec1::<f32>()?),
-    })
 }

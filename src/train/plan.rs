@@ -3,20 +3,22 @@
 //! Weights, adapters and optimizer states follow from the shapes. What one micro-batch adds is found by going through a
 //! step with sizes instead of values (`step`), so that the peak is that of the longest batch at its worst moment.
 
+mod choice;
 mod run;
 mod step;
 
+pub use choice::STREAM_SLOTS;
 pub use run::LongestBatch;
 
-use crate::device::Residency;
+use crate::device::{Residence, Residency, Side};
 use crate::model::{ActivationPolicy, DecoderConfig, Module, TRAINED_ALIGNMENT};
 use crate::ops::adamw::moments_8bit::BLOCK_SIZE;
 use crate::ops::linear_cross_entropy;
+use crate::ops::paged;
 use crate::ops::weight::{DenseCache, Weight};
 use crate::quant::BlockSizes;
 use crate::train::config::Optim;
-use crate::train::optimizer::MIN_8BIT_ELEMENTS;
-use crate::{Error, Result};
+use crate::train::optimizer::{self, MIN_8BIT_ELEMENTS, PAGE_ELEMENTS};
 
 /// What a process takes of a GPU before it has a tensor: an assumption, where no GPU can be asked.
 const LIBRARIES_BYTES: u64 = 600 << 20;
@@ -147,9 +149,13 @@ pub struct Workload {
     pub dropout: bool,
     /// Micro-batches of a step.
     pub micro_batches: usize,
-    pub residency: Residency,
+    pub residence: Residence,
     /// Micro-batches that go through a block one after another, while its weights are there.
     pub together: usize,
+    /// The lowest blocks, at most, whose inputs wait in host memory.
+    pub offloaded: usize,
+    /// Pinned host memory that the run may take; `None` where nobody knows.
+    pub host_limit: Option<u64>,
 }
 
 /// How the optimizer keeps its two moments.
@@ -174,9 +180,9 @@ impl Moments {
 
 impl From<Optim> for Moments {
     fn from(optim: Optim) -> Self {
-        match optim {
-            Optim::AdamwTorch => Self::F32,
-            Optim::Adamw8bit => Self::EightBit,
+        match optim.is_8bit() {
+            false => Self::F32,
+            true => Self::EightBit,
         }
     }
 }
@@ -217,14 +223,30 @@ impl Workload {
     }
 }
 
+/// Bytes of pinned host memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HostFootprint {
+    /// Inputs of blocks that are offloaded.
+    pub activations: u64,
+    /// Moments and the lower halves of the masters.
+    pub optimizer: u64,
+}
+
+impl HostFootprint {
+    pub fn total(&self) -> u64 {
+        self.activations + self.optimizer
+    }
+}
+
 /// The memory of a run and the policies it is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// At the worst moment of a step.
     pub peak: Footprint,
+    pub host: HostFootprint,
     /// One for each block.
     pub policies: Vec<ActivationPolicy>,
-    pub residency: Residency,
+    pub residence: Residence,
     /// Micro-batches that go through a block one after another, while its weights are there.
     pub together: usize,
 }
@@ -233,87 +255,44 @@ impl Plan {
     /// The plan with these policies, one for each block.
     pub fn with_policies(workload: &Workload, policies: Vec<ActivationPolicy>) -> Self {
         let step = step::peak(workload, &policies);
-        Self {
+        let mut plan = Self {
             peak: workload.lasting().plus(&step),
+            host: HostFootprint::default(),
             policies,
-            residency: workload.residency,
+            residence: workload.residence,
             together: workload.together,
-        }
-    }
-
-    /// The plan in which the upper `kept` blocks keep their activations: those are read first in backward, and what they
-    /// free is there for the blocks below to compute theirs again.
-    pub fn keeping(workload: &Workload, kept: usize) -> Self {
-        let layers = workload.model.num_layers;
-        let policy = |layer| match layer + kept >= layers {
-            true => ActivationPolicy::Keep,
-            false => ActivationPolicy::Recompute,
         };
-        Self::with_policies(workload, (0..layers).map(policy).collect())
+        let (inputs, bytes) = plan.offloaded_inputs(workload);
+        plan.host = HostFootprint {
+            activations: (inputs * bytes) as u64,
+            optimizer: workload.host_optimizer_bytes(),
+        };
+        plan
     }
 
-    /// The fastest plan within `limit` bytes. Weights stay on the device if they fit; else they are streamed, and as many
-    /// micro-batches as fit go through a block together. Then as many blocks keep their activations as fit.
-    ///
-    /// # Errors
-    /// [`Error::DoesNotFit`] if none fits, with the smallest change that would.
-    pub fn fitting(workload: &Workload, limit: u64) -> Result<Self> {
-        let way = workload.way_that_fits(limit, 0)?;
-        let fits = |kept: usize| Self::keeping(&way, kept).peak.total() <= limit;
-        let counts: Vec<usize> = (1..=workload.model.num_layers).collect();
-        let kept = counts.partition_point(|&kept| fits(kept));
-        Ok(Self::keeping(&way, kept))
+    /// How many inputs of blocks wait in host memory at a time, and the bytes of each in the longest micro-batch.
+    pub fn offloaded_inputs(&self, workload: &Workload) -> (usize, usize) {
+        let input = workload.rows * workload.model.hidden_size * workload.value_bytes() as usize;
+        (self.offloaded_blocks() * self.together, input)
     }
 
     /// Blocks that keep their activations.
     pub fn kept_blocks(&self) -> usize {
-        let is_kept = |policy: &&ActivationPolicy| **policy == ActivationPolicy::Keep;
-        self.policies.iter().filter(is_kept).count()
+        self.blocks_with(ActivationPolicy::Keep)
+    }
+
+    /// Blocks whose inputs wait in host memory.
+    pub fn offloaded_blocks(&self) -> usize {
+        self.blocks_with(ActivationPolicy::Offload)
+    }
+
+    fn blocks_with(&self, policy: ActivationPolicy) -> usize {
+        let has_it = |of_block: &&ActivationPolicy| **of_block == policy;
+        self.policies.iter().filter(has_it).count()
     }
 }
 
-/// Blocks whose weights are on the device or on their way there, where they are streamed: the one that computes and two
-/// behind it.
-pub const STREAM_SLOTS: usize = 3;
-
 impl Workload {
-    /// The ways to run this, the fastest first: with all weights on the device one micro-batch at a time; then streamed, with
-    /// all micro-batches of a step together, half of them, and so on.
-    fn ways(&self) -> Vec<Self> {
-        let alone = Self {
-            together: 1,
-            ..self.clone()
-        };
-        if self.engine == Engine::Cpu {
-            return vec![alone];
-        }
-        let streamed = |together| Self {
-            together,
-            residency: Residency::Streamed {
-                slots: STREAM_SLOTS.min(self.model.num_layers),
-            },
-            ..self.clone()
-        };
-        let halves = std::iter::successors(Some(self.micro_batches), |&n| {
-            (n > 1).then(|| n.div_ceil(2))
-        });
-        match self.residency {
-            Residency::Resident => [alone].into_iter().chain(halves.map(streamed)).collect(),
-            Residency::Streamed { .. } => halves.map(streamed).collect(),
-        }
-    }
-
-    /// The fastest way that fits into `limit` while `kept` blocks keep their activations.
-    fn way_that_fits(&self, limit: u64, kept: usize) -> Result<Self> {
-        let mut ways = self.ways();
-        let fits = |way: &Self| Plan::keeping(way, kept).peak.total() <= limit;
-        if let Some(first) = ways.iter().position(fits) {
-            return Ok(ways.swap_remove(first));
-        }
-        let least = ways.last().unwrap_or(self);
-        Err(least.does_not_fit(limit, &Plan::keeping(least, kept)))
-    }
-
     /// What is there from the first step to the last.
     fn lasting(&self) -> Footprint {
         let model = &self.model;
@@ -321,21 +300,28 @@ impl Workload {
         if self.engine == Engine::Kernels {
             let elements = model.block_elements();
             self.add_base(&elements, &mut lasting);
-            lasting.add(
-                Item::Dequantized,
-                2 * DenseCache::capacity(&elements) as u64,
-            );
-            let matrices = if model.tie_word_embeddings { 1 } else { 2 };
+            let dequantized = model.dequantized_elements(self.residence.dequantized);
+            let dequantized = DenseCache::capacity(&dequantized) as u64;
+            lasting.add(Item::Dequantized, 2 * dequantized);
+            let is_one = model.tie_word_embeddings || self.residence.embedding == Side::Host;
+            let matrices = if is_one { 1 } else { 2 };
             let matrix = (model.vocab_size * model.hidden_size) as u64;
             lasting.add(Item::Vocabulary, matrices * 2 * matrix);
             lasting.add(Item::Libraries, LIBRARIES_BYTES);
         }
         lasting.add(Item::Vectors, self.vector_bytes());
         let trained = self.trained_values();
-        lasting.add(Item::Adapters, 4 * trained);
         lasting.add(Item::Gradients, 4 * trained);
-        let moments = self.trained_tensors().map(|n| self.moments.bytes(n));
-        lasting.add(Item::Moments, moments.sum());
+        match self.is_paged() {
+            false => {
+                lasting.add(Item::Adapters, 4 * trained);
+                lasting.add(Item::Moments, self.moment_bytes());
+            }
+            true => {
+                lasting.add(Item::Adapters, 2 * trained);
+                lasting.add(Item::Moments, self.page_bytes());
+            }
+        }
         lasting
     }
 
@@ -348,7 +334,7 @@ impl Workload {
         let nested = sum(&|n| self.blocks.nested_absmax_bytes(n));
         let tables = 4 * TABLE_VALUES * elements.len() as u64;
         lasting.add(Item::Scales, layers * (nested + tables));
-        match self.residency {
+        match self.residence.weights {
             Residency::Resident => {
                 lasting.add(Item::Codes, layers * sum(&|n| self.blocks.packed_bytes(n)));
                 lasting.add(Item::Scales, layers * sum(&|n| self.blocks.absmax_bytes(n)));
@@ -411,56 +397,39 @@ impl Workload {
         (layers + again) * forward + layers * backward + head
     }
 
-    /// The refusal of `plan`, with the smallest change that would fit.
-    fn does_not_fit(&self, limit: u64, plan: &Plan) -> Error {
-        let fits = |other: &Self| Plan::keeping(other, 0).peak.total() <= limit;
-        let with_8bit = Self {
-            moments: Moments::EightBit,
-            ..self.shortened(1)
-        };
-        let advice = if fits(self) {
-            "leave gradient_checkpointing out, or set it to true".into()
-        } else if let Some(rows) = self.longest_that_fits(limit) {
-            format!(
-                "micro-batches of {rows} tokens instead of {} would fit (per_device_train_batch_size, max_seq_len)",
-                self.rows
-            )
-        } else if fits(&with_8bit) {
-            "optim adamw_8bit and shorter micro-batches would fit".into()
-        } else {
-            "take a smaller model or a smaller lora_r".into()
-        };
-        Error::DoesNotFit {
-            needed: plan.peak.total(),
-            limit,
-            advice,
+    fn is_paged(&self) -> bool {
+        self.residence.optimizer == Side::Host
+    }
+
+    fn moment_bytes(&self) -> u64 {
+        self.trained_tensors().map(|n| self.moments.bytes(n)).sum()
+    }
+
+    /// Moments and lower halves, where they live in host memory.
+    fn host_optimizer_bytes(&self) -> u64 {
+        match self.is_paged() {
+            true => self.moment_bytes() + 2 * self.trained_values(),
+            false => 0,
         }
     }
 
-    /// The same with micro-batches of at most `rows` tokens.
-    fn shortened(&self, rows: usize) -> Self {
-        Self {
-            rows: self.rows.min(rows),
-            label_rows: self.label_rows.min(rows),
-            positions: self.positions.min(rows),
-            ..self.clone()
-        }
-    }
-
-    /// Tokens of the longest micro-batch that fits into `limit` when every block computes its activations again.
-    pub fn longest_that_fits(&self, limit: u64) -> Option<usize> {
-        let fits = |rows: usize| Plan::keeping(&self.shortened(rows), 0).peak.total() <= limit;
-        if !fits(1) {
-            return None;
-        }
-        let (mut fitting, mut too_long) = (1, self.rows + 1);
-        while too_long - fitting > 1 {
-            let middle = fitting.midpoint(too_long);
-            match fits(middle) {
-                true => fitting = middle,
-                false => too_long = middle,
-            }
-        }
-        Some(fitting)
+    /// The slots in which pages of them visit the device.
+    fn page_bytes(&self) -> u64 {
+        let in_8_bits = |n: u64| self.moments == Moments::EightBit && n >= MIN_8BIT_ELEMENTS as u64;
+        let slots = [false, true].map(|wanted| {
+            // Tensors of one kind lie together, unless others are between them.
+            let longest = self
+                .trained_tensors()
+                .collect::<Vec<_>>()
+                .chunk_by(|a, b| in_8_bits(*a) == in_8_bits(*b))
+                .filter(|group| in_8_bits(group[0]) == wanted)
+                .map(|group| group.iter().sum::<u64>())
+                .max();
+            let elements = (longest.unwrap_or(0) as usize).min(PAGE_ELEMENTS);
+            let page = optimizer::page(wanted, elements).into_iter();
+            page.map(|(dtype, len)| (dtype.size_in_bytes() * len) as u64)
+                .sum::<u64>()
+        });
+        paged::SLOTS as u64 * slots.iter().sum::<u64>()
     }
 }

@@ -14,7 +14,7 @@ use super::resume::Resumed;
 use super::run_data::RunData;
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
-use crate::device::Placement;
+use crate::device::{Placement, available_memory_bytes};
 use crate::infer::{LogProbs, evaluate, sequences};
 use crate::model::{Decoder, DecoderConfig, MicroBatch, Regularization, block_sizes};
 use crate::ops::dropout::Dropout;
@@ -77,24 +77,23 @@ impl Trainer {
         let blocks = block_sizes(&base, config.quantize_options())?;
         let lora = (adapter_config.r, &adapter_config.target_modules);
         let engine = Engine::of(placement);
+        let rows = config.per_device_train_batch_size;
+        let batch = LongestBatch::full(rows, order.longest_sequence());
         let workload = Workload {
-            moments: config.optim.into(),
-            micro_batches: config.gradient_accumulation_steps,
-            dropout: adapter_config.lora_dropout > 0.0,
-            ..Workload::new(
-                model,
-                blocks,
-                engine,
-                lora,
-                LongestBatch::full(config.per_device_train_batch_size, order.longest_sequence()),
-            )
+            host_limit: available_memory_bytes(),
+            ..Workload::new(model, blocks, engine, lora, batch)
         };
+        let workload = workload.with_settings(&config, adapter_config.lora_dropout);
         let plan = Plan::of_run(&config, &workload, placement)?;
         let placement = Placement {
-            residency: plan.residency,
+            residence: plan.residence,
             ..placement.clone()
         };
         let mut decoder = Decoder::load(&base, Some(config.quantize_options()), &placement)?;
+        if let Some(host) = decoder.host_memory() {
+            let (inputs, bytes) = plan.offloaded_inputs(&workload);
+            host.reserve(inputs, bytes, &placement.device)?;
+        }
         match (&adapter, &config.adapter) {
             (Some(adapter), Some(dir)) => {
                 decoder.load_adapter(adapter).map_err(does_not_fit(dir))?;

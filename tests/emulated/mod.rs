@@ -12,8 +12,7 @@ use std::time::Instant;
 use candle_core::{DType, Device};
 use half::bf16;
 use qlora::device::{
-    self, Argument, DeviceMemory, Gemm, Launch, Marker, Matrix, PinnedMemory, Placement, Residency,
-    Runtime,
+    self, Argument, DeviceMemory, Gemm, Launch, Marker, Matrix, PinnedMemory, Placement, Runtime,
 };
 use qlora::{Error, Result};
 use qlora_emulator::Order;
@@ -42,11 +41,7 @@ pub const ORDERS: [Order; 4] = [
 /// bf16 on the CPU, through the emulator.
 pub fn placement() -> Placement {
     device::install(&Device::Cpu, Arc::new(EmulatedRuntime));
-    Placement {
-        device: Device::Cpu,
-        dtype: DType::BF16,
-        residency: Residency::Resident,
-    }
+    Placement::kernels(Device::Cpu)
 }
 
 impl Runtime for EmulatedRuntime {
@@ -110,6 +105,10 @@ impl Runtime for EmulatedRuntime {
 
     unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker> {
         copies::queue(from, to, after)
+    }
+
+    unsafe fn copy_back(&self, from: u64, to: &mut [u8], after: Option<&Marker>) -> Result<Marker> {
+        copies::queue_back(from, to, after)
     }
 
     fn wait(&self, marker: &Marker) -> Result<()> {

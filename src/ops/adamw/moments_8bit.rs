@@ -50,18 +50,23 @@ impl Moment {
 pub struct Moments {
     pub m: Moment,
     pub v: Moment,
-    /// The signed map and the unsigned one, where kernels read them.
-    maps: [Tensor; 2],
+    /// [`maps`] of their device.
+    pub maps: [Tensor; 2],
+}
+
+/// The signed map and the unsigned one, where kernels read them.
+pub fn maps(device: &Device) -> Result<[Tensor; 2]> {
+    let map = |map: &[f32; 256]| Tensor::from_slice(map, map.len(), device);
+    Ok([map(dynamic_map())?, map(unsigned_dynamic_map())?])
 }
 
 impl Moments {
     /// Moments of zero for `n` elements.
     pub fn zeros(n: usize, device: &Device) -> Result<Self> {
-        let map = |map: &[f32; 256]| Tensor::from_slice(map, map.len(), device);
         Ok(Self {
             m: Moment::zeros(n, device)?,
             v: Moment::zeros(n, device)?,
-            maps: [map(dynamic_map())?, map(unsigned_dynamic_map())?],
+            maps: maps(device)?,
         })
     }
 }

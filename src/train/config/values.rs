@@ -207,8 +207,8 @@ impl<'de> Deserialize<'de> for ByteCount {
     }
 }
 
-/// The optimizer. All names of AdamW with f32 moments are one: paging and fusing change where it runs, not what it
-/// computes.
+/// The optimizer: AdamW, with its moments in f32 or, block-wise, in 8 bits, and on the device or in host memory. Where they lie
+/// changes no result. Fusing changes none either, so that the names which ask for it are the plain ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum Optim {
     #[serde(rename = "adamw_torch")]
@@ -216,20 +216,42 @@ pub enum Optim {
     /// With block-wise moments in 8 bits, those of bitsandbytes.
     #[serde(rename = "adamw_8bit")]
     Adamw8bit,
+    #[serde(rename = "paged_adamw_32bit")]
+    PagedAdamw32bit,
+    #[serde(rename = "paged_adamw_8bit")]
+    PagedAdamw8bit,
+}
+
+impl Optim {
+    /// Whether moments are codes of 8 bits, where a tensor is large enough.
+    pub fn is_8bit(self) -> bool {
+        matches!(self, Self::Adamw8bit | Self::PagedAdamw8bit)
+    }
+
+    /// The same with its moments on the device.
+    pub fn resident(self) -> Self {
+        match self.is_8bit() {
+            false => Self::AdamwTorch,
+            true => Self::Adamw8bit,
+        }
+    }
+
+    /// Whether moments are in host memory.
+    pub fn is_paged(self) -> bool {
+        matches!(self, Self::PagedAdamw32bit | Self::PagedAdamw8bit)
+    }
 }
 
 impl<'de> Deserialize<'de> for Optim {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let name = String::deserialize(deserializer)?;
         match name.as_str() {
-            "adamw_torch" | "adamw_hf" | "adamw_torch_fused" | "paged_adamw"
-            | "paged_adamw_32bit" => Ok(Self::AdamwTorch),
+            "adamw_torch" | "adamw_hf" | "adamw_torch_fused" => Ok(Self::AdamwTorch),
+            "paged_adamw" | "paged_adamw_32bit" => Ok(Self::PagedAdamw32bit),
             "adamw_8bit" | "adamw_bnb_8bit" => Ok(Self::Adamw8bit),
-            "paged_adamw_8bit" => Err(serde::de::Error::custom(format!(
-                "`{name}` keeps its moments in host memory, which is not built yet; use adamw_8bit"
-            ))),
+            "paged_adamw_8bit" => Ok(Self::PagedAdamw8bit),
             _ => Err(serde::de::Error::custom(format!(
-                "`{name}` is not supported; use adamw_torch or adamw_8bit"
+                "`{name}` is not supported; use adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit"
             ))),
         }
     }

@@ -2,7 +2,7 @@
 
 use super::{Engine, LIBRARIES_BYTES, Moments, Plan, Workload};
 use crate::Result;
-use crate::device::{Placement, Residency};
+use crate::device::{Placement, Residence, Side};
 use crate::model::{DecoderConfig, Module};
 use crate::quant::BlockSizes;
 use crate::store::TargetModules;
@@ -65,8 +65,31 @@ impl Workload {
             moments: Moments::F32,
             dropout: false,
             micro_batches: 1,
-            residency: Residency::Resident,
+            residence: Residence::DEVICE,
             together: 1,
+            offloaded: 0,
+            host_limit: None,
+        }
+    }
+}
+
+impl Workload {
+    /// The same with what `config` says of the optimizer and of accumulation, and with dropout where `lora_dropout` is not 0.
+    pub fn with_settings(self, config: &TrainConfig, lora_dropout: f64) -> Self {
+        // The memory of the CPU's engine is the host's.
+        let optimizer = match config.optim.is_paged() && self.engine == Engine::Kernels {
+            true => Side::Host,
+            false => Side::Device,
+        };
+        Self {
+            moments: config.optim.into(),
+            micro_batches: config.gradient_accumulation_steps,
+            dropout: lora_dropout > 0.0,
+            residence: Residence {
+                optimizer,
+                ..self.residence
+            },
+            ..self
         }
     }
 }

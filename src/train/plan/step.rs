@@ -55,6 +55,13 @@ struct Activations {
     u_o: Held,
 }
 
+/// What backward finds of a block.
+struct Saved {
+    /// `None` while it is on the host.
+    x: Option<Held>,
+    activations: Option<Activations>,
+}
+
 /// Gate and up with the `u` of each, and that of down.
 type Tile = [Held; 5];
 
@@ -84,7 +91,7 @@ impl Step<'_> {
             .clone()
             .map(|_| self.values(Item::Working, d))
             .collect();
-        let mut saved: Vec<Vec<_>> = passes.map(|_| Vec::new()).collect();
+        let mut saved: Vec<Vec<Saved>> = passes.map(|_| Vec::new()).collect();
         for (layer, policy) in policies.iter().enumerate() {
             for (x, saved) in hidden.iter_mut().zip(&mut saved) {
                 let (y, activations) = self.forward(layer, *policy);
@@ -92,8 +99,7 @@ impl Step<'_> {
                     self.drop_activations(activations);
                     self.ledger.free([*x]);
                 } else {
-                    let x = self.ledger.rename(*x, Item::Activations);
-                    saved.push((x, activations.map(|kept| self.keep(kept))));
+                    saved.push(self.save(*x, *policy, activations));
                 }
                 *x = y;
             }
@@ -109,8 +115,12 @@ impl Step<'_> {
         }
         for layer in (lowest..model.num_layers).rev() {
             for saved in &mut saved {
-                let (x, activations) = saved.pop().expect("saved above for each of these layers");
-                self.block_backward(layer, x, activations, layer == lowest);
+                let mut own = saved.pop().expect("saved above for each of these layers");
+                self.fetch(&mut own);
+                if let Some(next) = saved.last_mut() {
+                    self.fetch(next);
+                }
+                self.block_backward(layer, own, layer == lowest);
             }
         }
         self.ledger.free(hidden);
@@ -186,6 +196,32 @@ impl Step<'_> {
         self.tile_values(rows, Item::Working, self.workload.rank(layer, module))
     }
 
+    fn save(
+        &mut self,
+        x: Held,
+        policy: ActivationPolicy,
+        activations: Option<Activations>,
+    ) -> Saved {
+        if policy == ActivationPolicy::Offload && self.workload.engine == Engine::Kernels {
+            self.ledger.free([x]);
+            return Saved {
+                x: None,
+                activations,
+            };
+        }
+        Saved {
+            x: Some(self.ledger.rename(x, Item::Activations)),
+            activations: activations.map(|kept| self.keep(kept)),
+        }
+    }
+
+    /// Brings back an input that is on the host.
+    fn fetch(&mut self, saved: &mut Saved) {
+        if saved.x.is_none() {
+            saved.x = Some(self.values(Item::Activations, self.workload.model.hidden_size));
+        }
+    }
+
     fn keep(&mut self, activations: Activations) -> Activations {
         let Activations {
             qkv,
@@ -231,7 +267,7 @@ impl Step<'_> {
                 self.ledger.free([h]);
                 (y, Some(activations))
             }
-            ActivationPolicy::Recompute => {
+            ActivationPolicy::Recompute | ActivationPolicy::Offload => {
                 self.ledger.free(activations.qkv);
                 self.ledger.free(activations.attention);
                 self.ledger.free([activations.u_o]);
@@ -293,7 +329,7 @@ impl Step<'_> {
             let tile = [gate, u_gate, up, u_up, u_down];
             match policy {
                 ActivationPolicy::Keep => kept.push(tile),
-                ActivationPolicy::Recompute => self.ledger.free(tile),
+                ActivationPolicy::Recompute | ActivationPolicy::Offload => self.ledger.free(tile),
             }
             if tile_rows == *rows {
                 return (y, kept);
@@ -329,13 +365,7 @@ impl Step<'_> {
     }
 
     /// `Block::backward`; the gradient of the output becomes that of the input in place.
-    fn block_backward(
-        &mut self,
-        layer: usize,
-        x: Held,
-        saved: Option<Activations>,
-        is_lowest: bool,
-    ) {
+    fn block_backward(&mut self, layer: usize, saved: Saved, is_lowest: bool) {
         let Workload { model, rows, .. } = self.workload;
         let d = model.hidden_size;
         let (queries, keys) = self.workload.head_widths();
@@ -345,7 +375,7 @@ impl Step<'_> {
             mid,
             mlp,
             u_o,
-        } = saved.unwrap_or_else(|| {
+        } = saved.activations.unwrap_or_else(|| {
             let (activations, h) = self.attend(layer);
             self.ledger.free([h]);
             activations
@@ -374,7 +404,8 @@ impl Step<'_> {
             self.ledger.free([du, d_out]);
         }
         self.ledger.free(d_h);
-        self.ledger.free([h, x, u_o]);
+        self.ledger.free([h, u_o]);
+        self.ledger.free(saved.x);
         self.ledger.free(qkv);
     }
 

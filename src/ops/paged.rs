@@ -1,0 +1,213 @@
+//! Flat tensors that live in pinned memory of the host and visit the device a part at a time.
+//!
+//! A [`Pager`] has a few slots on the device. Parts are brought into one while kernels work on another, and what kernels made
+//! of them goes back while they work on the next.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+
+use super::launcher::Launcher;
+use crate::Result;
+use crate::device::{self, Marker, PinnedMemory};
+
+const OP: &str = "paged";
+
+/// Parts on the device at a time: one comes, one is worked on, one goes.
+pub const SLOTS: usize = 3;
+
+/// A flat tensor in pinned memory of the host.
+pub struct PagedTensor {
+    memory: Mutex<Memory>,
+    dtype: DType,
+    device: Device,
+}
+
+struct Memory {
+    pinned: Box<dyn PinnedMemory>,
+    /// Copies that write elements of it.
+    written: Vec<(Range<usize>, Marker)>,
+}
+
+impl std::fmt::Debug for PagedTensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PagedTensor({:?} for {:?})", self.dtype, self.device)
+    }
+}
+
+impl PagedTensor {
+    /// `len` zeros.
+    ///
+    /// # Errors
+    /// What the driver of `device` reports.
+    pub fn zeros(len: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let launcher = Launcher::on(OP, device)?;
+        let mut pinned = launcher.runtime().pinned(len * dtype.size_in_bytes())?;
+        pinned.bytes_mut().fill(0);
+        let memory = Mutex::new(Memory {
+            pinned,
+            written: Vec::new(),
+        });
+        Ok(Self {
+            memory,
+            dtype,
+            device: device.clone(),
+        })
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Lends the bytes of some elements, once no copy writes them any more.
+    ///
+    /// # Errors
+    /// What the device's driver reports.
+    pub fn with_bytes<R>(
+        &self,
+        elements: Range<usize>,
+        work: impl FnOnce(&mut [u8]) -> R,
+    ) -> Result<R> {
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let launcher = Launcher::on(OP, &self.device)?;
+        let overlaps = |(range, _): &mut (Range<usize>, Marker)| {
+            range.start < elements.end && elements.start < range.end
+        };
+        for (_, written) in memory.written.extract_if(.., overlaps) {
+            launcher.runtime().wait_on_host(&written)?;
+        }
+        let size = self.dtype.size_in_bytes();
+        let bytes = &mut memory.pinned.bytes_mut()[elements.start * size..elements.end * size];
+        Ok(work(bytes))
+    }
+}
+
+impl Drop for PagedTensor {
+    fn drop(&mut self) {
+        let memory = self
+            .memory
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Ok(launcher) = Launcher::on(OP, &self.device) else {
+            return;
+        };
+        for (_, written) in memory.written.drain(..) {
+            // A device that fails here has lost the copy with everything else.
+            let _ = launcher.runtime().wait_on_host(&written);
+        }
+    }
+}
+
+/// A part of a tensor.
+pub type Part<'a> = (&'a PagedTensor, Range<usize>);
+
+/// Slots on a device, each with a tensor for each part that visits it together with the others.
+#[derive(Debug)]
+pub struct Pager {
+    slots: Vec<Slot>,
+    next: usize,
+}
+
+#[derive(Debug)]
+struct Slot {
+    tensors: Vec<Tensor>,
+    /// When what was in it last has left.
+    left: Option<Marker>,
+}
+
+/// Parts on the device, or on their way there.
+#[derive(Debug)]
+pub struct Visit {
+    slot: usize,
+    /// In the order in which they were asked for.
+    pub tensors: Vec<Tensor>,
+    arrived: Option<Marker>,
+}
+
+impl Pager {
+    /// Slots for parts of these types, and of at most these numbers of elements.
+    ///
+    /// # Errors
+    /// [`Error::OutOfDeviceMemory`](crate::Error::OutOfDeviceMemory) where they do not fit.
+    pub fn new(parts: &[(DType, usize)], device: &Device) -> Result<Self> {
+        let tensor = |&(dtype, len): &(DType, usize)| Ok(Tensor::zeros(len, dtype, device)?);
+        let slots = (0..SLOTS).map(|_| parts.iter().map(tensor).collect::<Result<Vec<_>>>());
+        let slots = slots.collect::<Result<Vec<_>>>()?;
+        let made = Launcher::on(OP, device)?.runtime().mark()?;
+        Ok(Self {
+            slots: slots
+                .into_iter()
+                .map(|tensors| Slot {
+                    tensors,
+                    left: Some(made.clone()),
+                })
+                .collect(),
+            next: 0,
+        })
+    }
+
+    /// Begins to bring `parts` into the next slot.
+    ///
+    /// # Errors
+    /// What the device's driver reports.
+    pub fn fetch(&mut self, parts: &[Part<'_>]) -> Result<Visit> {
+        let number = self.next;
+        self.next = (number + 1) % SLOTS;
+        let slot = &mut self.slots[number];
+        let mut arrived = None;
+        let mut tensors = Vec::with_capacity(parts.len());
+        for (whole, (tensor, elements)) in slot.tensors.iter().zip(parts) {
+            let here = whole.narrow(0, 0, elements.len())?;
+            let launcher = Launcher::on(OP, here.device())?;
+            let to = device::address_mut(&here)?;
+            let copied = tensor.with_bytes(elements.clone(), |bytes| {
+                // SAFETY: the slot is free from `left` on, and whoever wants the bytes next waits for what this visit writes.
+                unsafe { launcher.runtime().copy(bytes, to, slot.left.as_ref()) }
+            })??;
+            arrived = Some(copied);
+            tensors.push(here);
+        }
+        Ok(Visit {
+            slot: number,
+            tensors,
+            arrived,
+        })
+    }
+
+    /// Begins to write a visit back to its `parts`; kernels that are queued later may not use it any more.
+    ///
+    /// # Errors
+    /// What the device's driver reports.
+    pub fn give_back(&mut self, visit: Visit, parts: &[Part<'_>]) -> Result<()> {
+        for (here, (tensor, elements)) in visit.tensors.iter().zip(parts) {
+            let launcher = Launcher::on(OP, here.device())?;
+            let done = launcher.runtime().mark()?;
+            let from = device::address(here)?;
+            let copied = tensor.with_bytes(elements.clone(), |bytes| {
+                // SAFETY: nothing else writes the slot or reads the bytes before this copy is through: see `fetch`, `with_bytes`.
+                unsafe { launcher.runtime().copy_back(from, bytes, Some(&done)) }
+            })??;
+            let mut memory = tensor.memory.lock().unwrap_or_else(PoisonError::into_inner);
+            memory.written.push((elements.clone(), copied.clone()));
+            self.slots[visit.slot].left = Some(copied);
+        }
+        Ok(())
+    }
+}
+
+impl Visit {
+    /// Lets the kernels that are queued from now on use it.
+    ///
+    /// # Errors
+    /// What the device's driver reports.
+    pub fn begin(&self) -> Result<()> {
+        match (&self.arrived, self.tensors.first()) {
+            (Some(arrived), Some(tensor)) => {
+                let launcher = Launcher::on(OP, tensor.device())?;
+                launcher.runtime().wait(arrived)
+            }
+            _ => Ok(()),
+        }
+    }
+}
