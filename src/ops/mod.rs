@@ -13,6 +13,7 @@ pub mod gated_act;
 pub mod host_memory;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod low_rank;
 pub mod neftune;
 pub mod paged;
 pub mod philox;

@@ -99,9 +99,52 @@ impl Uniform {
     }
 }
 
+/// An endless stream of normally distributed numbers with mean 0 and deviation 1.
+///
+/// Pairs of uniform numbers, as Box and Muller turn them.
+#[derive(Debug, Clone)]
+pub struct Normal {
+    uniform: Uniform,
+    second: Option<f32>,
+}
+
+impl Normal {
+    pub fn new(seed: u64, stream: [u32; 2]) -> Self {
+        Self {
+            uniform: Uniform::new(seed, stream),
+            second: None,
+        }
+    }
+
+    pub fn next_f32(&mut self) -> f32 {
+        if let Some(second) = self.second.take() {
+            return second;
+        }
+        // From (0, 1]: the logarithm of 0 would be infinite.
+        let u = 1.0 - f64::from(self.uniform.next_f32());
+        let angle = std::f64::consts::TAU * f64::from(self.uniform.next_f32());
+        let radius = (-2.0 * u.ln()).sqrt();
+        self.second = Some((radius * angle.sin()) as f32);
+        (radius * angle.cos()) as f32
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn normal_numbers_have_the_moments_of_the_normal_distribution() {
+        let mut normal = Normal::new(3, [1, 2]);
+        let n = 200_000;
+        let values: Vec<f64> = (0..n).map(|_| f64::from(normal.next_f32())).collect();
+        // Mean, variance and fourth moment with their standard errors, five of which are allowed.
+        for (power, expected, variance) in [(1, 0.0, 1.0), (2, 1.0, 2.0), (4, 3.0, 96.0)] {
+            let moment = values.iter().map(|v| v.powi(power)).sum::<f64>() / f64::from(n);
+            let error = (variance / f64::from(n)).sqrt();
+            assert!((moment - expected).abs() < 5.0 * error, "{power}: {moment}");
+        }
+    }
 
     #[test]
     fn philox_gives_the_published_vectors() {
