@@ -7,7 +7,9 @@ mod emulated;
 use candle_core::Tensor;
 use emulated::placement_test;
 use qlora::device::{Placement, Residence, Residency};
-use qlora::model::{ActivationPolicy, Decoder, KvCache, MicroBatch, Regularization, Sequences};
+use qlora::model::{
+    ActivationPolicy, Decoder, InitLoraWeights, KvCache, MicroBatch, Regularization, Sequences,
+};
 use qlora::quant::QuantizeOptions;
 use qlora::store::{AdapterConfig, Checkpoint, TargetModules};
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
@@ -49,7 +51,9 @@ fn decoder(run: &SyntheticRun, placement: &Placement, targets: &str) -> Decoder 
         target_modules: TargetModules::parse(targets).unwrap(),
         use_rslora: false,
     };
-    decoder.add_lora(&config, 7).unwrap();
+    decoder
+        .add_lora(&config, InitLoraWeights::Default, 7)
+        .unwrap();
     decoder
 }
 

@@ -2,6 +2,7 @@
 //!
 //! A data file is shown as training would see it: token ids, and which of them carry loss.
 
+mod approximation;
 mod dataset;
 mod html;
 mod weights;
@@ -16,6 +17,7 @@ use qlora::train::{BatchPlan, RunData, TrainConfig};
 use serde_json::Value;
 
 use super::DataFlags;
+use approximation::Approximation;
 use dataset::{Marks, View};
 
 /// How many rows are shown when nothing is said.
@@ -41,6 +43,14 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     rows: Option<usize>,
 
+    /// Of a 4-bit model: the model it was made of, to say how far its weights are from that
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "rows", "html"])]
+    original: Option<PathBuf>,
+
+    /// With --original: take the 4-bit weights together with this adapter
+    #[arg(long, value_name = "DIR", requires = "original")]
+    adapter: Option<PathBuf>,
+
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -54,6 +64,14 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
+    if let Some(original) = &args.original {
+        let measured = Approximation::measure(&args.path, original, args.adapter.as_deref())?;
+        return if args.json {
+            print_json(&measured.json())
+        } else {
+            print_text(&measured.text())
+        };
+    }
     let has = |name: &str| args.path.join(name).exists();
     let is_weights = has("config.json") || has("adapter_config.json");
     if is_weights || (args.path.is_dir() && data_files(&args.path).is_err()) {

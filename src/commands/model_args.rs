@@ -7,7 +7,7 @@ use qlora::data::Tokenizer;
 use qlora::device::{DeviceKind, Placement};
 use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
-use qlora::store::{Adapter, Checkpoint};
+use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER};
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
@@ -43,6 +43,13 @@ impl ModelArgs {
             quant_type,
             ..QuantizeOptions::default()
         });
+        if self.adapter.is_none() && self.model.join(INITIAL_ADAPTER).is_dir() {
+            eprintln!(
+                "{}: was made together with an adapter and is used without one; --adapter takes {} or what was trained from it",
+                self.model.display(),
+                self.model.join(INITIAL_ADAPTER).display()
+            );
+        }
         let mut decoder = Decoder::load(&checkpoint, quantize, &placement)?;
         if let Some(dir) = &self.adapter {
             decoder

@@ -1,12 +1,19 @@
 //! `qlora quantize`: a Hugging Face checkpoint to a 4-bit one that transformers loads.
 
+mod initialization;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use qlora::model::DecoderConfig;
 use qlora::quant::{DoubleQuant, QuantType, QuantizeOptions};
-use qlora::store::{Checkpoint, Existing, QuantizeJob, quantize};
+use qlora::store::{
+    Checkpoint, Existing, INITIAL_ADAPTER, QuantizeJob, QuantizeProgress, quantize, quantize_with,
+};
+use serde_json::json;
+
+use initialization::InitArgs;
 
 /// Quantize a Hugging Face checkpoint to 4 bits
 #[derive(Debug, clap::Args)]
@@ -42,10 +49,14 @@ pub struct Args {
     /// Print what was done as one JSON object
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    init: InitArgs,
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     check_model(&args.source)?;
+    let initializing = args.init.quantizer(&args.source, &args.destination)?;
     let job = QuantizeJob {
         source: args.source,
         destination: args.destination,
@@ -64,14 +75,25 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         max_shard_bytes: args.max_shard_size,
     };
     let bar = progress_bar()?;
-    let report = quantize(&job, |progress| {
+    let progress = |progress: QuantizeProgress| {
         bar.set_length(progress.total_bytes);
         bar.set_position(progress.done_bytes);
         bar.set_message(progress.tensor.to_string());
-    })?;
+    };
+    let initial_adapter = initializing
+        .is_some()
+        .then(|| job.destination.join(INITIAL_ADAPTER));
+    let report = match initializing {
+        Some(mut quantizer) => quantize_with(&job, &mut quantizer, progress),
+        None => quantize(&job, progress),
+    }?;
     bar.finish_and_clear();
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        let mut json = serde_json::to_value(report)?;
+        if let Some(dir) = initial_adapter {
+            json["initial_adapter"] = json!(dir);
+        }
+        println!("{json}");
         return Ok(());
     }
     println!(
@@ -82,6 +104,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         DecimalBytes(report.source_bytes),
         DecimalBytes(report.written_bytes),
     );
+    if let Some(dir) = initial_adapter {
+        println!("{}: the adapter that belongs to it", dir.display());
+    }
     Ok(())
 }
 

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::decoder::Decoder;
+use super::init_lora_weights::InitLoraWeights;
 use super::lora_linear::LoraPair;
 use super::names::Module;
 use super::parameters::{NewParameter, Parameters, Trainable};
-use crate::ops::philox::Uniform;
+use crate::ops::philox::{Normal, Uniform};
 use crate::quant::DenseTensor;
 use crate::store::{Adapter, AdapterConfig};
 use crate::{Error, Result};
@@ -20,25 +21,32 @@ struct Factors {
 }
 
 impl Decoder {
-    /// Puts a new adapter on every layer that `config` targets: A uniform in `±1/sqrt(in)` (Kaiming's with `a = sqrt(5)`,
-    /// as PEFT's), B zero. The numbers depend on `seed`, the layer and the module alone.
+    /// Puts a new adapter on every layer that `config` targets: B zero, and A uniform in `±1/sqrt(in)` (Kaiming's with
+    /// `a = sqrt(5)`) or normal with deviation `1/r`, as PEFT's. The numbers depend on `seed`, the layer and the module
+    /// alone.
     ///
     /// # Errors
-    /// [`Error::Config`] if no layer is targeted.
-    pub fn add_lora(&mut self, config: &AdapterConfig, seed: u64) -> Result<()> {
+    /// [`Error::Config`] if no layer is targeted, or `init` is not for a base that stays as it is.
+    pub fn add_lora(
+        &mut self,
+        config: &AdapterConfig,
+        init: InitLoraWeights,
+        seed: u64,
+    ) -> Result<()> {
+        if init.makes_base() {
+            let reason = format!("{init} is made by `qlora quantize`, together with the base");
+            return Err(Error::config("init_lora_weights", reason));
+        }
         let targets = self
             .linears()
             .filter(|(layer, module, _)| config.target_modules.matches(&module.path(*layer)));
         let factors = targets.map(|(layer, module, linear)| {
             let (d_out, d_in) = (linear.weight.out_features(), linear.weight.in_features());
-            let mut uniform = Uniform::new(seed, [layer as u32, module as u32]);
-            let bound = 1.0 / (d_in as f32).sqrt();
+            let stream = [layer as u32, module as u32];
             Factors {
                 layer,
                 module,
-                a: (0..config.r * d_in)
-                    .map(|_| (2.0 * uniform.next_f32() - 1.0) * bound)
-                    .collect(),
+                a: new_a(init, (config.r, d_in), seed, stream),
                 b: vec![0.0; d_out * config.r],
             }
         });
@@ -153,6 +161,26 @@ impl Decoder {
             [named("lora_A", &lora.a), named("lora_B", &lora.b)]
         })
     }
+}
+
+/// The first values of A `[r, in]`, from the numbers of `seed` and `stream`.
+fn new_a(
+    init: InitLoraWeights,
+    (r, d_in): (usize, usize),
+    seed: u64,
+    stream: [u32; 2],
+) -> Vec<f32> {
+    if init == InitLoraWeights::Gaussian {
+        let mut normal = Normal::new(seed, stream);
+        return (0..r * d_in)
+            .map(|_| normal.next_f32() / r as f32)
+            .collect();
+    }
+    let mut uniform = Uniform::new(seed, stream);
+    let bound = 1.0 / (d_in as f32).sqrt();
+    (0..r * d_in)
+        .map(|_| (2.0 * uniform.next_f32() - 1.0) * bound)
+        .collect()
 }
 
 /// PEFT's name for a factor of a layer's adapter.

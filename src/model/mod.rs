@@ -1,9 +1,12 @@
 //! One configurable decoder: a family of models is data ([`DecoderConfig`]), never a branch of the forward pass.
 
 mod adapter;
+mod approximation;
 mod block;
 mod config;
 mod decoder;
+mod init_lora_weights;
+mod initialize;
 mod kv_cache;
 mod load;
 mod lora_linear;
@@ -12,9 +15,12 @@ mod parameters;
 mod rope_frequencies;
 mod training_pass;
 
+pub use approximation::{ApproximationError, LoraFactors};
 pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, MLP_TILE_ROWS, Saved};
 pub use config::*;
 pub use decoder::{Decoder, Sequences};
+pub use init_lora_weights::{INIT_NAMES, InitLoraWeights};
+pub use initialize::{InitializeOptions, InitializingQuantizer};
 pub use kv_cache::KvCache;
 pub use load::block_sizes;
 pub use lora_linear::{LoraLinear, LoraPair};

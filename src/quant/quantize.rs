@@ -1,6 +1,9 @@
 //! Quantization to 4 bits: block-wise division by the absolute maximum, then the nearest code.
 
+use std::ops::Range;
+
 use bytes::Bytes;
+use candle_core::DType;
 use rayon::prelude::*;
 
 use super::{
@@ -62,58 +65,92 @@ impl Params4bit {
     ///
     /// Source: arXiv:2305.14314; bit-equal to bitsandbytes 0.50.2 (`tests/nf4_golden.rs`).
     pub fn quantize(name: &str, weight: &DenseTensor, options: QuantizeOptions) -> Result<Self> {
-        let QuantizeOptions {
-            quant_type,
-            block_size,
-            double_quant,
-        } = options;
-        if !is_block_size(block_size) {
-            return Err(Error::config(
-                "block_size",
-                format!("expected a power of two from 32 to 4096, found {block_size}"),
-            ));
-        }
         weight.validate(name)?;
-        let n = weight.numel();
-        let mut packed = vec![0; n.div_ceil(2)];
-        let mut absmax = vec![0.0; n.div_ceil(block_size)];
-        let non_finite = packed
-            .par_chunks_mut(TASK_ELEMENTS / 2)
-            .zip(absmax.par_chunks_mut(TASK_ELEMENTS / block_size))
-            .enumerate()
-            .filter_map(|(task, (packed, absmax))| {
-                quantize_task(weight, task * TASK_ELEMENTS, options, packed, absmax)
-            })
-            .min();
-        if let Some(index) = non_finite {
-            let mut value = [0.0];
-            weight.read_range(index, &mut value);
-            return Err(Error::NonFinite {
+        let read = |start, out: &mut [f32]| weight.read_range(start, out);
+        quantize_read(name, (weight.dtype, &weight.shape), options, read)
+    }
+
+    /// The same for `values` in memory, of a weight that has the type and the shape of `like`.
+    ///
+    /// # Errors
+    /// Those of [`quantize`](Self::quantize).
+    pub fn quantize_f32(
+        name: &str,
+        values: &[f32],
+        like: &DenseTensor,
+        options: QuantizeOptions,
+    ) -> Result<Self> {
+        if values.len() != like.numel() {
+            return Err(Error::TensorMismatch {
                 tensor: name.to_owned(),
-                index,
-                value: value[0],
+                expected: format!("{:?}", like.shape),
+                found: format!("{} values", values.len()),
             });
         }
-        Ok(Self {
-            packed: Bytes::from(packed),
-            absmax: match double_quant {
-                DoubleQuant::No => {
-                    Absmax::Single(absmax.iter().flat_map(|a| a.to_le_bytes()).collect())
-                }
-                DoubleQuant::Yes => Absmax::double(&absmax),
-            },
-            quant_type,
-            block_size,
-            dtype: weight.dtype,
-            shape: weight.shape.clone(),
-        })
+        let read = |start, out: &mut [f32]| out.copy_from_slice(&values[start..start + out.len()]);
+        quantize_read(name, (like.dtype, &like.shape), options, read)
     }
 }
 
-/// Quantizes the blocks of `absmax`, from the flat element `start` on; returns the first element that is not finite.
+/// Quantizes the weight whose flat elements from `start` on `read(start, out)` writes to `out`.
+fn quantize_read(
+    name: &str,
+    (dtype, shape): (DType, &[usize]),
+    options: QuantizeOptions,
+    read: impl Fn(usize, &mut [f32]) + Sync,
+) -> Result<Params4bit> {
+    let QuantizeOptions {
+        quant_type,
+        block_size,
+        double_quant,
+    } = options;
+    if !is_block_size(block_size) {
+        return Err(Error::config(
+            "block_size",
+            format!("expected a power of two from 32 to 4096, found {block_size}"),
+        ));
+    }
+    let n = shape.iter().product::<usize>();
+    let mut packed = vec![0; n.div_ceil(2)];
+    let mut absmax = vec![0.0; n.div_ceil(block_size)];
+    let non_finite = packed
+        .par_chunks_mut(TASK_ELEMENTS / 2)
+        .zip(absmax.par_chunks_mut(TASK_ELEMENTS / block_size))
+        .enumerate()
+        .filter_map(|(task, (packed, absmax))| {
+            let start = task * TASK_ELEMENTS;
+            quantize_task(&read, start..n, options, packed, absmax)
+        })
+        .min();
+    if let Some(index) = non_finite {
+        let mut value = [0.0];
+        read(index, &mut value);
+        return Err(Error::NonFinite {
+            tensor: name.to_owned(),
+            index,
+            value: value[0],
+        });
+    }
+    Ok(Params4bit {
+        packed: Bytes::from(packed),
+        absmax: match double_quant {
+            DoubleQuant::No => {
+                Absmax::Single(absmax.iter().flat_map(|a| a.to_le_bytes()).collect())
+            }
+            DoubleQuant::Yes => Absmax::double(&absmax),
+        },
+        quant_type,
+        block_size,
+        dtype,
+        shape: shape.to_vec(),
+    })
+}
+
+/// Quantizes the blocks of `absmax`, the first of which begins at `elements.start`; returns the first element that is not
+/// finite.
 fn quantize_task(
-    weight: &DenseTensor,
-    start: usize,
+    read: &impl Fn(usize, &mut [f32]),
+    elements: Range<usize>,
     options: QuantizeOptions,
     packed: &mut [u8],
     absmax: &mut [f32],
@@ -121,15 +158,14 @@ fn quantize_task(
     let isa = Isa::detect();
     // The largest block, and a multiple of each smaller one.
     let mut buffer = [0.0; MAX_BLOCK_SIZE];
-    let n = weight.numel();
     for (i, (packed, absmax)) in packed
         .chunks_mut(MAX_BLOCK_SIZE / 2)
         .zip(absmax.chunks_mut(MAX_BLOCK_SIZE / options.block_size))
         .enumerate()
     {
-        let start = start + i * MAX_BLOCK_SIZE;
-        let values = &mut buffer[..MAX_BLOCK_SIZE.min(n - start)];
-        weight.read_range(start, values);
+        let start = elements.start + i * MAX_BLOCK_SIZE;
+        let values = &mut buffer[..MAX_BLOCK_SIZE.min(elements.end - start)];
+        read(start, values);
         quantize_blocks_with(isa, values, options, packed, absmax);
         if absmax.iter().any(|a| !a.is_finite()) {
             return values

@@ -17,11 +17,11 @@ use super::target_modules::TargetModules;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
-const CONFIG_FILE: &str = "adapter_config.json";
-const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-const PREFIX: &str = "base_model.model.";
-const LORA_A: &str = ".lora_A.weight";
-const LORA_B: &str = ".lora_B.weight";
+pub(super) const CONFIG_FILE: &str = "adapter_config.json";
+pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+pub(super) const PREFIX: &str = "base_model.model.";
+pub(super) const LORA_A: &str = ".lora_A.weight";
+pub(super) const LORA_B: &str = ".lora_B.weight";
 
 /// A LoRA adapter with its tensors under the names PEFT gives them.
 #[derive(Debug, Clone)]
@@ -145,6 +145,6 @@ impl Adapter {
 }
 
 /// What PEFT marks its files with.
-fn metadata() -> BTreeMap<String, String> {
+pub(super) fn metadata() -> BTreeMap<String, String> {
     BTreeMap::from([("format".to_string(), "pt".to_string())])
 }

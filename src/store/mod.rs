@@ -3,6 +3,8 @@
 
 mod adapter;
 mod adapter_config;
+mod adapter_conversion;
+mod adapter_writer;
 mod atomic;
 mod atomic_dir;
 mod bitsandbytes;
@@ -10,6 +12,7 @@ mod checkpoint;
 mod disk;
 mod file_watch;
 mod fingerprint;
+mod initialization;
 mod manifest;
 mod mapped_file;
 mod mapped_ranges;
@@ -19,15 +22,19 @@ mod target_modules;
 
 pub use adapter::Adapter;
 pub use adapter_config::AdapterConfig;
+pub use adapter_writer::{AdapterWriter, LoraShape};
 pub use atomic::AtomicFile;
 pub use atomic_dir::{AtomicDir, Existing, remove_dir, remove_leftovers};
 pub use checkpoint::Checkpoint;
 pub use disk::{Disk, SystemDisk};
 pub use file_watch::FileWatch;
+pub use initialization::{INITIAL_ADAPTER, Initialization, RelativeTo};
 pub(crate) use manifest::hex;
 pub use manifest::{Manifest, ManifestWriter};
 pub use mapped_file::MappedFile;
 pub use mapped_ranges::mapped_path_at;
-pub use quantize::{QuantizeJob, QuantizeProgress, QuantizeReport, quantize};
+pub use quantize::{
+    QuantizeJob, QuantizeProgress, QuantizeReport, WeightQuantizer, quantize, quantize_with,
+};
 pub use safetensors_writer::{SafetensorsWriter, TensorSpec, write_tensors};
 pub use target_modules::TargetModules;

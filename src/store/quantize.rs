@@ -16,7 +16,7 @@ use super::atomic_dir::{AtomicDir, Existing};
 use super::bitsandbytes;
 use super::checkpoint::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
-use crate::quant::{DoubleQuant, Params4bit, QuantizeOptions};
+use crate::quant::{DenseTensor, DoubleQuant, Params4bit, QuantizeOptions};
 use crate::{Error, Result};
 use plan::{PlannedTensor, plan};
 
@@ -74,6 +74,66 @@ pub struct QuantizeReport {
 /// [`Error::NonFinite`] for a weight with a NaN or an infinity; those of [`Checkpoint::open`].
 pub fn quantize(
     job: &QuantizeJob,
+    progress: impl FnMut(QuantizeProgress),
+) -> Result<QuantizeReport> {
+    quantize_with(job, &mut Nearest, progress)
+}
+
+/// Makes the 4-bit weights of a model: each once, in the order they are written.
+pub trait WeightQuantizer {
+    /// Comes first. `dir` is where the model is written, under a name that is not yet its own; `weights` come in this order.
+    ///
+    /// # Errors
+    /// Why it cannot be done.
+    fn begin(&mut self, dir: &Path, weights: &[TensorSpec]) -> Result<()>;
+
+    /// The 4-bit weight `name` of the model, made of the source's.
+    ///
+    /// # Errors
+    /// Those of [`Params4bit::quantize`].
+    fn quantize(
+        &mut self,
+        name: &str,
+        weight: &DenseTensor,
+        options: QuantizeOptions,
+    ) -> Result<Params4bit>;
+
+    /// Comes last, before the model gets its name.
+    ///
+    /// # Errors
+    /// Why it could not be done.
+    fn finish(&mut self) -> Result<()>;
+}
+
+/// Every weight becomes the nearest that 4 bits can say.
+struct Nearest;
+
+impl WeightQuantizer for Nearest {
+    fn begin(&mut self, _: &Path, _: &[TensorSpec]) -> Result<()> {
+        Ok(())
+    }
+
+    fn quantize(
+        &mut self,
+        name: &str,
+        weight: &DenseTensor,
+        options: QuantizeOptions,
+    ) -> Result<Params4bit> {
+        Params4bit::quantize(name, weight, options)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// [`quantize`] with weights that `quantizer` makes; it may write more into the directory.
+///
+/// # Errors
+/// Those of [`quantize`] and of `quantizer`.
+pub fn quantize_with(
+    job: &QuantizeJob,
+    quantizer: &mut dyn WeightQuantizer,
     mut progress: impl FnMut(QuantizeProgress),
 ) -> Result<QuantizeReport> {
     let checkpoint = Checkpoint::open(&job.source)?;
@@ -81,8 +141,16 @@ pub fn quantize(
     check_destination(job)?;
     let shards = plan(&checkpoint, job)?;
     let dir = AtomicDir::create(&job.destination, job.existing)?;
+    let weights: Vec<TensorSpec> = shards
+        .iter()
+        .flatten()
+        .filter(|tensor| tensor.is_quantized())
+        .map(|tensor| tensor.source.clone())
+        .collect();
+    quantizer.begin(dir.path(), &weights)?;
     let mut run = Run {
         checkpoint: &checkpoint,
+        quantizer,
         options: job.options,
         report: QuantizeReport::default(),
         source_bytes_done: 0,
@@ -122,12 +190,14 @@ pub fn quantize(
         &dir.path().join("config.json"),
         &quantized_config(&checkpoint, &shards, job.options)?,
     )?;
+    run.quantizer.finish()?;
     dir.commit()?;
     Ok(report)
 }
 
 struct Run<'a> {
     checkpoint: &'a Checkpoint,
+    quantizer: &'a mut dyn WeightQuantizer,
     options: QuantizeOptions,
     report: QuantizeReport,
     source_bytes_done: u64,
@@ -151,7 +221,7 @@ impl Run<'_> {
             let name = &tensor.source.name;
             if tensor.is_quantized() {
                 let weight = self.checkpoint.tensor(name)?;
-                let params = Params4bit::quantize(name, &weight, self.options)?;
+                let params = self.quantizer.quantize(name, &weight, self.options)?;
                 let mut parts = bitsandbytes::tensors(name, &params);
                 states.extend(parts.pop());
                 for (spec, data) in parts {

@@ -18,6 +18,7 @@ pub use values::{ByteCount, ComputeDtype, EvalMetric, OnNonFinite, Optim, Resume
 
 use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
+use crate::model::InitLoraWeights;
 use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use crate::store::TargetModules;
 use crate::train::schedule::SchedulerType;
@@ -148,6 +149,8 @@ train_config! {
     lora_target_modules: TargetModules = TargetModules::AllLinear;
     /// Scale the adapter by lora_alpha / sqrt(lora_r)
     use_rslora: bool = false;
+    /// How a new adapter begins: true or gaussian; pissa, pissa_niter_N, loftq and olora begin with `qlora quantize`. Unset: as the base was made, else true
+    init_lora_weights: Option<InitLoraWeights> = None;
 
     ["Optimization"]
     /// Sequences in a micro-batch

@@ -6,6 +6,7 @@ pub mod checkpoint;
 mod checkpoint_writer;
 pub mod config;
 mod fingerprint;
+mod initial_adapter;
 pub mod metrics;
 mod optimizer;
 pub mod plan;

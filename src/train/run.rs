@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use super::best_model::BestModelRule;
 use super::checkpoint;
 use super::checkpoint_writer::CheckpointWriter;
+use super::initial_adapter;
 use super::metrics::{EvalRecord, MetricsWriter, StepRecord};
 use super::requests::Requests;
 use super::run_lock::RunLock;
 use super::trainer::Trainer;
-use crate::store::{AtomicFile, remove_leftovers};
+use crate::store::{Adapter, AtomicFile, remove_leftovers};
 use crate::{Error, Result};
 
 /// The records of a run, in its directory.
@@ -80,8 +81,33 @@ impl Trainer {
         }
         self.expect_base_unchanged()?;
         self.take_best_model(&mut outputs)?;
-        self.decoder.adapter(&self.adapter_config)?.write(&dir)?;
+        let adapter = self.decoder.adapter(&self.adapter_config)?;
+        adapter.write(&dir)?;
+        self.convert(&adapter, &mut outputs)?;
         Ok(Outcome::Finished)
+    }
+
+    /// An adapter that began with weights of the base is of use to nobody without that base: writes it for the original
+    /// model as well.
+    fn convert(&self, adapter: &Adapter, outputs: &mut Outputs<'_>) -> Result<()> {
+        let (model, dir) = (&self.config.model_name_or_path, &self.config.output_dir);
+        let notice = match initial_adapter::write_converted(model, adapter, dir) {
+            Ok(None) => return Ok(()),
+            Ok(Some(converted)) => format!(
+                "the adapter is for {}; {} has it for the original model",
+                model.display(),
+                converted.display()
+            ),
+            Err(Error::TensorMismatch {
+                expected, found, ..
+            }) => format!(
+                "the adapter is for {} alone: to be converted it has to have {expected}, and has {found}",
+                model.display()
+            ),
+            Err(error) => return Err(error),
+        };
+        (outputs.observe)(Event::Notice(&notice));
+        Ok(())
     }
 
     /// Trains until all steps are done (`true`) or a stop was asked for and the state is saved (`false`).

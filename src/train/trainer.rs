@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::checkpoint::{Checkpoint, PartialStep, TrainerState};
 use super::config::{OnNonFinite, TrainConfig};
 use super::fingerprint::Fingerprint;
+use super::initial_adapter;
 use super::metrics::{EvalRecord, StepRecord};
 use super::optimizer::Optimizer;
 use super::plan::{Engine, LongestBatch, Plan, Workload};
@@ -16,7 +17,9 @@ use super::schedule::Schedule;
 use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
 use crate::device::{Placement, available_memory_bytes};
 use crate::infer::{LogProbs, evaluate, sequences};
-use crate::model::{Decoder, DecoderConfig, MicroBatch, Regularization, block_sizes};
+use crate::model::{
+    Decoder, DecoderConfig, InitLoraWeights, MicroBatch, Regularization, block_sizes,
+};
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::neftune::Noise;
@@ -60,7 +63,8 @@ impl Trainer {
     ///
     /// # Errors
     /// Whatever is wrong with the config, the model, the data or the checkpoint.
-    pub fn new(config: TrainConfig, placement: &Placement) -> Result<Self> {
+    pub fn new(mut config: TrainConfig, placement: &Placement) -> Result<Self> {
+        initial_adapter::choose(&mut config)?;
         let base = store::Checkpoint::open(&config.model_name_or_path)?;
         let model = DecoderConfig::from_json(base.config(), &base.config_path())?;
         let tokenizer = Tokenizer::find(&config.model_name_or_path)?;
@@ -98,7 +102,10 @@ impl Trainer {
             (Some(adapter), Some(dir)) => {
                 decoder.load_adapter(adapter).map_err(does_not_fit(dir))?;
             }
-            _ => decoder.add_lora(&adapter_config, config.seed)?,
+            _ => {
+                let init = config.init_lora_weights.unwrap_or(InitLoraWeights::Default);
+                decoder.add_lora(&adapter_config, init, config.seed)?;
+            }
         }
         let batch = config.per_device_train_batch_size * config.gradient_accumulation_steps;
         let total_steps = match config.epochs() {

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::{DatasetColumns, DatasetList, DatasetWeights};
 use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
+use crate::model::InitLoraWeights;
 use crate::quant::QuantType;
 use crate::store::TargetModules;
 use crate::train::schedule::SchedulerType;
@@ -30,6 +31,8 @@ pub enum ValueKind {
     Pairs,
     /// `true`, `false` or a path.
     BoolOrPath,
+    /// `true`, `false` or a name.
+    BoolOrText,
 }
 
 impl ValueKind {
@@ -45,6 +48,7 @@ impl ValueKind {
             Self::Numbers => "X,X",
             Self::Pairs => "A=B",
             Self::BoolOrPath => "BOOL|PATH",
+            Self::BoolOrText => "true|NAME",
         }
     }
 
@@ -69,6 +73,7 @@ impl ValueKind {
             Self::Numbers => "a number or a list of numbers",
             Self::Pairs => "pairs such as instruction=question",
             Self::BoolOrPath => "true, false or a path",
+            Self::BoolOrText => "true or a name",
         };
         let found = match &value {
             Value::String(text) => format!("`{text}`"),
@@ -76,10 +81,12 @@ impl ValueKind {
         };
         let coerced = match (self, value) {
             (Self::Bool, Value::String(text)) => parse_bool(&text).map(Value::Bool),
-            (Self::BoolOrPath, Value::String(text)) => {
+            (Self::BoolOrPath | Self::BoolOrText, Value::String(text)) => {
                 Some(parse_bool(&text).map_or(Value::String(text), Value::Bool))
             }
-            (Self::Bool | Self::BoolOrPath, Value::Bool(flag)) => Some(Value::Bool(flag)),
+            (Self::Bool | Self::BoolOrPath | Self::BoolOrText, Value::Bool(flag)) => {
+                Some(Value::Bool(flag))
+            }
             (Self::Integer, Value::String(text)) => text.parse::<i64>().ok().map(Value::from),
             (Self::Count, Value::String(text)) => text.parse::<u64>().ok().map(Value::from),
             (Self::Number, Value::String(text)) => parse_finite(&text).map(Value::from),
@@ -163,6 +170,7 @@ config_value! {
     EvalMetric => Text,
     OnNonFinite => Text,
     Resume => BoolOrPath,
+    InitLoraWeights => BoolOrText,
     ByteCount => Text,
 }
 
