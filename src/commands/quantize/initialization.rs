@@ -14,12 +14,16 @@ use crate::commands::model_args::parse_device;
 pub struct InitArgs {
     /// Make the weights together with an adapter, DST/initial_adapter, as PEFT has it: pissa, pissa_niter_N, loftq or
     /// olora
-    #[arg(long, alias = "init-lora-weights", value_name = "NAME")]
+    #[arg(
+        long = "init_lora_weights",
+        alias = "init-lora-weights",
+        value_name = "NAME"
+    )]
     init_lora_weights: Option<InitLoraWeights>,
 
     /// Its rank [default: 64]
     #[arg(
-        long,
+        long = "lora_r",
         alias = "lora-r",
         value_name = "N",
         requires = "init_lora_weights"
@@ -28,7 +32,7 @@ pub struct InitArgs {
 
     /// Its lora_alpha; it is scaled by lora_alpha / lora_r [default: 16]
     #[arg(
-        long,
+        long = "lora_alpha",
         alias = "lora-alpha",
         value_name = "X",
         requires = "init_lora_weights"
@@ -36,16 +40,20 @@ pub struct InitArgs {
     lora_alpha: Option<f64>,
 
     /// Scale it by lora_alpha / sqrt(lora_r)
-    #[arg(long, alias = "use-rslora", requires = "init_lora_weights")]
+    #[arg(
+        long = "use_rslora",
+        alias = "use-rslora",
+        requires = "init_lora_weights"
+    )]
     use_rslora: bool,
 
     /// all-linear, a module name, a list of them, or a regex that matches whole module paths [default: all-linear]
-    #[arg(long, alias = "lora-target-modules", value_name = "NAMES", value_parser = TargetModules::parse, requires = "init_lora_weights")]
+    #[arg(long = "lora_target_modules", alias = "lora-target-modules", value_name = "NAMES", value_parser = TargetModules::parse, requires = "init_lora_weights")]
     lora_target_modules: Option<TargetModules>,
 
     /// How many times loftq quantizes, 1 to 5 [default: 1]
     #[arg(
-        long,
+        long = "loftq_iter",
         alias = "loftq-iter",
         value_name = "N",
         requires = "init_lora_weights"
@@ -54,7 +62,7 @@ pub struct InitArgs {
 
     /// How many times pissa quantizes, 1 to 5: QPiSSA's T [default: 1]
     #[arg(
-        long,
+        long = "qpissa_iter",
         alias = "qpissa-iter",
         value_name = "N",
         requires = "init_lora_weights"

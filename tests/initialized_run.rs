@@ -1,0 +1,205 @@
+//! A run on a model that was made together with an adapter: it starts from that adapter, resumes with the same bits, and
+//! leaves an adapter for the original model.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::contains;
+use qlora::device::Placement;
+use qlora::model::InitLoraWeights;
+use qlora::store::{Adapter, INITIAL_ADAPTER, Initialization, RelativeTo};
+use qlora::train::config::Resume;
+use qlora::train::{Event, Outcome, TrainConfig, Trainer};
+use serde_json::Value;
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn qlora(arguments: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("qlora").unwrap();
+    command.args(arguments);
+    command
+}
+
+fn demo_base() -> PathBuf {
+    repository().join("examples/demo/base")
+}
+
+/// The demo's model in 4 bits with an adapter of rank 4.
+fn initialized(home: &Path, method: &str) -> PathBuf {
+    let dir = home.join(method);
+    let (demo, path) = (demo_base(), dir.to_str().unwrap());
+    let source = demo.to_str().unwrap();
+    let options = ["--lora_r", "4", "--lora_alpha", "8"];
+    let command = ["quantize", source, path, "--init_lora_weights", method];
+    qlora(&[&command[..], &options].concat())
+        .assert()
+        .success()
+        .stdout(contains("initial_adapter"));
+    dir
+}
+
+fn config(model: &Path, output_dir: PathBuf, max_steps: i64) -> TrainConfig {
+    TrainConfig {
+        model_name_or_path: model.to_path_buf(),
+        output_dir,
+        dataset: repository().join("examples/demo/train.jsonl").into(),
+        max_train_samples: Some(16),
+        max_seq_len: Some(64),
+        per_device_train_batch_size: 2,
+        gradient_accumulation_steps: 1,
+        max_steps,
+        learning_rate: 1e-3,
+        ..TrainConfig::default()
+    }
+}
+
+fn run(config: TrainConfig) -> Vec<String> {
+    let mut notices = Vec::new();
+    let outcome =
+        Trainer::new(config, &Placement::cpu())
+            .unwrap()
+            .run(&AtomicBool::new(false), |event| {
+                if let Event::Notice(text) = event {
+                    notices.push(text.to_string());
+                }
+            });
+    assert_eq!(outcome.unwrap(), Outcome::Finished);
+    notices
+}
+
+fn adapter_bytes(dir: &Path) -> Vec<u8> {
+    fs::read(dir.join("adapter_model.safetensors")).unwrap()
+}
+
+#[test]
+fn a_run_starts_from_the_initial_adapter_and_resumes_with_the_same_bits() {
+    let home = tempfile::tempdir().unwrap();
+    let model = initialized(home.path(), "pissa_niter_4");
+    let whole = home.path().join("whole");
+    run(config(&model, whole.clone(), 4));
+    let parts = home.path().join("parts");
+    run(config(&model, parts.clone(), 2));
+    run(TrainConfig {
+        resume_from_checkpoint: Resume::Latest,
+        ..config(&model, parts.clone(), 4)
+    });
+    assert!(adapter_bytes(&whole) == adapter_bytes(&parts));
+    let for_original = |dir: &Path| adapter_bytes(&dir.join("adapter_for_original_model"));
+    assert!(for_original(&whole) == for_original(&parts));
+    let initial = adapter_bytes(&model.join(INITIAL_ADAPTER));
+    assert!(initial != adapter_bytes(&whole), "it was trained");
+}
+
+#[test]
+fn the_run_leaves_an_adapter_for_the_original_model_and_says_which_is_which() {
+    let home = tempfile::tempdir().unwrap();
+    let model = initialized(home.path(), "loftq");
+    let out = home.path().join("run");
+    // Said explicitly this time.
+    let notices = run(TrainConfig {
+        init_lora_weights: Some(InitLoraWeights::Loftq),
+        ..config(&model, out.clone(), 2)
+    });
+    assert!(
+        notices.iter().any(|n| n.contains("for the original model")),
+        "{notices:?}"
+    );
+    let converted_dir = out.join("adapter_for_original_model");
+    let (raw, converted) = (Adapter::read(&out), Adapter::read(&converted_dir));
+    let (raw, converted) = (raw.unwrap(), converted.unwrap());
+    assert_eq!((raw.config.r, converted.config.r), (4, 8));
+    assert_eq!(raw.config.scaling(), converted.config.scaling());
+    let named = converted.config.base_model_name_or_path.unwrap();
+    assert_eq!(Path::new(&named), demo_base());
+    let named = raw.config.base_model_name_or_path.unwrap();
+    assert_eq!(Path::new(&named), model);
+    let relative_to = |dir: &Path| {
+        let record = Initialization::read(dir).unwrap().unwrap();
+        record.adapter_is_relative_to
+    };
+    assert_eq!(relative_to(&out), RelativeTo::InitializedBase);
+    assert_eq!(relative_to(&converted_dir), RelativeTo::OriginalModel);
+    // PEFT would change the base once more if the method were named there.
+    for dir in [&out, &converted_dir, &model.join(INITIAL_ADAPTER)] {
+        let text = fs::read_to_string(dir.join("adapter_config.json")).unwrap();
+        let config: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(config["init_lora_weights"], true);
+    }
+}
+
+#[test]
+fn a_plain_model_and_a_method_that_makes_the_base_do_not_go_together() {
+    let home = tempfile::tempdir().unwrap();
+    let error = |config: TrainConfig| {
+        let trainer = Trainer::new(config, &Placement::cpu());
+        trainer.err().unwrap().to_string()
+    };
+    let plain = || config(&demo_base(), home.path().join("run"), 1);
+    let asked = error(TrainConfig {
+        init_lora_weights: Some(InitLoraWeights::Pissa),
+        ..plain()
+    });
+    assert!(
+        asked.contains("qlora quantize SRC DST --init_lora_weights pissa --lora_r 64"),
+        "{asked}"
+    );
+    let model = initialized(home.path(), "olora");
+    let plain_on_residual = error(TrainConfig {
+        init_lora_weights: Some(InitLoraWeights::Default),
+        ..config(&model, home.path().join("run"), 1)
+    });
+    assert!(
+        plain_on_residual.contains("was made with the initialization olora"),
+        "{plain_on_residual}"
+    );
+    let both = error(TrainConfig {
+        init_lora_weights: Some(InitLoraWeights::Gaussian),
+        adapter: Some(model.join(INITIAL_ADAPTER)),
+        ..plain()
+    });
+    assert!(both.contains("begins a new adapter"), "{both}");
+}
+
+#[test]
+fn the_error_is_reported_for_each_weight_with_and_without_the_adapter() {
+    let home = tempfile::tempdir().unwrap();
+    let model = initialized(home.path(), "loftq");
+    let (model, demo) = (model.to_str().unwrap(), demo_base());
+    let original = demo.to_str().unwrap();
+    let adapter = format!("{model}/{INITIAL_ADAPTER}");
+    let inspect = ["inspect", model, "--original", original];
+    let with_adapter = [&inspect[..], &["--adapter", &adapter]].concat();
+    let json = |arguments: &[&str]| -> Value {
+        let output = qlora(arguments).arg("--json").assert().success();
+        serde_json::from_slice(&output.get_output().stdout).unwrap()
+    };
+    let measured = json(&with_adapter);
+    let layers = measured["layers"].as_object().unwrap();
+    assert_eq!(layers.len(), 28);
+    for error in layers.values().chain([&measured["in_all"]]) {
+        let number = |key: &str| error[key].as_f64().unwrap();
+        let (base, both) = (number("relative_error_of_base"), number("relative_error"));
+        assert!(0.05 < both && both < base && base < 0.15, "{error}");
+    }
+    let alone = json(&inspect);
+    assert_eq!(
+        alone["in_all"]["relative_error_of_base"],
+        measured["in_all"]["relative_error_of_base"]
+    );
+    assert!(alone["in_all"].get("relative_error").is_none());
+    let text = qlora(&with_adapter).assert().success();
+    text.stdout(contains("in all").and(contains("model.layers.0.mlp.up_proj.weight")));
+    qlora(&["inspect", original, "--original", original])
+        .assert()
+        .code(1)
+        .stderr(contains("has no 4-bit weight"));
+    qlora(&["inspect", original, "--original", model])
+        .assert()
+        .code(1)
+        .stderr(contains("is quantized itself"));
+}
