@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Tensor};
 use emulated::placement_test;
 use qlora::device::{Dequantized, Placement, Residence, Residency, Side};
 use qlora::model::{
-    ActivationPolicy, Decoder, KvCache, MicroBatch, Parameters, Regularization, Sequences,
+    ActivationPolicy, Decoder, InitLoraWeights, KvCache, MicroBatch, Parameters, Regularization,
+    Sequences,
 };
 use qlora::ops::dropout::Dropout;
 use qlora::ops::paged::{PagedTensor, Pager};
@@ -43,7 +44,9 @@ fn decoder(run: &SyntheticRun, placement: &Placement) -> Decoder {
         target_modules: TargetModules::parse(r"model\.layers\.[123]\..*").unwrap(),
         use_rslora: false,
     };
-    decoder.add_lora(&config, 7).unwrap();
+    decoder
+        .add_lora(&config, InitLoraWeights::Default, 7)
+        .unwrap();
     decoder
 }
 
