@@ -5,6 +5,7 @@
 mod emulated;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 
@@ -122,6 +123,10 @@ impl Runtime for Uncounted {
 
     fn memory(&self) -> Result<DeviceMemory> {
         EmulatedRuntime.memory()
+    }
+
+    fn withhold(&self, bytes: u64) -> Result<Box<dyn Any + Send>> {
+        EmulatedRuntime.withhold(bytes)
     }
 
     fn reset_peak_memory(&self) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The CUDA device: candle's context and stream, our kernels and cuBLAS on it, and its memory.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::NonNull;
@@ -322,8 +323,20 @@ impl Runtime for CudaRuntime {
         Ok(DeviceMemory {
             free_bytes: free as u64 + reserved.saturating_sub(used),
             total_bytes: total as u64,
+            used_bytes: used,
             peak_bytes: self.pool.get(Pool::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
         })
+    }
+
+    fn withhold(&self, bytes: u64) -> Result<Box<dyn Any + Send>> {
+        let failed = |e| failed(&format!("{bytes} bytes to be withheld"), e);
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: nothing reads or writes it.
+        let memory = unsafe { driver::malloc_sync(bytes as usize) }.map_err(failed)?;
+        Ok(Box::new(Withheld {
+            memory,
+            context: Arc::clone(&self.context),
+        }))
     }
 
     fn reset_peak_memory(&self) -> Result<()> {
@@ -355,6 +368,21 @@ fn mark(stream: &CudaStream) -> Result<Marker> {
 fn event(marker: &Marker) -> &CudaEvent {
     let event = marker.0.downcast_ref();
     event.expect("markers of this runtime are events")
+}
+
+/// Device memory that nothing can use.
+struct Withheld {
+    memory: sys::CUdeviceptr,
+    context: Arc<CudaContext>,
+}
+
+impl Drop for Withheld {
+    fn drop(&mut self) {
+        // What fails here has failed before: there is nobody to tell.
+        let _ = self.context.bind_to_thread();
+        // SAFETY: allocated by `malloc_sync`, and used by nothing.
+        let _ = unsafe { driver::free_sync(self.memory) };
+    }
 }
 
 /// Page-locked host memory.

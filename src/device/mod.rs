@@ -4,6 +4,7 @@ mod address;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod memory;
+mod profile;
 mod runtime;
 
 use candle_core::{DType, Device};
@@ -12,8 +13,10 @@ pub use address::{address, address_mut};
 pub use memory::{
     anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes, reset_peak_memory, will_need,
 };
+pub use profile::{COPIES, PRODUCTS, Profiler};
 pub use runtime::{
-    Argument, DeviceMemory, Gemm, Launch, Marker, Matrix, PinnedMemory, Runtime, install, runtime,
+    Argument, DeviceMemory, Gemm, Launch, Marker, Matrix, PinnedMemory, Runtime, install, replace,
+    runtime,
 };
 
 use crate::{Error, Result};
@@ -140,6 +143,14 @@ impl Placement {
         }
     }
 
+    /// Memory in use in tensors: of the device, or that no file stands behind where that is the CPU.
+    pub fn used_memory_bytes(&self) -> Option<u64> {
+        match self.runtime_memory() {
+            Some(memory) => Some(memory.used_bytes),
+            None => anonymous_memory_bytes(),
+        }
+    }
+
     /// The most memory in use so far: of the device, or of this process where that is the CPU.
     pub fn peak_memory_bytes(&self) -> Option<u64> {
         match self.runtime_memory() {
@@ -160,7 +171,8 @@ impl Placement {
         }
     }
 
-    fn runtime_memory(&self) -> Option<DeviceMemory> {
+    /// Memory of the device; `None` for the CPU.
+    pub fn runtime_memory(&self) -> Option<DeviceMemory> {
         if self.device.is_cpu() {
             return None;
         }

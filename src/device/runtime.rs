@@ -66,6 +66,8 @@ pub struct DeviceMemory {
     /// What a new allocation can take: free memory, and what this process holds in reserve.
     pub free_bytes: u64,
     pub total_bytes: u64,
+    /// What this process has in use in tensors.
+    pub used_bytes: u64,
     /// The most that this process had in use at a time since [`Runtime::reset_peak_memory`].
     pub peak_bytes: u64,
 }
@@ -135,6 +137,9 @@ pub trait Runtime: Debug + Send + Sync {
 
     fn memory(&self) -> Result<DeviceMemory>;
 
+    /// Takes so many bytes that nothing can use until the result is dropped.
+    fn withhold(&self, bytes: u64) -> Result<Box<dyn Any + Send>>;
+
     fn reset_peak_memory(&self) -> Result<()>;
 
     /// The device in words: its name and that of its driver.
@@ -151,6 +156,16 @@ pub fn install(device: &Device, runtime: Arc<dyn Runtime>) {
     if !runtimes.iter().any(|(known, _)| *known == location) {
         runtimes.push((location, runtime));
     }
+}
+
+/// Makes `runtime` serve the tensors of `device` in place of the one that does, which is given back.
+///
+/// What has a runtime of its own already keeps it.
+pub fn replace(device: &Device, runtime: Arc<dyn Runtime>) -> Option<Arc<dyn Runtime>> {
+    let mut runtimes = RUNTIMES.write().unwrap_or_else(PoisonError::into_inner);
+    let location = device.location();
+    let known = runtimes.iter_mut().find(|(known, _)| *known == location);
+    known.map(|(_, present)| std::mem::replace(present, runtime))
 }
 
 /// The runtime that serves the tensors of `device`, if there is one.

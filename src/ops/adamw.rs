@@ -145,6 +145,7 @@ pub fn forward(
     m: &Tensor,
     v: &Tensor,
 ) -> Result<()> {
+    let _span = tracing::trace_span!("optimizer").entered();
     for (name, t) in [("grad", grad), ("m", m), ("v", v)] {
         expect_dims(OP, name, t, weight.value.dims())?;
     }
@@ -202,6 +203,7 @@ fn forward_on_device(
 
 /// The squared norm of the gradient of `weight`, in f64 and in a fixed order. Waits for the device.
 pub fn squared_norm(weight: &Tensor, grad: &Tensor) -> Result<f64> {
+    let _span = tracing::trace_span!("optimizer").entered();
     if let Some(launcher) = Launcher::of(OP, weight)? {
         return squared_norm_on_device(&launcher, grad);
     }
@@ -238,6 +240,7 @@ fn squared_norm_on_device(launcher: &Launcher, grad: &Tensor) -> Result<f64> {
 
 /// Sets every element of a gradient to zero.
 pub fn zero(grad: &Tensor) -> Result<()> {
+    let _span = tracing::trace_span!("optimizer").entered();
     Ok(grad.zero_set()?)
 }
 

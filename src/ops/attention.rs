@@ -133,6 +133,7 @@ pub fn forward(
     segments: &Segments,
     heads: Heads,
 ) -> Result<Saved> {
+    let _span = tracing::trace_span!("attention").entered();
     check(q, k, v, segments, &heads)?;
     if let Some(launcher) = Launcher::of(OP, q)? {
         return kernels::forward(&launcher, (q, k, v), segments.tiles()?, &heads);
@@ -186,6 +187,7 @@ pub fn backward(
     segments: &Segments,
     heads: Heads,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    let _span = tracing::trace_span!("attention").entered();
     check(q, k, v, segments, &heads)?;
     expect_dims(OP, "d_out", d_out, q.dims())?;
     if let Some(launcher) = Launcher::of(OP, q)? {

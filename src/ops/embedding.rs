@@ -20,6 +20,7 @@ const OP: &str = "embedding";
 /// # Errors
 /// [`Error::Shape`] for an id that is not below V.
 pub fn forward(ids: &[u32], table: &Weight) -> Result<Tensor> {
+    let _span = tracing::trace_span!("elementwise").entered();
     let d = table.in_features();
     expect_known(ids, table)?;
     if let Some(device) = table.device() {

@@ -27,6 +27,7 @@ fn sigmoid(z: f32) -> f32 {
 /// # Shapes
 /// `gate`, `up: [N, F]` -> `[N, F]`.
 pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let _span = tracing::trace_span!("elementwise").entered();
     expect_dims(OP, "up", up, gate.dims())?;
     if let Some(launcher) = Launcher::of(OP, gate)? {
         let n = gate.elem_count();
@@ -66,6 +67,7 @@ pub fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// # Shapes
 /// `dy`, `gate`, `up: [N, F]`.
 pub fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
+    let _span = tracing::trace_span!("elementwise").entered();
     expect_dims(OP, "gate", gate, dy.dims())?;
     expect_dims(OP, "up", up, dy.dims())?;
     if let Some(launcher) = Launcher::of(OP, dy)? {

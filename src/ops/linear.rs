@@ -57,6 +57,7 @@ pub fn forward(
     bias: Option<&Tensor>,
     lora: Option<Lora<'_>>,
 ) -> Result<(Tensor, Option<Tensor>)> {
+    let _span = tracing::trace_span!("linear").entered();
     let (n, d_in) = x.dims2()?;
     let d_out = weight.out_features();
     expect_dims(OP, "x", x, &[n, weight.in_features()])?;
@@ -155,6 +156,7 @@ fn forward_on_device(
 /// # Shapes
 /// `x: [N, in]` -> `[N, R]`.
 pub fn down_project(x: &Tensor, lora: Lora<'_>) -> Result<Tensor> {
+    let _span = tracing::trace_span!("adapters").entered();
     let (n, d_in) = x.dims2()?;
     let r = lora.a.dim(0)?;
     expect_dims(OP, "lora_a", lora.a, &[r, d_in])?;
@@ -196,6 +198,7 @@ pub fn backward_lora(
     lora: Lora<'_>,
     grad: LoraGrad<'_>,
 ) -> Result<Tensor> {
+    let _span = tracing::trace_span!("adapters").entered();
     let (n, d_out) = dy.dims2()?;
     let d_in = x.dims2()?.1;
     let r = u.dims2()?.1;
@@ -281,6 +284,7 @@ pub fn backward_input(
     lora: Option<(&Tensor, Lora<'_>)>,
     sum: Option<Tensor>,
 ) -> Result<Tensor> {
+    let _span = tracing::trace_span!("linear").entered();
     let (n, d_out) = dy.dims2()?;
     let d_in = weight.in_features();
     expect_dims(OP, "dy", dy, &[n, weight.out_features()])?;

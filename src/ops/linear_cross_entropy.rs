@@ -92,6 +92,7 @@ pub fn total(losses: &[TokenLoss]) -> f64 {
 /// # Errors
 /// [`Error::Shape`] for a label that is not below V.
 pub fn forward(x: &Tensor, head: &Weight, labels: &[i64]) -> Result<Losses> {
+    let _span = tracing::trace_span!("loss").entered();
     let rows = labelled_rows(x, head, labels)?;
     if let Some(launcher) = Launcher::of(OP, x)? {
         let (losses, _) = kernels::losses(&launcher, x, head, &rows, None)?;
@@ -113,6 +114,7 @@ pub fn backward(
     labels: &[i64],
     d_loss: f32,
 ) -> Result<(Losses, Tensor)> {
+    let _span = tracing::trace_span!("loss").entered();
     let rows = labelled_rows(x, head, labels)?;
     if let Some(launcher) = Launcher::of(OP, x)? {
         let (losses, dx) = kernels::losses(&launcher, x, head, &rows, Some(d_loss))?;

@@ -14,6 +14,7 @@ const PER_THREAD: usize = 8;
 
 /// `x + branch`, reusing the memory of `branch`.
 pub fn forward(x: &Tensor, branch: Tensor) -> Result<Tensor> {
+    let _span = tracing::trace_span!("elementwise").entered();
     expect_dims(OP, "branch", &branch, x.dims())?;
     if let Some(launcher) = Launcher::of(OP, x)? {
         let n = x.elem_count();

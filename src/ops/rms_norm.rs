@@ -20,6 +20,7 @@ const OP: &str = "rms_norm";
 /// # Shapes
 /// `x: [.., D]`, `weight: [D]` in f32 -> `y` as `x`.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let _span = tracing::trace_span!("elementwise").entered();
     let d = weight.dims1()?;
     expect_dims(OP, "weight", weight, &[x.dim(D::Minus1)?])?;
     if let Some(launcher) = Launcher::of(OP, x)? {
@@ -67,6 +68,7 @@ pub fn forward_residual(
     weight: &Tensor,
     eps: f64,
 ) -> Result<(Tensor, Tensor)> {
+    let _span = tracing::trace_span!("elementwise").entered();
     let Some(launcher) = Launcher::of(OP, x)? else {
         let sum = residual::forward(x, branch)?;
         let y = forward(&sum, weight, eps)?;
@@ -96,6 +98,7 @@ pub fn forward_residual(
 /// # Shapes
 /// `dy`, `x`, `dx: [.., D]`, `weight: [D]`.
 pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, dx: &Tensor) -> Result<()> {
+    let _span = tracing::trace_span!("elementwise").entered();
     let d = weight.dims1()?;
     expect_dims(OP, "dy", dy, x.dims())?;
     expect_dims(OP, "dx", dx, x.dims())?;

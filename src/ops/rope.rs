@@ -126,6 +126,7 @@ impl Direction {
 /// # Shapes
 /// `q: [N, H * E]`, `k: [N, K * E]`; a position for each row.
 pub fn forward(q: &Tensor, k: &Tensor, positions: &Positions, table: &RopeTable) -> Result<()> {
+    let _span = tracing::trace_span!("elementwise").entered();
     rotate([q, k], positions, table, Direction::Forward)
 }
 
@@ -134,6 +135,7 @@ pub fn forward(q: &Tensor, k: &Tensor, positions: &Positions, table: &RopeTable)
 /// # Shapes
 /// As [`forward`].
 pub fn backward(dq: &Tensor, dk: &Tensor, positions: &Positions, table: &RopeTable) -> Result<()> {
+    let _span = tracing::trace_span!("elementwise").entered();
     rotate([dq, dk], positions, table, Direction::Backward)
 }
 

@@ -52,6 +52,12 @@ impl AtomicFile {
         &self.path
     }
 
+    /// Goes on at byte `end`; what was not written before it reads as zeros.
+    pub(super) fn skip_to(&mut self, end: u64) -> io::Result<()> {
+        self.writer.seek(SeekFrom::Start(end))?;
+        self.writer.get_ref().as_file().set_len(end)
+    }
+
     /// Syncs the file and gives it its name.
     pub fn commit(self) -> Result<()> {
         let Self { path, writer } = self;

@@ -122,6 +122,16 @@ impl SafetensorsWriter {
         self.io(|file| file.write_all(data))
     }
 
+    /// Leaves room for a tensor that reads as zeros and takes no space on disk, where the file system can.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn leave_hole(&mut self, spec: &TensorSpec) -> Result<()> {
+        self.place(spec);
+        let end = (size_of::<u64>() + self.header_bytes + self.data_bytes) as u64;
+        self.io(|file| file.skip_to(end))
+    }
+
     /// Writes the header and gives the file its name.
     ///
     /// # Errors

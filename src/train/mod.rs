@@ -31,4 +31,4 @@ pub use resume::Resumed;
 pub use run::{Event, Outcome};
 pub use run_data::{RunData, Source, load_options};
 pub use synthetic::{Shape, SyntheticRun};
-pub use trainer::Trainer;
+pub use trainer::{Loaded, Trainer};

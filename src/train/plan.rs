@@ -383,7 +383,8 @@ impl Workload {
     /// activations of `kept` blocks are kept.
     ///
     /// A frozen weight takes 2 per element and token in forward and as many for the gradient of its input; attention at
-    /// full length 2 `(N + 1)` per query value and product, of which forward has 2 and backward 5.
+    /// full length 2 `(N + 1)` per query value and product, of which forward has 2 and backward 5. What is computed again is
+    /// forward without `down_proj`.
     pub fn flops(&self, kept: usize) -> f64 {
         let model = &self.model;
         let rows = self.rows as f64;
@@ -393,8 +394,10 @@ impl Workload {
         let (forward, backward) = (linear + 2.0 * product, linear + 5.0 * product);
         let layers = model.num_layers as f64;
         let again = layers - kept as f64;
+        let (d_out, d_in) = model.linear_shape(Module::Down);
+        let forward_again = forward - 2.0 * rows * (d_out * d_in) as f64;
         let head = 4.0 * self.label_rows as f64 * (model.vocab_size * model.hidden_size) as f64;
-        (layers + again) * forward + layers * backward + head
+        layers * (forward + backward) + again * forward_again + head
     }
 
     fn is_paged(&self) -> bool {

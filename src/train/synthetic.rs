@@ -4,19 +4,25 @@
 //! what a user runs.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use candle_core::DType;
 use half::bf16;
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::model::{DecoderConfig, Module};
 use crate::ops::philox::Uniform;
-use crate::quant::QuantizeOptions;
-use crate::store::{AtomicFile, Existing, QuantizeJob, SafetensorsWriter, TensorSpec, quantize};
+use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
+use crate::store::{
+    AtomicFile, Existing, QuantizeJob, SafetensorsWriter, TensorSpec, WeightQuantizer,
+    quantize_with,
+};
 use crate::{Error, Result};
 
 /// Everything fits into one shard.
@@ -140,7 +146,7 @@ impl SyntheticRun {
             options,
             max_shard_bytes: ONE_SHARD,
         };
-        quantize(&job, |_| ())?;
+        quantize_with(&job, &mut Synthetic::default(), |_| ())?;
         std::fs::remove_dir_all(&dense).map_err(Error::io(&dense))?;
         AtomicFile::write(run.dataset(), random_rows(shape.vocab_size, rows, tokens))?;
         Ok(run)
@@ -159,7 +165,55 @@ impl SyntheticRun {
     }
 }
 
-/// Uniform weights with the variance 1 / in, norms of 1.
+/// Makes the 4-bit weights of a model whose dense ones nobody wrote: of the first weight of each shape, from then on with its
+/// codes moved along, so that every weight is another one.
+#[derive(Default)]
+struct Synthetic {
+    /// The first weight of a shape, and how many there have been.
+    made: BTreeMap<Vec<usize>, (Params4bit, usize)>,
+}
+
+impl WeightQuantizer for Synthetic {
+    fn begin(&mut self, _: &Path, _: &[TensorSpec]) -> Result<()> {
+        Ok(())
+    }
+
+    fn quantize(
+        &mut self,
+        name: &str,
+        weight: &DenseTensor,
+        options: QuantizeOptions,
+    ) -> Result<Params4bit> {
+        // Apart from the streams of the other tensors, which are numbered from 0.
+        let stream = u32::MAX - self.made.len() as u32;
+        let (first, count) = match self.made.entry(weight.shape.clone()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let values = DenseTensor {
+                    dtype: DType::BF16,
+                    shape: weight.shape.clone(),
+                    data: random_bf16(&weight.shape, stream),
+                };
+                let params = Params4bit::quantize(name, &values, options)?;
+                unknown.insert((params, 0))
+            }
+        };
+        let mut packed = first.packed.to_vec();
+        let len = packed.len();
+        packed.rotate_left(*count % len);
+        *count += 1;
+        Ok(Params4bit {
+            packed: packed.into(),
+            ..first.clone()
+        })
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Norms of 1, a random embedding and head, and holes for the linear layers, which [`Synthetic`] fills.
 fn write_model(dir: &Path, shape: &Shape) -> Result<()> {
     let config_path = dir.join("config.json");
     let config_json = shape.config();
@@ -190,19 +244,30 @@ fn write_model(dir: &Path, shape: &Shape) -> Result<()> {
     let mut file =
         SafetensorsWriter::create(dir.join("model.safetensors"), &specs, BTreeMap::new())?;
     for (number, spec) in specs.iter().enumerate() {
-        file.append(spec, &random_bf16(&spec.shape, number as u32))?;
+        match spec.name.ends_with("_proj.weight") {
+            true => file.leave_hole(spec)?,
+            false => file.append(spec, &random_bf16(&spec.shape, number as u32))?,
+        }
     }
     file.finish()
 }
 
+/// Uniform values with the variance 1 / in for a matrix, 1 for a vector.
 fn random_bf16(shape: &[usize], stream: u32) -> Bytes {
     let values: Vec<bf16> = match shape {
         [rows, cols] => {
             let bound = (3.0 / *cols as f32).sqrt();
-            let mut uniform = Uniform::new(0, [stream, 0]);
-            (0..rows * cols)
-                .map(|_| bf16::from_f32((2.0 * uniform.next_f32() - 1.0) * bound))
-                .collect()
+            let mut values = vec![bf16::ZERO; rows * cols];
+            values
+                .par_chunks_mut(*cols)
+                .enumerate()
+                .for_each(|(row, values)| {
+                    let mut uniform = Uniform::new(0, [stream, row as u32]);
+                    for value in values {
+                        *value = bf16::from_f32((2.0 * uniform.next_f32() - 1.0) * bound);
+                    }
+                });
+            values
         }
         _ => vec![bf16::ONE; shape.iter().product()],
     };

@@ -48,6 +48,17 @@ pub struct Trainer {
     pub(super) resumed: Option<Resumed>,
 }
 
+/// What a trainer has in memory before its first step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loaded {
+    /// Of the base.
+    Weights,
+    /// With their gradients.
+    Adapters,
+    /// Its moments.
+    Optimizer,
+}
+
 /// A micro-batch, with the training rows that it is made of.
 struct SourcedBatch {
     batch: Batch,
@@ -63,7 +74,19 @@ impl Trainer {
     ///
     /// # Errors
     /// Whatever is wrong with the config, the model, the data or the checkpoint.
-    pub fn new(mut config: TrainConfig, placement: &Placement) -> Result<Self> {
+    pub fn new(config: TrainConfig, placement: &Placement) -> Result<Self> {
+        Self::watched(config, placement, |_| ())
+    }
+
+    /// [`new`](Self::new), which tells `watch` what it has just put into memory.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
+    pub fn watched(
+        mut config: TrainConfig,
+        placement: &Placement,
+        mut watch: impl FnMut(Loaded),
+    ) -> Result<Self> {
         initial_adapter::choose(&mut config)?;
         let base = store::Checkpoint::open(&config.model_name_or_path)?;
         let model = DecoderConfig::from_json(base.config(), &base.config_path())?;
@@ -94,6 +117,7 @@ impl Trainer {
             ..placement.clone()
         };
         let mut decoder = Decoder::load(&base, Some(config.quantize_options()), &placement)?;
+        watch(Loaded::Weights);
         if let Some(host) = decoder.host_memory() {
             let (inputs, bytes) = plan.offloaded_inputs(&workload);
             host.reserve(inputs, bytes, &placement.device)?;
@@ -107,6 +131,9 @@ impl Trainer {
                 decoder.add_lora(&adapter_config, init, config.seed)?;
             }
         }
+        watch(Loaded::Adapters);
+        let optimizer = Optimizer::new(&config, &decoder)?;
+        watch(Loaded::Optimizer);
         let batch = config.per_device_train_batch_size * config.gradient_accumulation_steps;
         let total_steps = match config.epochs() {
             Some(epochs) => (order.sequences(epochs) / batch as f64).ceil().max(1.0) as usize,
@@ -116,7 +143,7 @@ impl Trainer {
             workload,
             plan,
             order,
-            optimizer: Optimizer::new(&config, &decoder)?,
+            optimizer,
             schedule: Schedule::from_config(&config, total_steps),
             state: TrainerState {
                 total_steps,

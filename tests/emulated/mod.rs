@@ -4,6 +4,7 @@
 
 pub mod copies;
 
+use std::any::Any;
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -135,8 +136,13 @@ impl Runtime for EmulatedRuntime {
         Ok(DeviceMemory {
             free_bytes: 1 << 40,
             total_bytes: 1 << 40,
+            used_bytes: 0,
             peak_bytes: 0,
         })
+    }
+
+    fn withhold(&self, _: u64) -> Result<Box<dyn Any + Send>> {
+        Ok(Box::new(()))
     }
 
     fn reset_peak_memory(&self) -> Result<()> {

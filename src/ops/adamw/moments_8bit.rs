@@ -76,6 +76,7 @@ impl Moments {
 /// # Shapes
 /// `weight`, `grad: [n]`.
 pub fn forward(update: &AdamW, weight: Weight<'_>, grad: &Tensor, moments: &Moments) -> Result<()> {
+    let _span = tracing::trace_span!("optimizer").entered();
     let n = grad.elem_count();
     expect_dims(OP, "weight", weight.value, &[n])?;
     expect_dims(OP, "grad", grad, &[n])?;
