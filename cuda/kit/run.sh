@@ -9,23 +9,40 @@
 set -euo pipefail
 
 kit=$(cd "$(dirname "$0")" && pwd)
-all_steps=(kernels gpu dropout optimizer neftune streaming bench-kernels speed-llama-110m speed-llama3-8b demo)
+all_steps=(kernels gpu dropout optimizer neftune streaming host_memory bench-kernels speed-llama-110m speed-llama3-8b demo)
+# Asked for by name: the models of the paper and long contexts, within limits of memory. The largest writes 35 GB to TMPDIR.
+large_steps=(paper-33b paper-65b paper-65b-24 paper-65b-16 context-8b-24 context-8b-48 context-8b-80 context-70b-48 speed-llama-33b speed-llama-65b)
 libraries=(libcuda.so.1 libcublas.so.13 libcublasLt.so.13 libcurand.so.10 libnvrtc.so.13)
 
 usage() {
-  echo "usage: run.sh [-o DIRECTORY] [STEP...]; the steps are ${all_steps[*]}" >&2
+  echo "usage: run.sh [-o DIRECTORY] [STEP...]; the steps are ${all_steps[*]}, and by name ${large_steps[*]}" >&2
   exit 2
 }
 
 # The command of a step.
 command_of() {
   case $1 in
-    kernels | gpu | dropout | optimizer | neftune | streaming) command=("$kit/bin/$1" --ignored) ;;
+    kernels | gpu | dropout | optimizer | neftune | streaming | host_memory) command=("$kit/bin/$1" --ignored) ;;
     bench-kernels) command=("$kit/bin/qlora" bench kernels --json) ;;
+    paper-33b) memory_of llama-33b 64 512 21GB ;;
+    paper-65b) memory_of llama-65b 64 512 41GB ;;
+    paper-65b-24) memory_of llama-65b 64 512 24GB ;;
+    paper-65b-16) memory_of llama-65b 64 512 16GB ;;
+    context-8b-24) memory_of llama3-8b 32 78475 24GB ;;
+    context-8b-48) memory_of llama3-8b 32 180000 48GB ;;
+    context-8b-80) memory_of llama3-8b 32 342733 80GB ;;
+    context-70b-48) memory_of llama3-70b 32 12106 48GB ;;
+    speed-llama3-8b) command=("$kit/bin/qlora" bench speed --shape llama3-8b --max_seq_len 8192 --device cuda --json) ;;
     speed-*) command=("$kit/bin/qlora" bench speed --shape "${1#speed-}" --device cuda --json) ;;
     demo) command=("$kit/bin/qlora" demo --device cuda --out "$results/demo" --json) ;;
     *) usage ;;
   esac
+}
+
+# The memory of a step: shape, rank, tokens and limit.
+memory_of() {
+  command=("$kit/bin/qlora" bench memory --device cuda --shape "$1" --lora_r "$2" --max_seq_len "$3" --vram_limit "$4"
+    --optim paged_adamw_32bit --max_steps 1 --json)
 }
 
 # Folders in which CUDA's libraries often are, beside those that the system searches.
@@ -101,7 +118,7 @@ run_step() {
   if grep -qx 'running 0 tests' "$results/$step.out"; then status=1; fi
   if [ "$status" -eq 0 ] && [ "$(head -c 1 "$results/$step.out")" = '{' ]; then
     output=$(cat "$results/$step.out")
-    says=$(grep -oE '"(tokens_per_second|peak_memory_bytes|exact_match_after)": ?[^,}]*' "$results/$step.out" |
+    says=$(grep -oE '"(tokens_per_second|peak_memory_bytes|planned_bytes|measured_bytes|exact_match_after)": ?[^,}]*' "$results/$step.out" |
       tr -d '" ' | tr ':\n' '= ' || true)
   else
     says=$(grep -h '^test result' "$results/$step.out" || tail -n 1 "$results/$step.err")

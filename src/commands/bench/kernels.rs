@@ -79,6 +79,16 @@ struct Bench {
     measured: Vec<Measured>,
 }
 
+/// FLOP/s of a product of `[n, d]` with a dense weight `[d, d]`.
+pub fn product_rate(placement: &Placement, n: usize, d: usize) -> anyhow::Result<f64> {
+    let mut bench = Bench {
+        placement: placement.clone(),
+        measured: Vec::new(),
+    };
+    bench.product(n, d)?;
+    Ok(bench.measured.iter().map(Measured::rate).sum::<f64>() * 1e12)
+}
+
 pub fn run(args: Args) -> anyhow::Result<()> {
     let placement = Placement::open(args.device)?;
     let mut bench = Bench {
@@ -157,6 +167,11 @@ impl Bench {
             x.copy()?;
             Ok(())
         })?;
+        self.product(n, d)
+    }
+
+    fn product(&mut self, n: usize, d: usize) -> anyhow::Result<()> {
+        let x = self.random((n, d))?;
         let weight = vec![half::bf16::from_f32(0.01); d * d];
         let weight = FrozenWeight::Dense(DenseTensor::from_bf16(vec![d, d], &weight));
         let weight = self.place(weight)?;

@@ -18,7 +18,7 @@ pub(super) struct Orthonormal {
 /// An orthonormal basis of the `k` rows of `vectors: [k, n]`, `k <= n`. Rows that depend on those before them get a
 /// direction of their own all the same, and a zero on the diagonal of `R`.
 pub(super) fn orthonormalize(mut vectors: Vec<f32>, n: usize) -> Orthonormal {
-    assert!(n > 0 && vectors.len() % n == 0, "whole vectors");
+    assert!(n > 0 && vectors.len().is_multiple_of(n), "whole vectors");
     let k = vectors.len() / n;
     assert!(k <= n, "more vectors than dimensions");
     let mut r = vec![0f32; k * k];

@@ -1,0 +1,172 @@
+//! `qlora bench memory`: what a run takes of memory, part by part, as planned and as measured.
+
+use std::path::PathBuf;
+
+use qlora::device::Placement;
+use qlora::train::plan::{Item, Plan};
+use qlora::train::{Loaded, Trainer};
+use serde_json::json;
+
+use super::sampler::{Sampler, Samples};
+use super::synthetic_trainer::{Prepared, training_flag};
+use super::{machine, plot};
+use crate::commands::{ConfigFlags, ShapeArgs, activations, on_the_host};
+
+/// The step that is measured comes after as many as `--max_steps` says.
+const MEASURED_STEPS: usize = 1;
+
+#[derive(Debug, clap::Args)]
+#[command(mut_args = training_flag)]
+pub struct Args {
+    #[command(flatten)]
+    shape: ShapeArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Draw the memory over a step
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+
+    #[command(flatten)]
+    flags: ConfigFlags,
+}
+
+/// A part of the memory that can be measured, with the items of the plan that it is made of.
+struct Part {
+    name: &'static str,
+    items: &'static [Item],
+    measured: Option<u64>,
+}
+
+impl Part {
+    fn planned(&self, plan: &Plan) -> u64 {
+        self.items.iter().map(|item| plan.peak.bytes(*item)).sum()
+    }
+}
+
+const WEIGHTS: &[Item] = &[
+    Item::Codes,
+    Item::Scales,
+    Item::Slots,
+    Item::Vocabulary,
+    Item::Vectors,
+    Item::Dequantized,
+];
+const ADAPTERS: &[Item] = &[Item::Adapters, Item::Gradients];
+const MOMENTS: &[Item] = &[Item::Moments];
+const STEP: &[Item] = &[Item::Activations, Item::Working, Item::LossChunk];
+const LIBRARIES: &[Item] = &[Item::Libraries];
+
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let prepared = Prepared::new(&args.shape, &args.flags, MEASURED_STEPS)?;
+    let placement = &prepared.placement;
+    let used = || placement.used_memory_bytes();
+    let libraries = libraries_bytes(placement);
+    let before = used();
+    let mut loaded = Vec::new();
+    let mut trainer = prepared.trainer(|what| loaded.push((what, used())))?;
+    let (samples, peak) = step(&mut trainer, placement)?;
+    let over = |bytes: Option<u64>, from: Option<u64>| Some(bytes?.saturating_sub(from?));
+    let after = |what: Loaded| {
+        let found = loaded.iter().find(|(known, _)| *known == what);
+        found.and_then(|(_, bytes)| *bytes)
+    };
+    let [weights, adapters, optimizer] =
+        [Loaded::Weights, Loaded::Adapters, Loaded::Optimizer].map(after);
+    let part = |name, items, measured| Part {
+        name,
+        items,
+        measured,
+    };
+    let parts = [
+        part("weights", WEIGHTS, over(weights, before)),
+        part("adapters and gradients", ADAPTERS, over(adapters, weights)),
+        part("optimizer moments", MOMENTS, over(optimizer, adapters)),
+        part("a step", STEP, over(peak, optimizer)),
+        part("CUDA and its libraries", LIBRARIES, libraries),
+    ];
+    let all = over(peak, before).map(|bytes| bytes + libraries.unwrap_or(0));
+    let plan = trainer.plan();
+    if let Some(path) = &args.plot {
+        plot::memory(path, &samples, before.unwrap_or(0))?;
+    }
+    if args.json {
+        let config = trainer.config();
+        let parts = parts.iter().map(|part| {
+            json!({
+                "part": part.name,
+                "planned_bytes": part.planned(plan),
+                "measured_bytes": part.measured,
+            })
+        });
+        let report = json!({
+            "bench": "memory",
+            "shape_name": prepared.shape_name(),
+            "max_seq_len": config.longest_sequence(),
+            "per_device_train_batch_size": config.per_device_train_batch_size,
+            "lora_r": config.lora_r,
+            "optim": config.optim,
+            "vram_limit": config.vram_limit.map(|limit| limit.0),
+            "activations": activations(plan),
+            "not_on_the_device": on_the_host(plan),
+            "parts": parts.collect::<Vec<_>>(),
+            "planned_bytes": plan.peak.total(),
+            "measured_bytes": all,
+            "host_bytes": plan.host.total(),
+            "device": config.device,
+            "machine": machine::describe(placement),
+            "shape": prepared.shape,
+        });
+        println!("{report}");
+        return Ok(());
+    }
+    println!("{:<28}{:>14}{:>14}", "", "planned", "measured");
+    for part in &parts {
+        if part.planned(plan) > 0 || part.measured.is_some_and(|bytes| bytes > 0) {
+            print_row(part.name, part.planned(plan), part.measured);
+        }
+    }
+    print_row("in all", plan.peak.total(), all);
+    println!("\nactivations: {}", activations(plan));
+    on_the_host(plan)
+        .iter()
+        .for_each(|words| println!("{words}"));
+    Ok(())
+}
+
+fn print_row(name: &str, planned: u64, measured: Option<u64>) {
+    let megabytes = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
+    let measured_text = measured.map_or("unknown".into(), megabytes);
+    let difference = measured.filter(|_| planned > 0).map(|measured| {
+        let share = measured as f64 / planned as f64 - 1.0;
+        format!("{:>+9.1} %", 100.0 * share)
+    });
+    println!(
+        "{name:<28}{:>14}{measured_text:>14}{}",
+        megabytes(planned),
+        difference.unwrap_or_default()
+    );
+}
+
+/// Steps until the caches of all kinds are there, and one that is measured: memory over it, and the most.
+fn step(trainer: &mut Trainer, placement: &Placement) -> anyhow::Result<(Samples, Option<u64>)> {
+    for _ in MEASURED_STEPS..trainer.total_steps() {
+        trainer.step()?;
+    }
+    placement.reset_peak_memory()?;
+    let sampler = Sampler::start(placement);
+    let step = trainer.step();
+    let samples = sampler.stop();
+    step?;
+    let peak = match placement.runtime_memory() {
+        Some(memory) => Some(memory.peak_bytes),
+        None => samples.iter().map(|(_, bytes)| *bytes).max(),
+    };
+    Ok((samples, peak))
+}
+
+/// What is taken of a device beside tensors.
+fn libraries_bytes(placement: &Placement) -> Option<u64> {
+    let memory = placement.runtime_memory()?;
+    Some(memory.total_bytes - memory.free_bytes - memory.used_bytes)
+}

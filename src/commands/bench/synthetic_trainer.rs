@@ -1,0 +1,177 @@
+//! What benchmarks measure: a trainer of a model of random weights, on rows of random tokens of full length.
+
+use std::any::Any;
+
+use anyhow::{Context, bail};
+use qlora::device::{self, Placement};
+use qlora::train::{Loaded, Shape, SyntheticRun, TrainConfig, Trainer};
+
+use crate::commands::{ConfigFlags, ShapeArgs, return_freed_memory, use_threads};
+
+/// Keys of `qlora train` with another default here, and what they mean here.
+const DEFAULTS: [(&str, &str, &str); 3] = [
+    (
+        "gradient_accumulation_steps",
+        "1",
+        "Micro-batches in an optimizer step",
+    ),
+    (
+        "max_steps",
+        "4",
+        "Optimizer steps that count, after one to warm up",
+    ),
+    ("max_seq_len", "256", "Length of every sequence, in tokens"),
+];
+
+/// Keys of `qlora train` that a benchmark cannot do as asked: it makes its own model and rows.
+const REFUSED: [&str; 12] = [
+    "model_name_or_path",
+    "adapter",
+    "dataset",
+    "dataset_weights",
+    "dataset_format",
+    "dataset_columns",
+    "dataset_cache_dir",
+    "eval_dataset",
+    "group_by_length",
+    "packing",
+    "per_device_train_batch_tokens",
+    "resume_from_checkpoint",
+];
+
+/// Keys of `qlora train` that change nothing here: nothing is evaluated or saved, and every row is of full length.
+const WITHOUT_EFFECT: [&str; 16] = [
+    "output_dir",
+    "source_max_len",
+    "target_max_len",
+    "excess_length_strategy",
+    "train_on_source",
+    "mask_history",
+    "shuffle",
+    "max_train_samples",
+    "max_eval_samples",
+    "eval_dataset_size",
+    "per_device_eval_batch_size",
+    "num_train_epochs",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+];
+
+/// A training flag as a benchmark has it.
+pub fn training_flag(flag: clap::Arg) -> clap::Arg {
+    let id = flag.get_id().to_string();
+    if let Some((_, value, help)) = DEFAULTS.iter().find(|(key, ..)| *key == id) {
+        return flag.help(format!("{help} [default: {value}]"));
+    }
+    if id == "vram_limit" {
+        return flag.help(
+            "Memory that the run may take, such as 24GiB; on a GPU the rest of it is taken away before the run starts",
+        );
+    }
+    let hide = REFUSED.iter().chain(&WITHOUT_EFFECT).any(|key| *key == id);
+    if hide { flag.hide(true) } else { flag }
+}
+
+/// A model and rows on disk, and the config of a run on them.
+pub struct Prepared {
+    pub shape: Shape,
+    pub placement: Placement,
+    config: TrainConfig,
+    /// The files are removed when this is dropped.
+    _files: SyntheticRun,
+    /// Memory of the device that nothing may use.
+    _withheld: Option<Box<dyn Any + Send>>,
+}
+
+impl Prepared {
+    /// Writes what is to be trained, for so many steps besides those that `--max_steps` asks for.
+    pub fn new(
+        shape: &ShapeArgs,
+        flags: &ConfigFlags,
+        steps_besides: usize,
+    ) -> anyhow::Result<Self> {
+        let shape = shape.shape(Shape::LLAMA_110M);
+        let mut overrides = flags.overrides.clone();
+        let given = |key: &str| flags.overrides.iter().any(|(name, _)| name == key);
+        if let Some(key) = REFUSED.into_iter().find(|key| given(key)) {
+            bail!("--{key}: a benchmark makes its own model and rows, leave it out");
+        }
+        for (key, value, _) in DEFAULTS {
+            if !given(key) {
+                overrides.push((key.to_string(), value.to_string()));
+            }
+        }
+        overrides.push(("shuffle".to_string(), false.to_string()));
+        let mut config = TrainConfig::load_partial(None, &overrides)?;
+        if let Some(threads) = config.threads {
+            use_threads(threads)?;
+        }
+        let placement = Placement::open(config.device)?;
+        if config.max_steps < 1 {
+            bail!("a benchmark needs --max_steps of at least 1");
+        }
+        eprintln!(
+            "writing a synthetic model: {}",
+            serde_json::to_string(&shape)?
+        );
+        let files = SyntheticRun::create(
+            &shape,
+            config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            config.longest_sequence(),
+            config.quantize_options(),
+        )?;
+        config.model_name_or_path = files.model();
+        config.dataset = files.dataset().into();
+        config.output_dir = files.output_dir();
+        config.max_steps += steps_besides as i64;
+        let withheld = withhold(&config, &placement)?;
+        return_freed_memory();
+        Ok(Self {
+            shape,
+            placement,
+            config,
+            _files: files,
+            _withheld: withheld,
+        })
+    }
+
+    /// Loads it; `watch` is told what is in memory.
+    pub fn trainer(&self, watch: impl FnMut(Loaded)) -> anyhow::Result<Trainer> {
+        Ok(Trainer::watched(
+            self.config.clone(),
+            &self.placement,
+            watch,
+        )?)
+    }
+
+    /// The name of the shape, or its sizes.
+    pub fn shape_name(&self) -> String {
+        let named = Shape::NAMED.iter().find(|(_, shape)| *shape == self.shape);
+        let Shape {
+            hidden_size,
+            num_hidden_layers,
+            ..
+        } = self.shape;
+        named.map_or_else(
+            || format!("{num_hidden_layers} x {hidden_size}"),
+            |(name, _)| name.to_string(),
+        )
+    }
+}
+
+/// Takes what is beyond the limit of a run away from it, so that the limit is the device's.
+fn withhold(
+    config: &TrainConfig,
+    placement: &Placement,
+) -> anyhow::Result<Option<Box<dyn Any + Send>>> {
+    let (Some(limit), Some(memory)) = (config.vram_limit, placement.runtime_memory()) else {
+        return Ok(None);
+    };
+    let Some(beyond) = memory.total_bytes.checked_sub(limit.0) else {
+        bail!("--vram_limit: the device has {} bytes", memory.total_bytes);
+    };
+    let runtime = device::runtime(&placement.device).context("the device has no runtime")?;
+    Ok(Some(runtime.withhold(beyond)?))
+}

@@ -1,0 +1,75 @@
+//! `qlora bench table`: results as a table for people.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use serde_json::Value;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// What `qlora bench speed --json` and `qlora bench memory --json` printed
+    #[arg(required = true, value_name = "FILE.json")]
+    results: Vec<PathBuf>,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let mut lines = Vec::new();
+    for path in &args.results {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        let result: Value =
+            serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        lines.push(row(&result).with_context(|| {
+            format!(
+                "{}: not a result of `bench speed` or `bench memory`",
+                path.display()
+            )
+        })?);
+    }
+    println!(
+        "| model | batch | r | activations | tokens/s | of the floor | memory | planned | machine, commit |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    lines.iter().for_each(|line| println!("{line}"));
+    Ok(())
+}
+
+fn row(result: &Value) -> Option<String> {
+    let text = |value: &Value| value.as_str().map(String::from);
+    let gigabytes = |value: &Value| match value.as_f64() {
+        Some(bytes) => format!("{:.2} GB", bytes / 1e9),
+        None => "unknown".into(),
+    };
+    let machine = &result["machine"];
+    let (speed, share, memory, planned) = match result["bench"].as_str()? {
+        "speed" => (
+            format!("{:.0}", result["tokens_per_second"].as_f64()?),
+            format!(
+                "{:.0} %",
+                100.0 * result["share_of_compute_floor"].as_f64()?
+            ),
+            gigabytes(&result["peak_memory_bytes"]),
+            String::new(),
+        ),
+        "memory" => (
+            String::new(),
+            String::new(),
+            gigabytes(&result["measured_bytes"]),
+            gigabytes(&result["planned_bytes"]),
+        ),
+        _ => return None,
+    };
+    let mut activations = text(&result["activations"])?;
+    for elsewhere in result["not_on_the_device"].as_array()? {
+        activations = format!("{activations}; {}", text(elsewhere)?);
+    }
+    Some(format!(
+        "| {} | {} x {} | {} | {activations} | {speed} | {share} | {memory} | {planned} | {}, {} threads, {} |",
+        text(&result["shape_name"])?,
+        result["per_device_train_batch_size"].as_u64()?,
+        result["max_seq_len"].as_u64()?,
+        result["lora_r"].as_u64()?,
+        text(&machine["device"])?,
+        machine["threads"].as_u64()?,
+        machine["commit"].as_str().unwrap_or("commit unknown"),
+    ))
+}
