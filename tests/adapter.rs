@@ -7,7 +7,7 @@ use std::path::Path;
 use candle_core::DType;
 use half::{bf16, f16};
 use qlora::quant::DenseTensor;
-use qlora::store::{Adapter, AdapterConfig, MappedFile, TargetModules};
+use qlora::store::{Adapter, AdapterConfig, MappedFile, ModulePatterns, TargetModules};
 use serde_json::{Value, json};
 
 const LAYER: &str = "base_model.model.model.layers.0.self_attn.q_proj";
@@ -15,12 +15,11 @@ const LAYER: &str = "base_model.model.model.layers.0.self_attn.q_proj";
 fn config() -> AdapterConfig {
     AdapterConfig {
         base_model_name_or_path: Some("some/model".into()),
-        revision: None,
         r: 2,
         lora_alpha: 16.0,
         lora_dropout: 0.05,
         target_modules: TargetModules::Names(vec!["v_proj".into(), "q_proj".into()]),
-        use_rslora: false,
+        ..AdapterConfig::default()
     }
 }
 
@@ -221,10 +220,7 @@ fn a_key_that_changes_the_mathematics_is_an_error_that_names_it() {
         ("alora_invocation_tokens", json!([1, 2])),
         ("bias", json!("all")),
         ("fan_in_fan_out", json!(true)),
-        ("rank_pattern", json!({"q_proj": 4})),
-        ("alpha_pattern", json!({"q_proj": 4})),
         ("modules_to_save", json!(["lm_head"])),
-        ("layers_to_transform", json!([0, 1])),
         ("layer_replication", json!([[0, 4]])),
         ("init_lora_weights", json!("pissa")),
         ("init_lora_weights", json!("olora")),
@@ -256,10 +252,127 @@ fn a_value_that_cannot_be_is_an_error_that_names_its_key() {
         ("target_modules", json!(7)),
         ("target_modules", json!(null)),
         ("target_modules", json!(["q_proj", 1])),
+        ("exclude_modules", json!("(")),
+        ("exclude_modules", json!([1])),
+        ("rank_pattern", json!({"q_proj": 0})),
+        ("rank_pattern", json!({"q_proj": 4.5})),
+        ("rank_pattern", json!(["q_proj"])),
+        ("alpha_pattern", json!({"(q_proj": 4})),
+        ("alpha_pattern", json!({"q_proj": "4"})),
+        ("layers_to_transform", json!([-1])),
+        ("layers_to_transform", json!("0")),
+        ("layers_pattern", json!("layers")),
     ] {
         let message = read_config(json!({key: value})).unwrap_err().to_string();
         assert_says(&message, &["adapter_config.json", &format!("`{key}`")]);
     }
+}
+
+#[test]
+fn ranks_and_scales_of_single_modules_are_those_of_peft() {
+    let read = read_config(json!({
+        "r": 2, "lora_alpha": 16, "rank_pattern": {"1.self_attn.q_proj": 8, "q_proj": 4},
+        "alpha_pattern": {".*layers.0.*v_proj": 3},
+    }))
+    .unwrap();
+    let path = |layer, name| format!("model.layers.{layer}.self_attn.{name}");
+    for (layer, name, r, scaling) in [
+        (0, "q_proj", 4, 4.0),
+        (1, "q_proj", 8, 2.0),
+        (0, "v_proj", 2, 1.5),
+        (1, "v_proj", 2, 8.0),
+        (0, "not_q_proj", 2, 8.0),
+    ] {
+        let path = path(layer, name);
+        assert_eq!(
+            (read.rank_of(&path), read.scaling_of(&path)),
+            (r, scaling),
+            "{path}"
+        );
+    }
+    let rslora = AdapterConfig {
+        use_rslora: true,
+        ..read
+    };
+    assert_eq!(rslora.scaling_of(&path(0, "q_proj")), 8.0);
+}
+
+#[test]
+fn layers_and_exclusions_are_those_of_peft() {
+    let targets = |changes: Value, path: &str| read_config(changes).unwrap().targets(path);
+    let q = |layer| format!("model.layers.{layer}.self_attn.q_proj");
+    for (changes, in_0, in_1) in [
+        (json!({}), true, true),
+        (json!({"layers_to_transform": 1}), false, true),
+        (json!({"layers_to_transform": [0]}), true, false),
+        (json!({"layers_to_transform": []}), true, true),
+        (
+            json!({"layers_to_transform": [0], "layers_pattern": "layers"}),
+            true,
+            false,
+        ),
+        (
+            json!({"layers_to_transform": [0], "layers_pattern": ["h", "blocks"]}),
+            false,
+            false,
+        ),
+        (
+            json!({"layers_to_transform": [0], "target_modules": [q(1)]}),
+            false,
+            true,
+        ),
+        (json!({"exclude_modules": ["q_proj"]}), false, false),
+        (
+            json!({"exclude_modules": ["1.self_attn.q_proj"]}),
+            true,
+            false,
+        ),
+        (json!({"exclude_modules": r".*\.0\..*"}), false, true),
+        (json!({"exclude_modules": "q_proj"}), true, true),
+    ] {
+        let found = (
+            targets(changes.clone(), &q(0)),
+            targets(changes.clone(), &q(1)),
+        );
+        assert_eq!(found, (in_0, in_1), "{changes}");
+    }
+    let message = read_config(json!({"target_modules": ".*q_proj", "layers_to_transform": [0]}));
+    assert_says(
+        &message.unwrap_err().to_string(),
+        &["`layers_to_transform`", "regex"],
+    );
+}
+
+#[test]
+fn what_chooses_modules_is_written_as_it_was_read() {
+    let changes = json!({
+        "rank_pattern": {"v_proj": 8, "q_proj": 4}, "alpha_pattern": {"q_proj": 0.5, "v_proj": 3},
+        "layers_to_transform": [1, 0], "layers_pattern": ["layers"], "exclude_modules": ["k_proj"],
+        "target_modules": ["0.self_attn.q_proj", "v_proj"],
+    });
+    let written = read_config(changes.clone()).unwrap().to_json();
+    for (key, value) in changes.as_object().unwrap() {
+        assert_eq!(written[key].to_string(), value.to_string(), "{key}");
+    }
+    assert_eq!(config().to_json().get("exclude_modules"), None);
+}
+
+#[test]
+fn a_tensor_has_the_rank_that_the_config_gives_its_module() {
+    let mut adapter = adapter();
+    let rank = |r| Some(("q_proj".to_string(), r));
+    adapter.config.rank_pattern = ModulePatterns::new(rank(2)).unwrap();
+    adapter.config.r = 5;
+    let dir = tempfile::tempdir().unwrap();
+    adapter.write(dir.path()).unwrap();
+    let read = Adapter::read(dir.path()).unwrap().config;
+    assert_eq!(
+        (read.r, read.rank_pattern),
+        (5, adapter.config.rank_pattern)
+    );
+    adapter.config.rank_pattern = ModulePatterns::new(rank(3)).unwrap();
+    let message = adapter.write(dir.path()).unwrap_err().to_string();
+    assert_says(&message, &["q_proj.lora_A.weight", "r = 3", "[2, 3]"]);
 }
 
 #[test]

@@ -152,7 +152,7 @@ fn a_packed_run_counts_sequences_and_takes_every_row() {
         model_name_or_path: case.dir.clone(),
         dataset: write_rows(dir.path(), &lengths).into(),
         output_dir: dir.path().join("run"),
-        lora_r: 2,
+        lora_r: Some(2),
         max_seq_len: Some(12),
         packing: true,
         gradient_accumulation_steps: 5,

@@ -279,7 +279,7 @@ fn config(output_dir: &Path, lora_dropout: Option<f64>) -> TrainConfig {
         dataset: case.join("train/data.jsonl").into(),
         model_name_or_path: case,
         output_dir: output_dir.to_path_buf(),
-        lora_r: 4,
+        lora_r: Some(4),
         lora_dropout,
         learning_rate: 5e-3,
         per_device_train_batch_size: 2,

@@ -43,6 +43,7 @@ fn decoder(run: &SyntheticRun, placement: &Placement) -> Decoder {
         // Nothing is trained below block 1, whose input needs no gradient.
         target_modules: TargetModules::parse(r"model\.layers\.[123]\..*").unwrap(),
         use_rslora: false,
+        ..AdapterConfig::default()
     };
     decoder
         .add_lora(&config, InitLoraWeights::Default, 7)

@@ -48,6 +48,7 @@ fn options(method: &str, lora_alpha: f64) -> InitializeOptions {
             lora_dropout: 0.0,
             target_modules: TargetModules::AllLinear,
             use_rslora: false,
+            ..AdapterConfig::default()
         },
         quantization_iterations: 1,
         seed: 3,

@@ -75,6 +75,7 @@ fn one_weight_at_a_time_is_in_memory() {
                 lora_dropout: 0.0,
                 target_modules: TargetModules::AllLinear,
                 use_rslora: false,
+                ..AdapterConfig::default()
             },
             quantization_iterations: 1,
             seed: 0,

@@ -125,7 +125,7 @@ fn config(output_dir: &Path, neftune_noise_alpha: Option<f64>) -> TrainConfig {
         model_name_or_path: case,
         output_dir: output_dir.to_path_buf(),
         eval_dataset_size: Some(3),
-        lora_r: 4,
+        lora_r: Some(4),
         neftune_noise_alpha,
         learning_rate: 5e-3,
         per_device_train_batch_size: 2,

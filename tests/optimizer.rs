@@ -137,7 +137,7 @@ fn config(output_dir: &Path, optim: Optim) -> TrainConfig {
         dataset: case.join("train/data.jsonl").into(),
         model_name_or_path: case,
         output_dir: output_dir.to_path_buf(),
-        lora_r: 64,
+        lora_r: Some(64),
         optim,
         learning_rate: 1e-3,
         per_device_train_batch_size: 2,

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use qlora::device::{Dequantized, Residency, Side};
 use qlora::quant::QuantizeOptions;
-use qlora::store::TargetModules;
+use qlora::store::AdapterConfig;
 use qlora::train::config::Optim;
 use qlora::train::plan::{Engine, Item, LongestBatch, Plan, Workload};
 use qlora::train::{Shape, TrainConfig};
@@ -16,7 +16,10 @@ fn workload(shape: Shape, r: usize, batch: LongestBatch) -> Workload {
         shape.decoder_config().unwrap(),
         QuantizeOptions::default().into(),
         Engine::Kernels,
-        (r, &TargetModules::AllLinear),
+        &AdapterConfig {
+            r,
+            ..AdapterConfig::default()
+        },
         batch,
     )
 }

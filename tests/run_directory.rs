@@ -142,7 +142,7 @@ fn resuming_with_another_rank_is_an_error() {
     run(config(dir.path())).unwrap();
     let other = TrainConfig {
         resume_from_checkpoint: Resume::Latest,
-        lora_r: config(dir.path()).lora_r + 1,
+        lora_r: config(dir.path()).lora_r.map(|r| r + 1),
         ..config(dir.path())
     };
     let error = run(other).unwrap_err().to_string();

@@ -43,13 +43,9 @@ fn decoder(run: &SyntheticRun, placement: &Placement, targets: &str) -> Decoder 
     let checkpoint = Checkpoint::open(run.model()).unwrap();
     let mut decoder = Decoder::load(&checkpoint, None, placement).unwrap();
     let config = AdapterConfig {
-        base_model_name_or_path: None,
-        revision: None,
         r: 4,
-        lora_alpha: 8.0,
-        lora_dropout: 0.0,
         target_modules: TargetModules::parse(targets).unwrap(),
-        use_rslora: false,
+        ..AdapterConfig::default()
     };
     decoder
         .add_lora(&config, InitLoraWeights::Default, 7)

@@ -63,9 +63,9 @@ fn written() -> TrainConfig {
         dataset_format: Some(DatasetFormat::InputOutput),
         quant_type: QuantType::Fp4,
         double_quant: false,
-        lora_r: 8,
-        lora_alpha: 32.0,
-        lora_target_modules: TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]),
+        lora_r: Some(8),
+        lora_alpha: Some(32.0),
+        lora_target_modules: Some(TargetModules::Names(vec!["q_proj".into(), "v_proj".into()])),
         learning_rate: 1e-4,
         lr_scheduler_type: SchedulerType::CosineWithMinLr,
         min_lr_rate: Some(0.1),
@@ -126,9 +126,9 @@ fn flags_win_over_the_file() {
     ]);
     let config = TrainConfig::load(Some(&path), &given).unwrap();
     let expected = TrainConfig {
-        lora_r: 16,
+        lora_r: Some(16),
         double_quant: true,
-        lora_target_modules: TargetModules::AllLinear,
+        lora_target_modules: Some(TargetModules::AllLinear),
         resume_from_checkpoint: Resume::Latest,
         ..written()
     };
@@ -138,7 +138,9 @@ fn flags_win_over_the_file() {
 #[test]
 fn defaults_are_those_of_qlora_py() {
     let config = TrainConfig::default();
-    assert_eq!((config.lora_r, config.lora_alpha), (64, 16.0));
+    let adapter = config.new_adapter_config();
+    assert_eq!((adapter.r, adapter.lora_alpha), (64, 16.0));
+    assert_eq!(adapter.target_modules, TargetModules::AllLinear);
     assert_eq!((config.source_max_len, config.target_max_len), (1024, None));
     assert_eq!(config.longest_sequence(), 1024 + 256);
     assert_eq!((config.learning_rate, config.max_grad_norm), (2e-4, 0.3));

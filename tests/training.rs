@@ -44,8 +44,8 @@ fn config(case: &ReferenceCase, output_dir: &Path) -> TrainConfig {
 fn seeded_config(case: &ReferenceCase, output_dir: &Path) -> TrainConfig {
     TrainConfig {
         adapter: None,
-        lora_r: 4,
-        lora_alpha: 8.0,
+        lora_r: Some(4),
+        lora_alpha: Some(8.0),
         shuffle: true,
         max_steps: 6,
         seed: 5,
@@ -249,7 +249,7 @@ fn every_adapter_tensor_gets_a_gradient_and_moves() {
                 model_name_or_path: case.dir.clone(),
                 output_dir: out.path().to_path_buf(),
                 dataset: data.into(),
-                lora_r: 4,
+                lora_r: Some(4),
                 gradient_accumulation_steps: 2,
                 max_steps: 3,
                 ..TrainConfig::default()

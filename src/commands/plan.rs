@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
-use qlora::store::Checkpoint;
+use qlora::store::{Adapter, Checkpoint};
 use qlora::train::config::{ByteCount, KEYS};
 use qlora::train::plan::{Engine, Footprint, HostFootprint, Item, LongestBatch, Plan, Workload};
 use qlora::train::{Shape, TrainConfig};
@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{ConfigFlags, ShapeArgs};
 
 /// Keys of `qlora train` that decide how much memory a run takes.
-const WITH_EFFECT: [&str; 13] = [
+const WITH_EFFECT: [&str; 16] = [
     "source_max_len",
     "target_max_len",
     "max_seq_len",
@@ -23,6 +23,9 @@ const WITH_EFFECT: [&str; 13] = [
     "double_quant",
     "lora_r",
     "lora_target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "rank_pattern",
     "lora_dropout",
     "optim",
     "gradient_checkpointing",
@@ -88,12 +91,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         DeviceKind::Cpu => Engine::Cpu,
         DeviceKind::Cuda => Engine::Kernels,
     };
-    let lora = (config.lora_r, &config.lora_target_modules);
+    let lora = match &config.adapter {
+        Some(dir) => config.adapter_config_of(&Adapter::read(dir)?.config, dir, &model)?,
+        None => config.new_adapter_config(),
+    };
     let budget = config.per_device_train_batch_tokens.unwrap_or(0);
     let longest = config.longest_sequence().max(budget);
     let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
-    let workload = Workload::new(model, blocks, engine, lora, batch);
-    let workload = workload.with_settings(&config, config.lora_dropout.unwrap_or(0.0));
+    let workload = Workload::new(model, blocks, engine, &lora, batch);
+    let workload = workload.with_settings(&config, lora.lora_dropout);
     let report = Report::new(&workload, &config, args.vram);
     match args.json {
         true => println!("{}", report.json(args.tflops)),

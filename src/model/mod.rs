@@ -15,6 +15,7 @@ mod parameters;
 mod rope_frequencies;
 mod training_pass;
 
+pub use adapter::RankAndScaling;
 pub use approximation::{ApproximationError, LoraFactors};
 pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, MLP_TILE_ROWS, Saved};
 pub use config::*;

@@ -35,7 +35,7 @@ impl Adapter {
     ///
     /// # Errors
     /// Those of [`AdapterConfig::from_json`]; [`Error::Malformed`] or [`Error::TensorMismatch`] for a tensor that is not
-    /// half of a LoRA pair of rank `r`.
+    /// half of a LoRA pair of the rank that the config gives its module.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         refuse_file(dir)?;
@@ -111,28 +111,28 @@ impl Adapter {
             return Err(Error::malformed(path, "has no tensors"));
         }
         for (name, tensor) in &self.tensors {
-            let (expected, rank, other) = if let Some(layer) = name.strip_suffix(LORA_A) {
-                ("[r, in]", tensor.shape.first(), format!("{layer}{LORA_B}"))
+            let (expected, rank, layer, other) = if let Some(layer) = name.strip_suffix(LORA_A) {
+                ("[r, in]", tensor.shape.first(), layer, LORA_B)
             } else if let Some(layer) = name.strip_suffix(LORA_B) {
-                ("[out, r]", tensor.shape.last(), format!("{layer}{LORA_A}"))
+                ("[out, r]", tensor.shape.last(), layer, LORA_A)
             } else {
                 let reason =
                     format!("tensor `{name}` is neither lora_A nor lora_B of a linear layer");
                 return Err(Error::malformed(path, reason));
             };
-            if !name.starts_with(PREFIX) {
-                return Err(Error::malformed(
-                    path,
-                    format!("tensor `{name}` does not start with {PREFIX}"),
-                ));
-            }
-            if tensor.shape.len() != 2 || rank != Some(&self.config.r) {
+            let Some(module) = layer.strip_prefix(PREFIX) else {
+                let reason = format!("tensor `{name}` does not start with {PREFIX}");
+                return Err(Error::malformed(path, reason));
+            };
+            let r = self.config.rank_of(module);
+            if tensor.shape.len() != 2 || rank != Some(&r) {
                 return Err(Error::TensorMismatch {
                     tensor: name.clone(),
-                    expected: format!("{expected} with r = {}", self.config.r),
+                    expected: format!("{expected} with r = {r}, by {CONFIG_FILE}"),
                     found: format!("{:?}", tensor.shape),
                 });
             }
+            let other = format!("{layer}{other}");
             if !self.tensors.contains_key(&other) {
                 return Err(Error::MissingTensor {
                     path: path.to_path_buf(),

@@ -2,12 +2,17 @@
 //!
 //! Source: `LoraConfig` of PEFT 0.21; a writer emits only keys that old releases know, since those fail on others.
 
+mod keys;
+
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use super::layer_selection::LayerSelection;
+use super::module_patterns::ModulePatterns;
 use super::target_modules::TargetModules;
-use crate::{Error, Result};
+use crate::Result;
+use keys::Keys;
 
 /// The settings of a LoRA adapter.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,37 +23,80 @@ pub struct AdapterConfig {
     pub lora_alpha: f64,
     pub lora_dropout: f64,
     pub target_modules: TargetModules,
+    /// Of the target modules, those that get no adapter all the same.
+    pub exclude_modules: Option<TargetModules>,
+    /// The layers that get an adapter; `None` for all.
+    pub layers_to_transform: Option<LayerSelection>,
+    /// The rank of modules that have another one than `r`.
+    pub rank_pattern: ModulePatterns<usize>,
+    /// The alpha of modules that have another one than `lora_alpha`.
+    pub alpha_pattern: ModulePatterns<f64>,
     /// Scale by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
     pub use_rslora: bool,
 }
 
-/// Keys that say nothing about what a trained adapter computes.
-#[rustfmt::skip]
-const HARMLESS: &[&str] = &[
-    "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "loftq_config", "lora_ga_config",
-    "megatron_core", "peft_version", "qalora_group_size", "runtime_config",
-];
-
-/// Initializations that leave the base model's weights as they are.
-const INIT_THAT_KEEPS_THE_BASE: [&str; 3] = ["gaussian", "orthogonal", "eva"];
+/// Those of PEFT, on all linear layers.
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            base_model_name_or_path: None,
+            revision: None,
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            target_modules: TargetModules::AllLinear,
+            exclude_modules: None,
+            layers_to_transform: None,
+            rank_pattern: ModulePatterns::default(),
+            alpha_pattern: ModulePatterns::default(),
+            use_rslora: false,
+        }
+    }
+}
 
 impl AdapterConfig {
-    /// The factor of the adapter's output.
+    /// Whether the linear layer at `path`, for example `model.layers.0.self_attn.q_proj`, gets an adapter.
+    pub fn targets(&self, path: &str) -> bool {
+        let is_excluded = self
+            .exclude_modules
+            .as_ref()
+            .is_some_and(|e| e.matches(path));
+        let is_in_layers = match &self.layers_to_transform {
+            None => true,
+            // As in PEFT, a whole path is a target whatever its layer.
+            Some(layers) => self.target_modules.names(path) || layers.contains(path),
+        };
+        self.target_modules.matches(path) && !is_excluded && is_in_layers
+    }
+
+    /// The rank of the adapter at `path`.
+    pub fn rank_of(&self, path: &str) -> usize {
+        self.rank_pattern.of(path).unwrap_or(self.r)
+    }
+
+    /// The factor of the output of the adapter at `path`.
+    pub fn scaling_of(&self, path: &str) -> f64 {
+        let alpha = self.alpha_pattern.of(path).unwrap_or(self.lora_alpha);
+        self.ratio(alpha, self.rank_of(path))
+    }
+
+    /// The factor of adapters that no pattern matches.
     pub fn scaling(&self) -> f64 {
-        let r = self.r as f64;
-        self.lora_alpha / if self.use_rslora { r.sqrt() } else { r }
+        self.ratio(self.lora_alpha, self.r)
+    }
+
+    fn ratio(&self, alpha: f64, r: usize) -> f64 {
+        let r = r as f64;
+        alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
     /// Reads the parsed `adapter_config.json` found at `path`.
     ///
     /// # Errors
-    /// [`Error::UnsupportedModel`] for a key that changes what the adapter computes and is not understood,
-    /// [`Error::Malformed`] for a value that cannot be.
+    /// [`Error::UnsupportedModel`](crate::Error::UnsupportedModel) for a key that changes what the adapter computes and is
+    /// not understood, [`Error::Malformed`](crate::Error::Malformed) for a value that cannot be.
     pub fn from_json(config: &Value, path: &Path) -> Result<Self> {
-        let object = config
-            .as_object()
-            .ok_or_else(|| Error::malformed(path, "is not a JSON object"))?;
-        let keys = Keys { object, path };
+        let keys = Keys::of(config, path)?;
         let read = Self {
             base_model_name_or_path: keys.text("base_model_name_or_path")?,
             revision: keys.text("revision")?,
@@ -56,13 +104,19 @@ impl AdapterConfig {
             lora_alpha: keys.number("lora_alpha")?.unwrap_or(8.0),
             lora_dropout: keys.number("lora_dropout")?.unwrap_or(0.0),
             target_modules: keys.target_modules()?,
-            use_rslora: keys
-                .value("use_rslora")
-                .and_then(Value::as_bool)
-                .unwrap_or(false),
+            exclude_modules: keys.exclude_modules()?,
+            layers_to_transform: keys.layers_to_transform()?,
+            rank_pattern: keys.patterns("rank_pattern")?,
+            alpha_pattern: keys.patterns("alpha_pattern")?,
+            use_rslora: keys.flag("use_rslora"),
         };
         if !(0.0..1.0).contains(&read.lora_dropout) {
             return Err(keys.malformed("lora_dropout", "is not in [0, 1)"));
+        }
+        let is_regex = matches!(read.target_modules, TargetModules::Pattern { .. });
+        if is_regex && read.layers_to_transform.is_some() {
+            let reason = "cannot be used when `target_modules` is a regex";
+            return Err(keys.malformed("layers_to_transform", reason));
         }
         keys.check_others()?;
         Ok(read)
@@ -70,177 +124,37 @@ impl AdapterConfig {
 
     /// `adapter_config.json` as PEFT writes it for inference.
     pub fn to_json(&self) -> Value {
-        let target_modules = match &self.target_modules {
-            TargetModules::AllLinear => json!("all-linear"),
-            TargetModules::Pattern { text, .. } => json!(text),
-            TargetModules::Names(names) => {
-                let mut short: Vec<&str> = names
-                    .iter()
-                    .filter_map(|name| name.rsplit('.').next())
-                    .collect();
-                short.sort_unstable();
-                short.dedup();
-                json!(short)
-            }
-        };
         let lora_alpha = match self.lora_alpha.fract() == 0.0 && self.lora_alpha.abs() < 1e15 {
             true => json!(self.lora_alpha as i64),
             false => json!(self.lora_alpha),
         };
-        json!({
-            "alpha_pattern": {},
+        let layers = self.layers_to_transform.as_ref();
+        let mut json = json!({
+            "alpha_pattern": self.alpha_pattern.to_json(),
             "auto_mapping": null,
             "base_model_name_or_path": self.base_model_name_or_path,
             "bias": "none",
             "fan_in_fan_out": false,
             "inference_mode": true,
             "init_lora_weights": true,
-            "layers_pattern": null,
-            "layers_to_transform": null,
+            "layers_pattern": layers.and_then(LayerSelection::patterns_json),
+            "layers_to_transform": layers.map(LayerSelection::indices),
             "lora_alpha": lora_alpha,
             "lora_dropout": self.lora_dropout,
             "modules_to_save": null,
             "peft_type": "LORA",
             "r": self.r,
-            "rank_pattern": {},
+            "rank_pattern": self.rank_pattern.to_json(),
             "revision": self.revision,
-            "target_modules": target_modules,
+            "target_modules": self.target_modules.to_json(),
             "task_type": "CAUSAL_LM",
             "use_dora": false,
             "use_rslora": self.use_rslora,
-        })
-    }
-}
-
-struct Keys<'a> {
-    object: &'a Map<String, Value>,
-    path: &'a Path,
-}
-
-impl<'a> Keys<'a> {
-    fn value(&self, key: &str) -> Option<&'a Value> {
-        self.object.get(key).filter(|value| !value.is_null())
-    }
-
-    fn text(&self, key: &str) -> Result<Option<String>> {
-        self.value(key)
-            .map(|value| {
-                value
-                    .as_str()
-                    .map(str::to_string)
-                    .ok_or_else(|| self.malformed(key, "is not a string"))
-            })
-            .transpose()
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.value(key)
-            .map(|value| {
-                let number = value.as_f64().filter(|number| number.is_finite());
-                number.ok_or_else(|| self.malformed(key, "is not a number"))
-            })
-            .transpose()
-    }
-
-    fn r(&self) -> Result<usize> {
-        let r = self
-            .value("r")
-            .and_then(Value::as_u64)
-            .filter(|r| (1..=1 << 20).contains(r));
-        r.map(|r| r as usize)
-            .ok_or_else(|| self.malformed("r", "is not a rank of at least 1"))
-    }
-
-    fn target_modules(&self) -> Result<TargetModules> {
-        let wrong = || self.malformed("target_modules", "is neither a list of names nor a string");
-        match self.value("target_modules") {
-            Some(Value::String(all)) if all.eq_ignore_ascii_case("all-linear") => {
-                Ok(TargetModules::AllLinear)
-            }
-            Some(Value::String(regex)) => TargetModules::pattern(regex)
-                .map_err(|reason| self.malformed("target_modules", &reason)),
-            Some(Value::Array(names)) => {
-                let names: Option<Vec<_>> = names
-                    .iter()
-                    .map(|name| name.as_str().map(str::to_string))
-                    .collect();
-                names.map(TargetModules::Names).ok_or_else(wrong)
-            }
-            _ => Err(wrong()),
+        });
+        // Younger than the others: releases that do not know it fail on it.
+        if let Some(excluded) = &self.exclude_modules {
+            json["exclude_modules"] = excluded.to_json();
         }
-    }
-
-    /// Refuses each key that is neither read nor known to be harmless and that has another value than "not used".
-    fn check_others(&self) -> Result<()> {
-        for (key, value) in self.object {
-            let hint = match key.as_str() {
-                "base_model_name_or_path"
-                | "revision"
-                | "r"
-                | "lora_alpha"
-                | "lora_dropout"
-                | "target_modules" => continue,
-                "use_rslora" if value.is_boolean() => continue,
-                "peft_type" if value == "LORA" => continue,
-                "peft_type" => "only LORA adapters are",
-                "task_type" if value == "CAUSAL_LM" => continue,
-                "task_type" => "only CAUSAL_LM adapters are",
-                "bias" if value == "none" => continue,
-                "bias" => "train without biases",
-                "init_lora_weights" if keeps_the_base(value) => continue,
-                "init_lora_weights" => {
-                    "it changes the base weights; convert the adapter to plain LoRA with PEFT first"
-                }
-                key if HARMLESS.contains(&key) || is_unused(value) => continue,
-                "use_dora" | "lora_bias" => "only plain LoRA is",
-                _ => "it could change what the adapter computes",
-            };
-            if !value.is_null() {
-                return Err(self.unsupported(key, hint));
-            }
-        }
-        match self.object.contains_key("peft_type") {
-            true => Ok(()),
-            false => Err(self.malformed("peft_type", "is missing")),
-        }
-    }
-
-    fn unsupported(&self, key: &str, hint: &str) -> Error {
-        Error::UnsupportedModel {
-            path: self.path.to_path_buf(),
-            field: key.to_string(),
-            value: self
-                .object
-                .get(key)
-                .map_or_else(|| "null".into(), Value::to_string),
-            hint: hint.to_string(),
-        }
-    }
-
-    fn malformed(&self, key: &str, reason: &str) -> Error {
-        let reason = match self.object.get(key) {
-            Some(value) => format!("`{key}` = {value} {reason}"),
-            None => format!("`{key}` {reason}"),
-        };
-        Error::malformed(self.path, reason)
-    }
-}
-
-fn keeps_the_base(init: &Value) -> bool {
-    match init {
-        Value::Null | Value::Bool(_) => true,
-        Value::String(name) => INIT_THAT_KEEPS_THE_BASE.contains(&name.as_str()),
-        _ => false,
-    }
-}
-
-/// Whether a value says that a feature is off.
-fn is_unused(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(items) => items.is_empty(),
-        Value::Object(items) => items.is_empty(),
-        Value::String(text) => text.is_empty(),
-        _ => false,
+        json
     }
 }

@@ -20,10 +20,15 @@ impl Adapter {
     /// # Errors
     /// [`Error::TensorMismatch`] if `initial` has other layers, another rank or another scaling.
     pub fn relative_to_original(&self, initial: &Self) -> Result<Self> {
-        if self.config.r != initial.config.r || self.config.scaling() != initial.config.scaling() {
-            let of = |config: &AdapterConfig| {
-                format!("r {} with scaling {}", config.r, config.scaling())
-            };
+        let of = |config: &AdapterConfig| {
+            let (r, scaling) = (config.r, config.scaling());
+            let patterns = (&config.rank_pattern, &config.alpha_pattern);
+            format!(
+                "r {r} [{}] with scaling {scaling} [{}]",
+                patterns.0, patterns.1
+            )
+        };
+        if of(&self.config) != of(&initial.config) {
             return Err(Error::TensorMismatch {
                 tensor: "adapter_config.json".into(),
                 expected: format!("{}, as the initial adapter", of(&initial.config)),
@@ -66,6 +71,12 @@ impl Adapter {
             config: AdapterConfig {
                 r: 2 * self.config.r,
                 lora_alpha: alpha_factor * self.config.lora_alpha,
+                rank_pattern: self.config.rank_pattern.clone().map(|r| 2 * r),
+                alpha_pattern: self
+                    .config
+                    .alpha_pattern
+                    .clone()
+                    .map(|alpha| alpha_factor * alpha),
                 ..self.config.clone()
             },
         })

@@ -13,9 +13,11 @@ mod disk;
 mod file_watch;
 mod fingerprint;
 mod initialization;
+mod layer_selection;
 mod manifest;
 mod mapped_file;
 mod mapped_ranges;
+mod module_patterns;
 mod quantize;
 mod safetensors_writer;
 mod target_modules;
@@ -29,10 +31,12 @@ pub use checkpoint::Checkpoint;
 pub use disk::{Disk, SystemDisk};
 pub use file_watch::FileWatch;
 pub use initialization::{INITIAL_ADAPTER, Initialization, RelativeTo};
+pub use layer_selection::LayerSelection;
 pub(crate) use manifest::hex;
 pub use manifest::{Manifest, ManifestWriter};
 pub use mapped_file::MappedFile;
 pub use mapped_ranges::mapped_path_at;
+pub use module_patterns::ModulePatterns;
 pub use quantize::{
     QuantizeJob, QuantizeProgress, QuantizeReport, WeightQuantizer, quantize, quantize_with,
 };

@@ -1,7 +1,10 @@
 //! Which linear layers get an adapter, by PEFT's rules.
 
+use std::collections::BTreeSet;
+
 use regex::Regex;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Value, json};
 
 /// The keyword for every linear layer but the head.
 const ALL_LINEAR: &str = "all-linear";
@@ -73,13 +76,41 @@ impl TargetModules {
     pub fn matches(&self, path: &str) -> bool {
         match self {
             Self::AllLinear => path.rsplit('.').next() != Some("lm_head"),
-            Self::Names(names) => names.iter().any(|name| {
-                let rest = path.strip_suffix(name.as_str());
-                rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-            }),
+            Self::Names(names) => names.iter().any(|name| ends_in(path, name)),
             Self::Pattern { regex, .. } => regex.is_match(path),
         }
     }
+}
+
+impl TargetModules {
+    /// Whether one of the names is the whole of `path`.
+    pub(super) fn names(&self, path: &str) -> bool {
+        matches!(self, Self::Names(names) if names.iter().any(|name| name == path))
+    }
+
+    /// What PEFT reads: the names sorted, each once.
+    pub(super) fn to_json(&self) -> Value {
+        match self {
+            Self::AllLinear => json!(ALL_LINEAR),
+            Self::Pattern { text, .. } => json!(text),
+            Self::Names(names) => json!(names.iter().collect::<BTreeSet<_>>()),
+        }
+    }
+
+    /// The first name that no one of `paths` has.
+    pub fn unmatched(&self, paths: &[String]) -> Option<&str> {
+        let Self::Names(names) = self else {
+            return None;
+        };
+        let is_unknown = |name: &&String| !paths.iter().any(|path| ends_in(path, name));
+        names.iter().find(is_unknown).map(String::as_str)
+    }
+}
+
+/// Whether `path` is `name`, or ends in it after a dot.
+fn ends_in(path: &str, name: &str) -> bool {
+    let rest = path.strip_suffix(name);
+    rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 impl PartialEq for TargetModules {

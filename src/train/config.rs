@@ -6,6 +6,7 @@
 mod datasets;
 mod file;
 mod foreign;
+mod lora;
 mod values;
 
 use std::path::{Path, PathBuf};
@@ -14,13 +15,14 @@ use serde::{Deserialize, Serialize};
 
 pub use datasets::{DatasetColumns, DatasetList, DatasetWeights};
 pub use foreign::{FOREIGN_KEYS, SYNONYMS};
+pub(super) use lora::{expect_same_adapter, other_adapter};
 pub use values::{ByteCount, ComputeDtype, EvalMetric, OnNonFinite, Optim, Resume, ValueKind};
 
 use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::model::InitLoraWeights;
 use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
-use crate::store::TargetModules;
+use crate::store::{ModulePatterns, TargetModules};
 use crate::train::schedule::SchedulerType;
 use crate::{Error, Result};
 
@@ -139,16 +141,24 @@ train_config! {
     quant_type: QuantType = QuantType::Nf4;
     /// Quantize the block scales as well
     double_quant: bool = true;
-    /// LoRA rank
-    lora_r: usize = 64;
-    /// LoRA alpha; the adapter is scaled by lora_alpha / lora_r
-    lora_alpha: f64 = 16.0;
+    /// LoRA rank; unset: 64, or that of `adapter`
+    lora_r: Option<usize> = None;
+    /// LoRA alpha, the adapter is scaled by lora_alpha / lora_r; unset: 16, or that of `adapter`
+    lora_alpha: Option<f64> = None;
     /// Dropout on the adapter's input while training; unset: 0, or that of `adapter`
     lora_dropout: Option<f64> = None;
-    /// all-linear, a module name, a list of them, or a regex that matches whole module paths
-    lora_target_modules: TargetModules = TargetModules::AllLinear;
-    /// Scale the adapter by lora_alpha / sqrt(lora_r)
-    use_rslora: bool = false;
+    /// all-linear (also if unset), a module name, a list of them, or a regex that matches whole module paths
+    lora_target_modules: Option<TargetModules> = None;
+    /// Names, or a regex, of target modules that get no adapter
+    exclude_modules: Option<TargetModules> = None;
+    /// Layers that get an adapter, counted from 0; unset: all
+    layers_to_transform: Option<Vec<usize>> = None;
+    /// Ranks of single modules, by the end of their path or a regex of it: q_proj=8,layers.0.mlp.down_proj=16
+    rank_pattern: Option<ModulePatterns<usize>> = None;
+    /// The lora_alpha of single modules, in the same way
+    alpha_pattern: Option<ModulePatterns<f64>> = None;
+    /// Scale the adapter by lora_alpha / sqrt(lora_r); unset: false, or as `adapter`
+    use_rslora: Option<bool> = None;
     /// How a new adapter begins: true or gaussian; pissa, pissa_niter_N, loftq and olora begin with `qlora quantize`. Unset: as the base was made, else true
     init_lora_weights: Option<InitLoraWeights> = None;
 
@@ -323,6 +333,7 @@ impl TrainConfig {
 
     fn validate(&self) -> Result<()> {
         self.validate_sizes()?;
+        self.validate_targets()?;
         self.validate_optimization()?;
         self.validate_best_model()?;
         self.validate_batches()?;
@@ -371,7 +382,7 @@ impl TrainConfig {
 
     fn validate_sizes(&self) -> Result<()> {
         let at_least_one = [
-            ("lora_r", Some(self.lora_r)),
+            ("lora_r", self.lora_r),
             ("source_max_len", Some(self.source_max_len)),
             ("target_max_len", self.target_max_len),
             ("max_train_samples", self.max_train_samples),
@@ -430,6 +441,22 @@ impl TrainConfig {
         Ok(())
     }
 
+    fn validate_targets(&self) -> Result<()> {
+        if self.exclude_modules == Some(TargetModules::AllLinear) {
+            let reason = "would leave nothing to train; give names or a regex";
+            return Err(Error::config("exclude_modules", reason));
+        }
+        let is_regex = matches!(
+            self.lora_target_modules,
+            Some(TargetModules::Pattern { .. })
+        );
+        if is_regex && self.layers_to_transform.is_some() {
+            let reason = "needs names in lora_target_modules: a regex tells the layers by itself";
+            return Err(Error::config("layers_to_transform", reason));
+        }
+        Ok(())
+    }
+
     fn validate_batches(&self) -> Result<()> {
         if let Some(weights) = &self.dataset_weights
             && weights.0.len() != self.dataset.0.len()
@@ -474,6 +501,7 @@ impl TrainConfig {
         let share = |x: f64| (0.0..=1.0).contains(&x);
         let decay = |x: f64| (0.0..1.0).contains(&x);
         let lora_dropout = self.lora_dropout.unwrap_or(0.0);
+        let lora_alpha = self.lora_alpha.unwrap_or(1.0);
         let lora_plus = self.loraplus_lr_ratio.unwrap_or(1.0);
         let neftune = self.neftune_noise_alpha.unwrap_or(0.0);
         let epochs = self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS);
@@ -481,7 +509,7 @@ impl TrainConfig {
         #[rustfmt::skip]
         let rules = [
             ("learning_rate", self.learning_rate, positive(self.learning_rate), "greater than 0"),
-            ("lora_alpha", self.lora_alpha, positive(self.lora_alpha), "greater than 0"),
+            ("lora_alpha", lora_alpha, positive(lora_alpha), "greater than 0"),
             ("lora_dropout", lora_dropout, decay(lora_dropout), "at least 0 and less than 1"),
             ("adam_epsilon", self.adam_epsilon, positive(self.adam_epsilon), "greater than 0"),
             ("num_train_epochs", epochs, positive(epochs), "greater than 0"),

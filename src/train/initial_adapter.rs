@@ -33,10 +33,11 @@ pub(super) fn choose(config: &mut TrainConfig) -> Result<()> {
             }
         }
         (Some(init), None) => {
+            let adapter = config.new_adapter_config();
             let reason = format!(
                 "{init} is made together with the 4-bit weights: `qlora quantize SRC DST --{KEY} {init} --lora_r {} \
                  --lora_alpha {}`, then train with DST as the model",
-                config.lora_r, config.lora_alpha
+                adapter.r, adapter.lora_alpha
             );
             return Err(Error::config(KEY, reason));
         }

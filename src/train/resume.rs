@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 
 use super::checkpoint::{self, Checkpoint};
-use super::config::Resume;
+use super::config::{Resume, expect_same_adapter, other_adapter};
 use super::optimizer::Optimizer;
 use super::schedule::Schedule;
 use super::trainer::{Trainer, does_not_fit};
@@ -35,7 +35,8 @@ impl Trainer {
         };
         let found = &checkpoint.adapter.config;
         if self.config.adapter.is_none() {
-            expect_same_adapter(found, &self.adapter_config, &dir)?;
+            let model = self.decoder.config();
+            expect_same_adapter(&self.adapter_config, found, &dir, model)?;
         }
         expect_same_dropout(found, &self.adapter_config, &dir)?;
         let changes = self.changes_since(&checkpoint)?;
@@ -176,33 +177,7 @@ fn newest_complete(
     Err(Error::config("resume_from_checkpoint", reason))
 }
 
-/// A run cannot change the size or the scale of its adapter on the way.
-fn expect_same_adapter(
-    found: &AdapterConfig,
-    configured: &AdapterConfig,
-    dir: &Path,
-) -> Result<()> {
-    for (key, found, configured) in [
-        ("lora_r", found.r.to_string(), configured.r.to_string()),
-        (
-            "lora_alpha",
-            found.lora_alpha.to_string(),
-            configured.lora_alpha.to_string(),
-        ),
-        (
-            "use_rslora",
-            found.use_rslora.to_string(),
-            configured.use_rslora.to_string(),
-        ),
-    ] {
-        if found != configured {
-            return Err(other_adapter(key, &configured, &found, dir));
-        }
-    }
-    Ok(())
-}
-
-/// Nor can it go on with other masks and still end as if it had never stopped.
+/// A run cannot go on with other masks and still end as if it had never stopped.
 fn expect_same_dropout(
     found: &AdapterConfig,
     configured: &AdapterConfig,
@@ -214,11 +189,6 @@ fn expect_same_dropout(
     }
     let [configured, found] = [configured, found].map(|p| p.to_string());
     Err(other_adapter("lora_dropout", &configured, &found, dir))
-}
-
-fn other_adapter(key: &str, configured: &str, found: &str, dir: &Path) -> Error {
-    let reason = format!("is {configured}, but {found} in {}", dir.display());
-    Error::config(key, reason)
 }
 
 #[cfg(test)]
@@ -240,7 +210,7 @@ mod tests {
             dataset: case.join("train/data.jsonl").into(),
             model_name_or_path: case,
             output_dir: output_dir.to_path_buf(),
-            lora_r: 4,
+            lora_r: Some(4),
             learning_rate: 5e-3,
             per_device_train_batch_size: 2,
             gradient_accumulation_steps: MICRO_BATCHES,

@@ -94,21 +94,19 @@ impl Trainer {
         let data = RunData::load(&config, tokenizer.as_ref(), Some(model.vocab_size))?;
         let mut order = data.order(&config);
         let adapter = config.adapter.as_ref().map(Adapter::read).transpose()?;
-        let adapter_config = match &adapter {
-            Some(Adapter { config: found, .. }) => AdapterConfig {
-                lora_dropout: config.lora_dropout.unwrap_or(found.lora_dropout),
-                ..found.clone()
-            },
-            None => new_adapter_config(&config),
+        let adapter_config = match (&adapter, &config.adapter) {
+            (Some(Adapter { config: found, .. }), Some(dir)) => {
+                config.adapter_config_of(found, dir, &model)?
+            }
+            _ => config.new_adapter_config(),
         };
         let blocks = block_sizes(&base, config.quantize_options())?;
-        let lora = (adapter_config.r, &adapter_config.target_modules);
         let engine = Engine::of(placement);
         let rows = config.per_device_train_batch_size;
         let batch = LongestBatch::full(rows, order.longest_sequence());
         let workload = Workload {
             host_limit: available_memory_bytes(),
-            ..Workload::new(model, blocks, engine, lora, batch)
+            ..Workload::new(model, blocks, engine, &adapter_config, batch)
         };
         let workload = workload.with_settings(&config, adapter_config.lora_dropout);
         let plan = Plan::of_run(&config, &workload, placement)?;
@@ -437,18 +435,6 @@ fn suspects(micro_batches: &[SourcedBatch], is_finite: &[bool]) -> Vec<usize> {
     rows.sort_unstable();
     rows.dedup();
     rows
-}
-
-fn new_adapter_config(config: &TrainConfig) -> AdapterConfig {
-    AdapterConfig {
-        base_model_name_or_path: Some(config.model_name_or_path.display().to_string()),
-        revision: None,
-        r: config.lora_r,
-        lora_alpha: config.lora_alpha,
-        lora_dropout: config.lora_dropout.unwrap_or(0.0),
-        target_modules: config.lora_target_modules.clone(),
-        use_rslora: config.use_rslora,
-    }
 }
 
 /// An adapter that was made for another model, named by its directory.

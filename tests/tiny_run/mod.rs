@@ -24,7 +24,7 @@ pub fn config(output_dir: &Path) -> TrainConfig {
         output_dir: output_dir.to_path_buf(),
         eval_dataset_size: Some(4),
         eval_steps: Some(5),
-        lora_r: 4,
+        lora_r: Some(4),
         learning_rate: 5e-3,
         per_device_train_batch_size: 2,
         gradient_accumulation_steps: 2,

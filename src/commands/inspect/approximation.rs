@@ -114,8 +114,8 @@ fn layer_error(
     let factors = factors.as_ref().map(|(a, b, config)| LoraFactors {
         a,
         b,
-        r: config.r,
-        scaling: config.scaling(),
+        r: config.rank_of(path),
+        scaling: config.scaling_of(path),
     });
     ApproximationError::measure(name, original, base, factors)
         .with_context(|| "the adapter or the original does not fit the model".to_string())

@@ -104,6 +104,8 @@ impl Contents {
                 "r": config.r,
                 "lora_alpha": config.lora_alpha,
                 "scaling": config.scaling(),
+                "rank_pattern": config.rank_pattern.to_json(),
+                "alpha_pattern": config.alpha_pattern.to_json(),
                 "lora_dropout": config.lora_dropout,
                 "use_rslora": config.use_rslora,
                 "target_modules": config.target_modules,
@@ -148,11 +150,12 @@ impl Contents {
                 format!("{model_type} model, {}", shape.join(", "))
             }
             Kind::Adapter(config) => format!(
-                "LoRA adapter, r {}, lora_alpha {} (scaling {:.4}{}), lora_dropout {}, target_modules {}, base model {}",
+                "LoRA adapter, r {}, lora_alpha {} (scaling {:.4}{}){}, lora_dropout {}, target_modules {}, base model {}",
                 config.r,
                 config.lora_alpha,
                 config.scaling(),
                 if config.use_rslora { ", rsLoRA" } else { "" },
+                patterns(config),
                 config.lora_dropout,
                 json!(config.target_modules),
                 config
@@ -162,6 +165,18 @@ impl Contents {
             ),
         }
     }
+}
+
+/// The modules that have another rank or alpha than the rest.
+fn patterns(config: &AdapterConfig) -> String {
+    let mut text = String::new();
+    if !config.rank_pattern.is_empty() {
+        let _ = write!(text, ", rank_pattern {}", config.rank_pattern);
+    }
+    if !config.alpha_pattern.is_empty() {
+        let _ = write!(text, ", alpha_pattern {}", config.alpha_pattern);
+    }
+    text
 }
 
 fn shape(config: &Value) -> serde_json::Map<String, Value> {

@@ -107,6 +107,7 @@ impl InitArgs {
                 .clone()
                 .unwrap_or(TargetModules::AllLinear),
             use_rslora: self.use_rslora,
+            ..AdapterConfig::default()
         };
         let options = InitializeOptions {
             method,

@@ -10,7 +10,7 @@ use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::model::InitLoraWeights;
 use crate::quant::QuantType;
-use crate::store::TargetModules;
+use crate::store::{ModulePatterns, TargetModules};
 use crate::train::schedule::SchedulerType;
 
 /// What can be typed for a key.
@@ -27,8 +27,12 @@ pub enum ValueKind {
     List,
     /// One number, or a list of numbers.
     Numbers,
+    /// One count, or a list of counts.
+    Counts,
     /// `name=other` pairs.
     Pairs,
+    /// `name=number` pairs.
+    NumberPairs,
     /// `true`, `false` or a path.
     BoolOrPath,
     /// `true`, `false` or a name.
@@ -46,7 +50,9 @@ impl ValueKind {
             Self::Text => "NAME",
             Self::List => "NAMES",
             Self::Numbers => "X,X",
+            Self::Counts => "N,N",
             Self::Pairs => "A=B",
+            Self::NumberPairs => "NAME=N",
             Self::BoolOrPath => "BOOL|PATH",
             Self::BoolOrText => "true|NAME",
         }
@@ -71,7 +77,9 @@ impl ValueKind {
             Self::Text => "a name",
             Self::List => "a name or a list of names",
             Self::Numbers => "a number or a list of numbers",
+            Self::Counts => "a non-negative integer or a list of them",
             Self::Pairs => "pairs such as instruction=question",
+            Self::NumberPairs => "pairs such as q_proj=8",
             Self::BoolOrPath => "true, false or a path",
             Self::BoolOrText => "true or a name",
         };
@@ -105,7 +113,16 @@ impl ValueKind {
                 .iter()
                 .all(Value::is_number)
                 .then_some(Value::Array(items)),
-            (Self::Pairs, Value::String(text)) => Some(
+            (Self::Counts, Value::String(text)) => {
+                let counts = text.split(',').map(|count| count.trim().parse().ok());
+                counts.collect::<Option<Vec<u64>>>().map(Value::from)
+            }
+            (Self::Counts, Value::Number(n)) => n.is_u64().then(|| Value::Array(vec![n.into()])),
+            (Self::Counts, Value::Array(items)) => items
+                .iter()
+                .all(Value::is_u64)
+                .then_some(Value::Array(items)),
+            (Self::Pairs | Self::NumberPairs, Value::String(text)) => Some(
                 text.split(',')
                     .map(|pair| pair.trim().to_string())
                     .collect(),
@@ -115,7 +132,12 @@ impl ValueKind {
                 .map(|(name, other)| Some(format!("{name}={}", other.as_str()?)))
                 .collect::<Option<Vec<String>>>()
                 .map(Value::from),
-            (Self::List | Self::Pairs, Value::Array(items)) => items
+            (Self::NumberPairs, Value::Object(pairs)) => pairs
+                .into_iter()
+                .map(|(name, n)| n.is_number().then(|| format!("{name}={n}")))
+                .collect::<Option<Vec<String>>>()
+                .map(Value::from),
+            (Self::List | Self::Pairs | Self::NumberPairs, Value::Array(items)) => items
                 .iter()
                 .all(Value::is_string)
                 .then_some(Value::Array(items)),
@@ -167,6 +189,9 @@ config_value! {
     DeviceKind => Text,
     ComputeDtype => Text,
     TargetModules => List,
+    Vec<usize> => Counts,
+    ModulePatterns<usize> => NumberPairs,
+    ModulePatterns<f64> => NumberPairs,
     EvalMetric => Text,
     OnNonFinite => Text,
     Resume => BoolOrPath,

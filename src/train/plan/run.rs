@@ -3,9 +3,9 @@
 use super::{Engine, LIBRARIES_BYTES, Moments, Plan, Workload};
 use crate::Result;
 use crate::device::{Placement, Residence, Side};
-use crate::model::{DecoderConfig, Module};
+use crate::model::DecoderConfig;
 use crate::quant::BlockSizes;
-use crate::store::TargetModules;
+use crate::store::AdapterConfig;
 use crate::train::TrainConfig;
 
 /// The sizes of the longest micro-batch.
@@ -40,22 +40,18 @@ impl Engine {
 }
 
 impl Workload {
-    /// What training `model` takes, with an adapter of rank `r` on `targets`.
+    /// What training the adapters that `lora` puts on `model` takes.
     pub fn new(
         model: DecoderConfig,
         blocks: BlockSizes,
         engine: Engine,
-        (r, targets): (usize, &TargetModules),
+        lora: &AdapterConfig,
         batch: LongestBatch,
     ) -> Self {
-        let rank = |layer, module: Module| match targets.matches(&module.path(layer)) {
-            true => r,
-            false => 0,
-        };
+        let adapters = model.adapters(lora).into_iter();
+        let ranks = adapters.map(|block| block.map(|lora| lora.map_or(0, |lora| lora.r)));
         Self {
-            ranks: (0..model.num_layers)
-                .map(|layer| Module::ALL.map(|module| rank(layer, module)))
-                .collect(),
+            ranks: ranks.collect(),
             model,
             blocks,
             engine,
