@@ -27,12 +27,16 @@ struct Dropout {
         unsigned kept = 0;
 #pragma unroll 1
         for (unsigned j = 0; j < 8; j++) {
-            const uint4 words = numbers<1>(first + j);
-            const unsigned place = static_cast<unsigned>((first + j) % 8);
-            const unsigned pair = place < 4 ? (place < 2 ? words.x : words.y) : (place < 6 ? words.z : words.w);
-            kept |= ((pair >> 16 * (place % 2) & 0xffffu) >= threshold ? 1u : 0u) << j;
+            kept |= (keeps(first + j) ? 1u : 0u) << j;
         }
         return make_uint4(mask_of_bits(kept), mask_of_bits(kept >> 2), mask_of_bits(kept >> 4), mask_of_bits(kept >> 6));
+    }
+
+    __device__ __forceinline__ bool keeps(uint64_t element) const {
+        const uint4 words = numbers<1>(element);
+        const unsigned place = static_cast<unsigned>(element % 8);
+        const unsigned pair = place < 4 ? (place < 2 ? words.x : words.y) : (place < 6 ? words.z : words.w);
+        return (pair >> 16 * (place % 2) & 0xffffu) >= threshold;
     }
 
     __device__ __forceinline__ uint4 apply(uint4 x, uint64_t first) const {

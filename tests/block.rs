@@ -7,10 +7,11 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use oracle::{Random, assert_close, f32, f64s, oracle};
 use qlora::device::Placement;
-use qlora::model::{ActivationPolicy, Decoder, InputGrad, Layout, Module};
+use qlora::model::{ActivationPolicy, Decoder, InputGrad, Layout, LoraDropout, Module};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
 use qlora::ops::linear::ReferenceLora;
+use qlora::ops::matrix_dropout::{self, MatrixDropout};
 use qlora::ops::rope::Positions;
 use qlora::ops::{gated_act, linear, residual, rms_norm, rope};
 use qlora::store::{Adapter, Checkpoint};
@@ -66,7 +67,8 @@ fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
     }
 }
 
-/// `inputs`: x, then A and B of each module; `factors`: what dropout multiplies the input of each adapter by.
+/// `inputs`: x, then A and B of each module; `factors`: what dropout multiplies the input of each adapter by; `masks`: the
+/// same for its matrices.
 fn reference(
     inputs: &[Tensor],
     frozen: &Frozen,
@@ -74,12 +76,18 @@ fn reference(
     (segments, heads): (&[Segment], Heads),
     (eps, scaling): (f64, f64),
     factors: Option<&[Tensor]>,
+    masks: Option<&[(Tensor, Tensor)]>,
 ) -> Tensor {
     let project = |x: &Tensor, module: Module| {
         let i = module as usize;
+        let (mut a, mut b) = (inputs[1 + 2 * i].clone(), inputs[2 + 2 * i].clone());
+        if let Some(masks) = masks {
+            a = a.broadcast_mul(&masks[i].0).unwrap();
+            b = b.broadcast_mul(&masks[i].1).unwrap();
+        }
         let lora = ReferenceLora {
-            a: &inputs[1 + 2 * i],
-            b: &inputs[2 + 2 * i],
+            a: &a,
+            b: &b,
             scaling,
             dropout: factors.map(|factors| &factors[i]),
         };
@@ -108,7 +116,7 @@ fn reference(
     residual::reference(&mid, &project(&act, Module::Down)).unwrap()
 }
 
-fn check(case: &str, dropout: Option<Dropout>) {
+fn check(case: &str, dropout: LoraDropout) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/engine")
         .join(case);
@@ -153,13 +161,21 @@ fn check(case: &str, dropout: Option<Dropout>) {
     }
     let scaling = decoder.linear(0, Module::Q).lora.as_ref().unwrap().scaling;
     let frozen = frozen(&decoder, &checkpoint);
-    let factors = dropout.map(|dropout| {
+    let factors = dropout.inputs.map(|dropout| {
         Module::ALL.map(|module| {
             let mask = dropout.mask(0, module as usize);
             mask.reference(n, config.linear_shape(module).1).unwrap()
         })
     });
     let factors = factors.as_ref().map(|factors| &factors[..]);
+    let masks = dropout.matrices.map(|dropout| {
+        Module::ALL.map(|module| {
+            let (d_out, d_in) = config.linear_shape(module);
+            let masks = dropout.masks(0, module as usize, 0);
+            matrix_dropout::reference(&masks, d_in, d_out).unwrap()
+        })
+    });
+    let masks = masks.as_ref().map(|masks| &masks[..]);
     let (want, grads) = oracle(&mut random, &inputs, &dy, |t| {
         reference(
             t,
@@ -168,6 +184,7 @@ fn check(case: &str, dropout: Option<Dropout>) {
             (&segments, heads),
             (config.rms_norm_eps, scaling),
             factors,
+            masks,
         )
     });
 
@@ -215,27 +232,41 @@ fn check(case: &str, dropout: Option<Dropout>) {
 
 #[test]
 fn a_block_of_odd_sizes_equals_its_reference() {
-    check("llama_odd", None);
+    check("llama_odd", LoraDropout::default());
 }
 
 #[test]
 fn a_block_with_query_and_key_norm_equals_its_reference() {
-    check("qwen3", None);
+    check("qwen3", LoraDropout::default());
 }
 
 #[test]
 fn a_block_with_dropout_equals_its_reference() {
+    let inputs = Dropout::new(0.3, 5, 6, 7);
     for case in ["llama_odd", "qwen3", "qwen2"] {
-        check(case, Dropout::new(0.3, 5, 6, 7));
+        let matrices = None;
+        check(case, LoraDropout { inputs, matrices });
+    }
+}
+
+#[test]
+fn a_block_with_dropout_on_matrices_equals_its_reference() {
+    let matrices = MatrixDropout::new(0.5, 5, (6, 7), 1);
+    for (case, inputs) in [
+        ("llama_odd", None),
+        ("qwen3", Dropout::new(0.3, 5, 6, 7)),
+        ("qwen2", None),
+    ] {
+        check(case, LoraDropout { inputs, matrices });
     }
 }
 
 #[test]
 fn a_block_with_biases_equals_its_reference() {
-    check("qwen2", None);
+    check("qwen2", LoraDropout::default());
 }
 
 #[test]
 fn a_block_with_a_sliding_window_equals_its_reference() {
-    check("mistral_sw", None);
+    check("mistral_sw", LoraDropout::default());
 }

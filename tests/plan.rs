@@ -215,6 +215,16 @@ fn a_step_allocates_what_was_planned() {
             ("gradient_checkpointing", "true"),
             ("optim", "paged_adamw_8bit"),
         ],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("lora_matrix_dropout", "0.5"),
+        ],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("lora_matrix_dropout", "0.5"),
+            ("lora_matrix_dropout_instances", "2"),
+            ("per_device_train_batch_size", "1"),
+        ],
     ] {
         let (trainer, measured) = measure(config(&synthetic, keys), &placement);
         let plan = trainer.plan();

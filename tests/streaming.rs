@@ -136,6 +136,7 @@ fn trained(
         ("gradient_accumulation_steps".to_string(), "3".to_string()),
         ("lora_r".into(), "4".into()),
         ("lora_dropout".into(), "0.1".into()),
+        ("lora_matrix_dropout".into(), "0.5".into()),
         ("learning_rate".into(), "1e-3".into()),
     ];
     keys.extend(limit.map(|limit| ("vram_limit".into(), limit.to_string())));

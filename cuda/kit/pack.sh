@@ -19,7 +19,7 @@ mkdir -p "$kit/bin" "$kit/tests" "$kit/examples"
 
 export CUDAFORGE_THREADS=${CUDAFORGE_THREADS:-2}
 # The program is built for the tests, too: asking for it by itself would build its dependencies with other features again.
-tests=(kernels gpu dropout optimizer neftune streaming host_memory)
+tests=(kernels gpu dropout matrix_dropout optimizer neftune streaming host_memory)
 QLORA_COMMIT=$(git rev-parse --short=10 HEAD 2>/dev/null || echo unknown)
 export QLORA_COMMIT
 built=$(cargo test --features cuda --no-run "${tests[@]/#/--test=}" --message-format json-render-diagnostics)

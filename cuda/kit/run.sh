@@ -9,7 +9,7 @@
 set -euo pipefail
 
 kit=$(cd "$(dirname "$0")" && pwd)
-all_steps=(kernels gpu dropout optimizer neftune streaming host_memory bench-kernels speed-llama-110m speed-llama3-8b demo)
+all_steps=(kernels gpu dropout matrix_dropout optimizer neftune streaming host_memory bench-kernels speed-llama-110m speed-llama3-8b demo)
 # Asked for by name: the models of the paper and long contexts, within limits of memory. The largest writes 35 GB to TMPDIR.
 large_steps=(paper-33b paper-65b paper-65b-24 paper-65b-16 context-8b-24 context-8b-48 context-8b-80 context-70b-48 speed-llama-33b speed-llama-65b)
 libraries=(libcuda.so.1 libcublas.so.13 libcublasLt.so.13 libcurand.so.10 libnvrtc.so.13)
@@ -22,7 +22,7 @@ usage() {
 # The command of a step.
 command_of() {
   case $1 in
-    kernels | gpu | dropout | optimizer | neftune | streaming | host_memory) command=("$kit/bin/$1" --ignored) ;;
+    kernels | gpu | dropout | matrix_dropout | optimizer | neftune | streaming | host_memory) command=("$kit/bin/$1" --ignored) ;;
     bench-kernels) command=("$kit/bin/qlora" bench kernels --json) ;;
     paper-33b) memory_of llama-33b 64 512 21GB ;;
     paper-65b) memory_of llama-65b 64 512 41GB ;;

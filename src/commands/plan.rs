@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{ConfigFlags, ShapeArgs};
 
 /// Keys of `qlora train` that decide how much memory a run takes.
-const WITH_EFFECT: [&str; 16] = [
+const WITH_EFFECT: [&str; 18] = [
     "source_max_len",
     "target_max_len",
     "max_seq_len",
@@ -27,6 +27,8 @@ const WITH_EFFECT: [&str; 16] = [
     "layers_to_transform",
     "rank_pattern",
     "lora_dropout",
+    "lora_matrix_dropout",
+    "lora_matrix_dropout_instances",
     "optim",
     "gradient_checkpointing",
     "device",

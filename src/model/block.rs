@@ -12,11 +12,11 @@ use candle_core::Tensor;
 pub use mlp::MLP_TILE_ROWS;
 
 use super::kv_cache::LayerCache;
+use super::lora_dropout::LoraDropout;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
 use crate::Result;
 use crate::ops::attention::{self, Heads, Segments};
-use crate::ops::dropout::Dropout;
 use crate::ops::host_memory::Parked;
 use crate::ops::rms_norm;
 use crate::ops::rope::{self, Positions, RopeTable};
@@ -47,8 +47,8 @@ pub struct Layout<'a> {
     pub positions: &'a Positions,
     pub segments: &'a Segments,
     pub rope: &'a RopeTable,
-    /// On the adapters' inputs; `None` but in training.
-    pub dropout: Option<Dropout>,
+    /// Nothing is dropped but in training and by the models of an ensemble.
+    pub dropout: LoraDropout,
 }
 
 /// What forward leaves for backward, by [`ActivationPolicy`].
@@ -286,9 +286,7 @@ impl Block {
                 InputGrad::Needed => {
                     d_h = Some(linear.backward(&d_out, &h, u.as_ref(), dropout, d_h)?);
                 }
-                InputGrad::Skip => {
-                    drop(linear.backward_adapter(&d_out, &h, u.as_ref(), dropout)?)
-                }
+                InputGrad::Skip => linear.backward_adapter(&d_out, &h, u.as_ref(), dropout)?,
             }
         }
         let Some(d_h) = d_h else { return Ok(None) };

@@ -8,6 +8,7 @@ use super::block::{ActivationPolicy, Block, Layout};
 use super::config::DecoderConfig;
 use super::kv_cache::KvCache;
 use super::load::Loader;
+use super::lora_dropout::LoraDropout;
 use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
 use super::parameters::Parameters;
@@ -300,7 +301,7 @@ impl Rows {
             positions: &self.positions,
             segments: &self.segments,
             rope: &self.rope,
-            dropout: None,
+            dropout: LoraDropout::default(),
         }
     }
 }

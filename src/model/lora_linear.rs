@@ -1,12 +1,14 @@
 //! A linear layer of the base with the adapter on top of it, if it has one.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
+use super::lora_dropout::LoraDropout;
 use super::names::Module;
 use super::parameters::Trainable;
 use crate::Result;
-use crate::ops::dropout::Dropout;
+use crate::ops::dropout::Mask;
 use crate::ops::linear::{self, Lora, LoraGrad};
+use crate::ops::matrix_dropout::{self, FactorMasks};
 use crate::ops::weight::Weight;
 
 /// The two factors of an adapter, `a: [R, in]`, `b: [out, R]`.
@@ -19,15 +21,63 @@ pub struct LoraPair {
     pub place: (usize, Module),
 }
 
+/// An adapter as one instance of a micro-batch has it.
+struct Factors<'a> {
+    pair: &'a LoraPair,
+    /// Those of the pair, or masked copies of them.
+    a: Tensor,
+    b: Tensor,
+    masks: Option<FactorMasks>,
+    mask: Option<Mask>,
+    scaling: f32,
+}
+
 impl LoraPair {
-    fn values(&self, dropout: Option<Dropout>) -> Lora<'_> {
-        let (layer, module) = self.place;
+    /// With the dropout of one instance.
+    fn factors(&self, dropout: LoraDropout) -> Result<Factors<'_>> {
+        let (layer, module) = (self.place.0, self.place.1 as usize);
+        let masks = dropout.matrices;
+        let masks = masks.map(|dropout| dropout.masks(layer, module, 0));
+        let (a, b) = match &masks {
+            None => (self.a.value.clone(), self.b.value.clone()),
+            Some(masks) => matrix_dropout::forward(&self.a.value, &self.b.value, masks)?,
+        };
+        Ok(Factors {
+            pair: self,
+            a,
+            b,
+            masks,
+            mask: dropout.inputs.map(|dropout| dropout.mask(layer, module)),
+            scaling: self.scaling as f32 * masks.map_or(1.0, |masks| masks.scale()),
+        })
+    }
+}
+
+impl Factors<'_> {
+    fn lora(&self) -> Lora<'_> {
         Lora {
-            a: &self.a.value,
-            b: &self.b.value,
-            scaling: self.scaling as f32,
-            mask: dropout.map(|dropout| dropout.mask(layer, module as usize)),
+            a: &self.a,
+            b: &self.b,
+            scaling: self.scaling,
+            mask: self.mask,
         }
+    }
+
+    /// Adds to the pair's gradients and gives that of `u`.
+    fn backward(&self, dy: &Tensor, x: &Tensor, u: &Tensor) -> Result<Tensor> {
+        let (d_a, d_b) = (&self.pair.a.grad, &self.pair.b.grad);
+        let Some(masks) = &self.masks else {
+            return linear::backward_lora(dy, x, u, self.lora(), LoraGrad { d_a, d_b });
+        };
+        let zeros = |like: &Tensor| Tensor::zeros(like.shape(), DType::F32, like.device());
+        let (masked_a, masked_b) = (zeros(d_a)?, zeros(d_b)?);
+        let masked = LoraGrad {
+            d_a: &masked_a,
+            d_b: &masked_b,
+        };
+        let du = linear::backward_lora(dy, x, u, self.lora(), masked)?;
+        matrix_dropout::backward(&self.a, (&masked_a, &masked_b), masks, (d_a, d_b))?;
+        Ok(du)
     }
 }
 
@@ -40,20 +90,37 @@ pub struct LoraLinear {
 }
 
 impl LoraLinear {
-    /// The output, and `u = x A^T` for backward, of an `x` that dropout has been at if there is any.
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        dropout: Option<Dropout>,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        let lora = self.lora.as_ref().map(|lora| lora.values(dropout));
-        linear::forward(x, &self.weight, self.bias.as_ref(), lora)
+    /// The output, and `u = x A^T` for backward, with what `dropout` leaves of the adapter and its input.
+    pub fn forward(&self, x: &Tensor, dropout: LoraDropout) -> Result<(Tensor, Option<Tensor>)> {
+        let base = |lora| linear::forward(x, &self.weight, self.bias.as_ref(), lora);
+        let Some(lora) = &self.lora else {
+            return base(None);
+        };
+        let instances = dropout.instances();
+        if instances == 1 {
+            return base(Some(lora.factors(dropout)?.lora()));
+        }
+        let (y, _) = base(None)?;
+        let u = (0..instances).map(|i| {
+            let factors = lora.factors(dropout.of_instance(i))?;
+            let (x, y) = (part(x, i, instances)?, part(&y, i, instances)?);
+            linear::add_adapter(&x, factors.lora(), &y)
+        });
+        let u = together(u.collect::<Result<_>>()?)?;
+        Ok((y, Some(u)))
     }
 
     /// The `u` of [`forward`](Self::forward) alone.
-    pub fn down_project(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<Option<Tensor>> {
-        let lora = self.lora.as_ref().map(|lora| lora.values(dropout));
-        lora.map(|lora| linear::down_project(x, lora)).transpose()
+    pub fn down_project(&self, x: &Tensor, dropout: LoraDropout) -> Result<Option<Tensor>> {
+        let Some(lora) = &self.lora else {
+            return Ok(None);
+        };
+        let instances = dropout.instances();
+        let u = (0..instances).map(|i| {
+            let factors = lora.factors(dropout.of_instance(i))?;
+            linear::down_project(&part(x, i, instances)?, factors.lora())
+        });
+        together(u.collect::<Result<_>>()?).map(Some)
     }
 
     /// Adds to the adapter's gradients and gives the gradient of the input, added to `sum` if there is one; `dropout` as in
@@ -63,29 +130,59 @@ impl LoraLinear {
         dy: &Tensor,
         x: &Tensor,
         u: Option<&Tensor>,
-        dropout: Option<Dropout>,
+        dropout: LoraDropout,
         sum: Option<Tensor>,
     ) -> Result<Tensor> {
-        let du = self.backward_adapter(dy, x, u, dropout)?;
-        let lora = self.lora.as_ref().map(|lora| lora.values(dropout));
-        linear::backward_input(dy, &self.weight, du.as_ref().zip(lora), sum)
+        let (Some(lora), Some(u)) = (&self.lora, u) else {
+            return linear::backward_input(dy, &self.weight, None, sum);
+        };
+        let instances = dropout.instances();
+        if instances == 1 {
+            let factors = lora.factors(dropout)?;
+            let du = factors.backward(dy, x, u)?;
+            return linear::backward_input(dy, &self.weight, Some((&du, factors.lora())), sum);
+        }
+        let dx = linear::backward_input(dy, &self.weight, None, sum)?;
+        for i in 0..instances {
+            let factors = lora.factors(dropout.of_instance(i))?;
+            let of = |t: &Tensor| part(t, i, instances);
+            let du = factors.backward(&of(dy)?, &of(x)?, &of(u)?)?;
+            linear::add_adapter_backward(&du, factors.lora(), &of(&dx)?)?;
+        }
+        Ok(dx)
     }
 
-    /// Adds to the adapter's gradients alone and gives that of `u`.
+    /// Adds to the adapter's gradients alone.
     pub fn backward_adapter(
         &self,
         dy: &Tensor,
         x: &Tensor,
         u: Option<&Tensor>,
-        dropout: Option<Dropout>,
-    ) -> Result<Option<Tensor>> {
+        dropout: LoraDropout,
+    ) -> Result<()> {
         let (Some(lora), Some(u)) = (&self.lora, u) else {
-            return Ok(None);
+            return Ok(());
         };
-        let grad = LoraGrad {
-            d_a: &lora.a.grad,
-            d_b: &lora.b.grad,
-        };
-        linear::backward_lora(dy, x, u, lora.values(dropout), grad).map(Some)
+        let instances = dropout.instances();
+        for i in 0..instances {
+            let of = |t: &Tensor| part(t, i, instances);
+            let factors = lora.factors(dropout.of_instance(i))?;
+            factors.backward(&of(dy)?, &of(x)?, &of(u)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The rows of instance number `i`.
+fn part(t: &Tensor, i: usize, instances: usize) -> Result<Tensor> {
+    let rows = t.dim(0)? / instances;
+    Ok(t.narrow(0, i * rows, rows)?)
+}
+
+/// The rows of all instances, one after another.
+fn together(mut parts: Vec<Tensor>) -> Result<Tensor> {
+    match parts.len() {
+        1 => Ok(parts.remove(0)),
+        _ => Ok(Tensor::cat(&parts, 0)?),
     }
 }

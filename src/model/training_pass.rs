@@ -7,9 +7,11 @@ use candle_core::Tensor;
 
 use super::block::{ActivationPolicy, Block, InputGrad, Layout, Saved};
 use super::decoder::{Decoder, Rows, Sequences};
+use super::lora_dropout::{LoraDropout, repeat, repeat_sequences};
 use crate::Result;
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::neftune::{self, Noise};
 use crate::ops::weight::Direction;
 
@@ -18,8 +20,19 @@ use crate::ops::weight::Direction;
 pub struct Regularization {
     /// On the adapters' inputs.
     pub dropout: Option<Dropout>,
+    /// On the adapters' matrices.
+    pub matrix_dropout: Option<MatrixDropout>,
     /// On the token embeddings.
     pub noise: Option<Noise>,
+}
+
+impl Regularization {
+    fn lora_dropout(&self) -> LoraDropout {
+        LoraDropout {
+            inputs: self.dropout,
+            matrices: self.matrix_dropout,
+        }
+    }
 }
 
 /// What a decoder is trained on at a time.
@@ -35,7 +48,8 @@ pub struct MicroBatch<'a> {
 
 impl Decoder {
     /// Forward and backward: adds the gradient of `d_loss` times the summed loss of each micro-batch to the adapters'
-    /// gradients, with one policy for each block.
+    /// gradients, with one policy for each block. Of a micro-batch with several instances the mean over these counts, and
+    /// there are the losses of all.
     ///
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape) for a micro-batch whose parts do not belong together.
@@ -93,15 +107,18 @@ struct Pass<'a> {
 
 impl<'a> Pass<'a> {
     fn new(decoder: &'a Decoder, batch: &'a MicroBatch<'a>) -> Result<Self> {
-        let Sequences {
-            input_ids,
-            cu_seqlens,
-            ..
-        } = batch.sequences;
-        let rows = decoder.rows(batch.sequences)?;
-        let x = decoder.embed(input_ids)?;
+        let instances = batch.regularization.lora_dropout().instances();
+        let input_ids = repeat(batch.sequences.input_ids, instances);
+        let positions = repeat(batch.sequences.positions, instances);
+        let cu_seqlens = repeat_sequences(batch.sequences.cu_seqlens, instances);
+        let rows = decoder.rows(Sequences {
+            input_ids: &input_ids,
+            positions: &positions,
+            cu_seqlens: &cu_seqlens,
+        })?;
+        let x = decoder.embed(&input_ids)?;
         if let Some(noise) = batch.regularization.noise {
-            neftune::forward(&x, noise, cu_seqlens)?;
+            neftune::forward(&x, noise, &cu_seqlens)?;
         }
         Ok(Self {
             rows,
@@ -114,7 +131,7 @@ impl<'a> Pass<'a> {
 
     fn layout(&self) -> Layout<'_> {
         Layout {
-            dropout: self.batch.regularization.dropout,
+            dropout: self.batch.regularization.lora_dropout(),
             ..self.rows.layout()
         }
     }
@@ -142,9 +159,12 @@ impl<'a> Pass<'a> {
 
     fn loss(&mut self, d_loss: f32) -> Result<Losses> {
         let (decoder, x) = (self.decoder, self.take_hidden());
+        let instances = self.layout().dropout.instances();
+        let labels = repeat(self.batch.labels, instances);
+        let d_loss = d_loss / instances as f32;
         let normed = decoder.final_norm(&x)?;
         let (losses, d_normed) =
-            linear_cross_entropy::backward(&normed, decoder.head(), self.batch.labels, d_loss)?;
+            linear_cross_entropy::backward(&normed, decoder.head(), &labels, d_loss)?;
         let dx = d_normed.zeros_like()?;
         decoder.final_norm_backward(&d_normed, &x, &dx)?;
         self.hidden = Some(dx);

@@ -4,7 +4,7 @@
 //! `keep_scale = 2^16 / (2^16 - threshold)`, which is `1 / (1 - p)` for the `p` that the threshold stands for.
 //!
 //! One call of Philox gives the bits of eight elements. Its key is made from (seed, optimizer step, micro-batch), its counter
-//! is (element / 8, layer, module + 256 tile), and `element % 8` counts the halves of its four words, the low half first. An
+//! is (element / 8, layer + 2^16 instance, module + 2^8 tile), and `element % 8` counts the halves of its four words, the low half first. An
 //! element is counted in its micro-batch or, where a module takes that in tiles of rows, in its tile, row-major, so that the
 //! mask does not depend on what is kept and what is computed again.
 //! `cuda/dropout.cuh` makes the same masks.
@@ -28,6 +28,8 @@ const LANES: usize = 16;
 const CHUNK: usize = LANES * PER_CALL;
 /// Bits of the counter's last word that tell the modules of a layer apart; the tile is above them.
 const MODULE_BITS: u32 = 8;
+/// Bits of the word before it that tell the layers apart; the copy of the micro-batch is above them.
+const LAYER_BITS: u32 = 16;
 /// Tells the keys of dropout from other uses of the seed: "drop".
 const PURPOSE: u32 = 0x6472_6f70;
 
@@ -37,6 +39,7 @@ pub struct Dropout {
     key: [u32; 2],
     threshold: u32,
     tile: u32,
+    instance: u32,
 }
 
 impl Dropout {
@@ -44,12 +47,23 @@ impl Dropout {
     ///
     /// `step` is the number of optimizer steps done, `micro_batch` counts within the step.
     pub fn new(p: f64, seed: u64, step: usize, micro_batch: usize) -> Option<Self> {
+        Self::for_purpose(p, seed, (step, micro_batch), PURPOSE)
+    }
+
+    /// The same with masks for another use of the seed.
+    pub(super) fn for_purpose(
+        p: f64,
+        seed: u64,
+        (step, micro_batch): (usize, usize),
+        purpose: u32,
+    ) -> Option<Self> {
         let threshold = ((p * 65_536.0).round() as u32).min(65_535);
-        let key = micro_batch_key(seed, step, micro_batch, PURPOSE);
+        let key = micro_batch_key(seed, step, micro_batch, purpose);
         (threshold > 0).then_some(Self {
             key,
             threshold,
             tile: 0,
+            instance: 0,
         })
     }
 
@@ -61,11 +75,27 @@ impl Dropout {
         }
     }
 
+    /// The dropout of another copy of the micro-batch; number 0 is the first.
+    pub fn of_instance(self, number: usize) -> Self {
+        Self {
+            instance: number as u32,
+            ..self
+        }
+    }
+
+    /// The probability to be dropped that `p` was rounded to.
+    pub(super) fn p(&self) -> f64 {
+        f64::from(self.threshold) / 65_536.0
+    }
+
     /// The mask of the input of one module of one layer.
     pub fn mask(&self, layer: usize, module: usize) -> Mask {
         Mask {
             key: self.key,
-            stream: [layer as u32, module as u32 | self.tile << MODULE_BITS],
+            stream: [
+                layer as u32 | self.instance << LAYER_BITS,
+                module as u32 | self.tile << MODULE_BITS,
+            ],
             threshold: self.threshold,
         }
     }
@@ -80,6 +110,13 @@ pub struct Mask {
 }
 
 impl Mask {
+    /// Whether each of the first `count` elements is kept.
+    pub(super) fn kept(&self, count: usize) -> Vec<bool> {
+        let mut kept = vec![0.0; count];
+        self.keep(0, &vec![1.0; count], &mut kept);
+        kept.into_iter().map(|kept| kept != 0.0).collect()
+    }
+
     /// What is kept is multiplied by this.
     pub fn keep_scale(&self) -> f32 {
         65_536.0 / (65_536 - self.threshold) as f32

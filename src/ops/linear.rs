@@ -7,6 +7,7 @@
 //!
 //! Source: arXiv:2305.14314 equation 5, arXiv:2106.09685.
 
+mod adapter;
 mod masked;
 
 use candle_core::{DType, Tensor};
@@ -20,6 +21,8 @@ use super::launcher::{Factor, Grid, Launcher, Operand};
 use super::weight::Weight;
 use crate::Result;
 use masked::Masked;
+
+pub use adapter::{add_adapter, add_adapter_backward};
 
 const OP: &str = "linear";
 
@@ -145,9 +148,7 @@ fn forward_on_device(
     let Some(lora) = lora else {
         return Ok((y, None));
     };
-    let u = down_project(x, lora)?;
-    let factors = (Factor::new(&u), Factor::transposed(lora.b));
-    launcher.gemm(OP, factors, &y, lora.scaling, 1.0)?;
+    let u = adapter::add_adapter_on_device(launcher, x, lora, &y)?;
     Ok((y, Some(u)))
 }
 
@@ -362,13 +363,7 @@ fn backward_input_on_device(
     let w = weight.dense(launcher)?;
     launcher.gemm(OP, (Factor::new(dy), Factor::new(&w)), &dx, 1.0, beta)?;
     if let Some((du, lora)) = lora {
-        match &lora.mask {
-            Some(mask) => masked::add_up_project_on_device(launcher, du, lora.a, mask, &dx)?,
-            None => {
-                let factors = (Factor::new(du), Factor::new(lora.a));
-                launcher.gemm(OP, factors, &dx, 1.0, 1.0)?;
-            }
-        }
+        adapter::add_adapter_backward_on_device(launcher, du, lora, &dx)?;
     }
     Ok(dx)
 }

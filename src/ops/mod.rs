@@ -14,6 +14,7 @@ pub mod host_memory;
 pub mod linear;
 pub mod linear_cross_entropy;
 pub mod low_rank;
+pub mod matrix_dropout;
 pub mod neftune;
 pub mod paged;
 pub mod philox;

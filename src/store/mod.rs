@@ -17,6 +17,7 @@ mod layer_selection;
 mod manifest;
 mod mapped_file;
 mod mapped_ranges;
+mod matrix_dropout;
 mod module_patterns;
 mod quantize;
 mod safetensors_writer;
@@ -36,6 +37,7 @@ pub(crate) use manifest::hex;
 pub use manifest::{Manifest, ManifestWriter};
 pub use mapped_file::MappedFile;
 pub use mapped_ranges::mapped_path_at;
+pub use matrix_dropout::{MatrixDropoutScale, MatrixDropoutSettings};
 pub use module_patterns::ModulePatterns;
 pub use quantize::{
     QuantizeJob, QuantizeProgress, QuantizeReport, WeightQuantizer, quantize, quantize_with,

@@ -16,8 +16,8 @@ use super::best_model::BestModel;
 use super::fingerprint::Fingerprint;
 use crate::quant::DenseTensor;
 use crate::store::{
-    Adapter, AtomicDir, Disk, Existing, Manifest, ManifestWriter, MappedFile, remove_dir,
-    write_tensors,
+    Adapter, AtomicDir, Disk, Existing, Manifest, ManifestWriter, MappedFile,
+    MatrixDropoutSettings, remove_dir, write_tensors,
 };
 use crate::{Error, Result};
 
@@ -66,6 +66,8 @@ pub struct Checkpoint {
     pub state: TrainerState,
     pub fingerprint: Fingerprint,
     pub adapter: Adapter,
+    /// How the adapter's matrices are masked, if they are.
+    pub matrix_dropout: Option<MatrixDropoutSettings>,
     pub moments: BTreeMap<String, DenseTensor>,
     /// Of the micro-batches of [`TrainerState::partial_step`].
     pub gradients: BTreeMap<String, DenseTensor>,
@@ -98,6 +100,9 @@ pub fn write(disk: &Arc<dyn Disk>, run_dir: &Path, checkpoint: &Checkpoint) -> R
     let dir = AtomicDir::create_on(Arc::clone(disk), &path, Existing::Replace)?;
     let mut dir = ManifestWriter::new(dir);
     checkpoint.adapter.write_into(&mut dir)?;
+    if let Some(settings) = &checkpoint.matrix_dropout {
+        settings.write_into(&mut dir)?;
+    }
     let none = BTreeMap::new();
     dir.write(OPTIMIZER_FILE, |out| {
         write_tensors(out, &checkpoint.moments, &none)
@@ -142,6 +147,7 @@ pub fn read(dir: &Path) -> Result<Checkpoint> {
     };
     Ok(Checkpoint {
         adapter: Adapter::read(dir)?,
+        matrix_dropout: MatrixDropoutSettings::read(dir)?,
         moments: tensors(OPTIMIZER_FILE)?,
         gradients: match state.partial_step {
             None => BTreeMap::new(),

@@ -22,7 +22,7 @@ use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::model::InitLoraWeights;
 use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
-use crate::store::{ModulePatterns, TargetModules};
+use crate::store::{MatrixDropoutScale, ModulePatterns, TargetModules};
 use crate::train::schedule::SchedulerType;
 use crate::{Error, Result};
 
@@ -147,6 +147,12 @@ train_config! {
     lora_alpha: Option<f64> = None;
     /// Dropout on the adapter's input while training; unset: 0, or that of `adapter`
     lora_dropout: Option<f64> = None;
+    /// Dropout on the adapter's matrices while training: input features of A, output features of B; unset: 0, or that of `adapter`
+    lora_matrix_dropout: Option<f64> = None;
+    /// inverse: scale each masked matrix by 1/(1-p) in training; none: train without, and scale the adapter by (1-p)^2 afterwards; unset: inverse, or that of `adapter`
+    lora_matrix_dropout_scale: Option<MatrixDropoutScale> = None;
+    /// Instances of each micro-batch with masks of their own, computed together; the loss is their mean
+    lora_matrix_dropout_instances: usize = 1;
     /// all-linear (also if unset), a module name, a list of them, or a regex that matches whole module paths
     lora_target_modules: Option<TargetModules> = None;
     /// Names, or a regex, of target modules that get no adapter
@@ -337,6 +343,7 @@ impl TrainConfig {
         self.validate_optimization()?;
         self.validate_best_model()?;
         self.validate_batches()?;
+        self.validate_matrix_dropout()?;
         if self.eval_dataset.is_some() && self.eval_dataset_size.is_some() {
             return Err(Error::config(
                 "eval_dataset_size",
@@ -383,6 +390,10 @@ impl TrainConfig {
     fn validate_sizes(&self) -> Result<()> {
         let at_least_one = [
             ("lora_r", self.lora_r),
+            (
+                "lora_matrix_dropout_instances",
+                Some(self.lora_matrix_dropout_instances),
+            ),
             ("source_max_len", Some(self.source_max_len)),
             ("target_max_len", self.target_max_len),
             ("max_train_samples", self.max_train_samples),
@@ -495,6 +506,26 @@ impl TrainConfig {
         }
     }
 
+    /// What says more about dropout on matrices is nothing without it; an adapter that the run starts from may bring it.
+    fn validate_matrix_dropout(&self) -> Result<()> {
+        let is_off = match self.lora_matrix_dropout {
+            Some(p) => p == 0.0,
+            None => self.adapter.is_none(),
+        };
+        let instances = self.lora_matrix_dropout_instances > 1;
+        let scale = self.lora_matrix_dropout_scale.is_some();
+        for (key, is_given) in [
+            ("lora_matrix_dropout_instances", instances),
+            ("lora_matrix_dropout_scale", scale),
+        ] {
+            if is_off && is_given {
+                let reason = "is for masked matrices; give lora_matrix_dropout";
+                return Err(Error::config(key, reason));
+            }
+        }
+        Ok(())
+    }
+
     fn validate_optimization(&self) -> Result<()> {
         let positive = |x: f64| x > 0.0 && x.is_finite();
         let not_negative = |x: f64| x >= 0.0 && x.is_finite();
@@ -502,6 +533,7 @@ impl TrainConfig {
         let decay = |x: f64| (0.0..1.0).contains(&x);
         let lora_dropout = self.lora_dropout.unwrap_or(0.0);
         let lora_alpha = self.lora_alpha.unwrap_or(1.0);
+        let matrix_dropout = self.lora_matrix_dropout.unwrap_or(0.0);
         let lora_plus = self.loraplus_lr_ratio.unwrap_or(1.0);
         let neftune = self.neftune_noise_alpha.unwrap_or(0.0);
         let epochs = self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS);
@@ -511,6 +543,7 @@ impl TrainConfig {
             ("learning_rate", self.learning_rate, positive(self.learning_rate), "greater than 0"),
             ("lora_alpha", lora_alpha, positive(lora_alpha), "greater than 0"),
             ("lora_dropout", lora_dropout, decay(lora_dropout), "at least 0 and less than 1"),
+            ("lora_matrix_dropout", matrix_dropout, decay(matrix_dropout), "at least 0 and less than 1"),
             ("adam_epsilon", self.adam_epsilon, positive(self.adam_epsilon), "greater than 0"),
             ("num_train_epochs", epochs, positive(epochs), "greater than 0"),
             ("neftune_noise_alpha", neftune, not_negative(neftune), "0 or greater"),

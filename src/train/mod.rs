@@ -7,6 +7,7 @@ mod checkpoint_writer;
 pub mod config;
 mod fingerprint;
 mod initial_adapter;
+mod matrix_dropout;
 pub mod metrics;
 mod optimizer;
 pub mod plan;

@@ -147,6 +147,8 @@ pub struct Workload {
     pub moments: Moments,
     /// Whether the adapters' inputs have dropout.
     pub dropout: bool,
+    /// Instances of a micro-batch where the adapters' matrices have dropout.
+    pub instances: Option<usize>,
     /// Micro-batches of a step.
     pub micro_batches: usize,
     pub residence: Residence,
@@ -221,6 +223,20 @@ impl Workload {
         }
         .min(self.label_rows)
     }
+
+    /// How many times a micro-batch goes through the model at a time.
+    pub fn instances(&self) -> usize {
+        self.instances.unwrap_or(1)
+    }
+
+    /// The same with the rows of all instances.
+    fn stacked(&self) -> Self {
+        Self {
+            rows: self.rows * self.instances(),
+            label_rows: self.label_rows * self.instances(),
+            ..self.clone()
+        }
+    }
 }
 
 /// Bytes of pinned host memory.
@@ -272,7 +288,8 @@ impl Plan {
 
     /// How many inputs of blocks wait in host memory at a time, and the bytes of each in the longest micro-batch.
     pub fn offloaded_inputs(&self, workload: &Workload) -> (usize, usize) {
-        let input = workload.rows * workload.model.hidden_size * workload.value_bytes() as usize;
+        let rows = workload.stacked().rows;
+        let input = rows * workload.model.hidden_size * workload.value_bytes() as usize;
         (self.offloaded_blocks() * self.together, input)
     }
 
@@ -379,15 +396,15 @@ impl Workload {
         self.trained_tensors().sum()
     }
 
-    /// FLOPs of the linear layers, the head and attention for one micro-batch, forward and backward, when the
-    /// activations of `kept` blocks are kept.
+    /// FLOPs of the linear layers, the head and attention for one micro-batch with its instances, forward and backward, when
+    /// the activations of `kept` blocks are kept.
     ///
     /// A frozen weight takes 2 per element and token in forward and as many for the gradient of its input; attention at
     /// full length 2 `(N + 1)` per query value and product, of which forward has 2 and backward 5. What is computed again is
     /// forward without `down_proj`.
     pub fn flops(&self, kept: usize) -> f64 {
         let model = &self.model;
-        let rows = self.rows as f64;
+        let rows = (self.rows * self.instances()) as f64;
         let elements: usize = model.block_elements().iter().sum();
         let linear = 2.0 * rows * elements as f64;
         let product = rows * (self.positions + 1) as f64 * self.head_widths().0 as f64;
@@ -396,7 +413,8 @@ impl Workload {
         let again = layers - kept as f64;
         let (d_out, d_in) = model.linear_shape(Module::Down);
         let forward_again = forward - 2.0 * rows * (d_out * d_in) as f64;
-        let head = 4.0 * self.label_rows as f64 * (model.vocab_size * model.hidden_size) as f64;
+        let label_rows = (self.label_rows * self.instances()) as f64;
+        let head = 4.0 * label_rows * (model.vocab_size * model.hidden_size) as f64;
         layers * (forward + backward) + again * forward_again + head
     }
 

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 
 use super::checkpoint::{self, Checkpoint};
 use super::config::{Resume, expect_same_adapter, other_adapter};
+use super::matrix_dropout;
 use super::optimizer::Optimizer;
 use super::schedule::Schedule;
 use super::trainer::{Trainer, does_not_fit};
@@ -39,6 +40,11 @@ impl Trainer {
             expect_same_adapter(&self.adapter_config, found, &dir, model)?;
         }
         expect_same_dropout(found, &self.adapter_config, &dir)?;
+        matrix_dropout::expect_same(
+            checkpoint.matrix_dropout.as_ref(),
+            self.matrix_dropout.as_ref(),
+            &dir,
+        )?;
         let changes = self.changes_since(&checkpoint)?;
         if !changes.is_empty() && !self.config.resume_with_changes {
             let reason = format!(

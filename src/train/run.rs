@@ -10,7 +10,7 @@ use super::metrics::{EvalRecord, MetricsWriter, StepRecord};
 use super::requests::Requests;
 use super::run_lock::RunLock;
 use super::trainer::Trainer;
-use crate::store::{Adapter, AtomicFile, remove_leftovers};
+use crate::store::{Adapter, AtomicFile, MatrixDropoutSettings, remove_leftovers};
 use crate::{Error, Result};
 
 /// The records of a run, in its directory.
@@ -81,6 +81,7 @@ impl Trainer {
         }
         self.expect_base_unchanged()?;
         self.take_best_model(&mut outputs)?;
+        MatrixDropoutSettings::write(self.matrix_dropout.as_ref(), &dir)?;
         let adapter = self.decoder.adapter(&self.adapter_config)?;
         adapter.write(&dir)?;
         self.convert(&adapter, &mut outputs)?;

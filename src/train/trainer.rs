@@ -8,6 +8,7 @@ use super::checkpoint::{Checkpoint, PartialStep, TrainerState};
 use super::config::{OnNonFinite, TrainConfig};
 use super::fingerprint::Fingerprint;
 use super::initial_adapter;
+use super::matrix_dropout;
 use super::metrics::{EvalRecord, StepRecord};
 use super::optimizer::Optimizer;
 use super::plan::{Engine, LongestBatch, Plan, Workload};
@@ -22,14 +23,18 @@ use crate::model::{
 };
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::neftune::Noise;
-use crate::store::{self, Adapter, AdapterConfig, Disk, FileWatch, SystemDisk};
+use crate::store::{
+    self, Adapter, AdapterConfig, Disk, FileWatch, MatrixDropoutSettings, SystemDisk,
+};
 use crate::{Error, Result};
 
 /// A decoder with its adapter, its data, and where the run stands.
 pub struct Trainer {
     pub(super) config: TrainConfig,
     pub(super) adapter_config: AdapterConfig,
+    pub(super) matrix_dropout: Option<MatrixDropoutSettings>,
     pub(super) decoder: Decoder,
     workload: Workload,
     plan: Plan,
@@ -94,12 +99,17 @@ impl Trainer {
         let data = RunData::load(&config, tokenizer.as_ref(), Some(model.vocab_size))?;
         let mut order = data.order(&config);
         let adapter = config.adapter.as_ref().map(Adapter::read).transpose()?;
-        let adapter_config = match (&adapter, &config.adapter) {
+        let start = config.adapter.as_ref().map(MatrixDropoutSettings::read);
+        let start = start.transpose()?.flatten();
+        let matrix_dropout = matrix_dropout::settings(&config, start.as_ref());
+        let mut adapter_config = match (&adapter, &config.adapter) {
             (Some(Adapter { config: found, .. }), Some(dir)) => {
                 config.adapter_config_of(found, dir, &model)?
             }
             _ => config.new_adapter_config(),
         };
+        let masked = matrix_dropout.as_ref();
+        matrix_dropout::set_alpha(&mut adapter_config, masked, start.as_ref());
         let blocks = block_sizes(&base, config.quantize_options())?;
         let engine = Engine::of(placement);
         let rows = config.per_device_train_batch_size;
@@ -108,7 +118,10 @@ impl Trainer {
             host_limit: available_memory_bytes(),
             ..Workload::new(model, blocks, engine, &adapter_config, batch)
         };
-        let workload = workload.with_settings(&config, adapter_config.lora_dropout);
+        let workload = Workload {
+            instances: masked.map(|_| config.lora_matrix_dropout_instances),
+            ..workload.with_settings(&config, adapter_config.lora_dropout)
+        };
         let plan = Plan::of_run(&config, &workload, placement)?;
         let placement = Placement {
             residence: plan.residence,
@@ -122,7 +135,11 @@ impl Trainer {
         }
         match (&adapter, &config.adapter) {
             (Some(adapter), Some(dir)) => {
-                decoder.load_adapter(adapter).map_err(does_not_fit(dir))?;
+                let adapter = Adapter {
+                    config: adapter_config.clone(),
+                    ..adapter.clone()
+                };
+                decoder.load_adapter(&adapter).map_err(does_not_fit(dir))?;
             }
             _ => {
                 let init = config.init_lora_weights.unwrap_or(InitLoraWeights::Default);
@@ -153,6 +170,7 @@ impl Trainer {
             known_checkpoints: Vec::new(),
             resumed: None,
             adapter_config,
+            matrix_dropout,
             decoder,
             data,
             total_steps,
@@ -198,7 +216,8 @@ impl Trainer {
                 (0, 0.0)
             }
         };
-        let mut losses = StepLosses::after(loss_sum);
+        let instances = self.workload.instances();
+        let mut losses = StepLosses::after(loss_sum, instances);
         let inputs: Vec<_> = micro_batches
             .iter()
             .enumerate()
@@ -287,6 +306,7 @@ impl Trainer {
             state: self.state.clone(),
             fingerprint: self.fingerprint.clone(),
             adapter: self.decoder.adapter(&self.adapter_config)?,
+            matrix_dropout: self.matrix_dropout,
             moments: self.optimizer.state()?,
             gradients: match self.state.partial_step {
                 None => Default::default(),
@@ -357,13 +377,18 @@ impl Trainer {
             .collect()
     }
 
-    /// Dropout and noise for a micro-batch of the next step.
+    /// What is random in a micro-batch of the next step.
     fn regularization(&self, micro_batch: usize) -> Regularization {
         let (seed, step) = (self.config.seed, self.state.global_step);
         let p = self.adapter_config.lora_dropout;
         let alpha = self.config.neftune_noise_alpha.unwrap_or(0.0);
+        let matrix_dropout = self.matrix_dropout.and_then(|settings| {
+            let instances = self.config.lora_matrix_dropout_instances;
+            MatrixDropout::new(settings.p, seed, (step, micro_batch), instances)
+        });
         Regularization {
             dropout: Dropout::new(p, seed, step, micro_batch),
+            matrix_dropout,
             noise: Noise::new(alpha, seed, step, micro_batch),
         }
     }
@@ -401,12 +426,15 @@ struct StepLosses {
     /// Of each micro-batch that was read.
     is_finite: Vec<bool>,
     queued: Vec<Losses>,
+    /// Of each micro-batch; its loss is their mean.
+    instances: usize,
 }
 
 impl StepLosses {
-    fn after(sum: f64) -> Self {
+    fn after(sum: f64, instances: usize) -> Self {
         Self {
             sum,
+            instances,
             is_finite: Vec::new(),
             queued: Vec::new(),
         }
@@ -415,7 +443,7 @@ impl StepLosses {
     /// Waits for the device, where they are on one.
     fn read(&mut self) -> Result<()> {
         for losses in self.queued.drain(..) {
-            let total = linear_cross_entropy::total(&losses.read()?);
+            let total = linear_cross_entropy::total(&losses.read()?) / self.instances as f64;
             self.is_finite.push(total.is_finite());
             self.sum += total;
         }

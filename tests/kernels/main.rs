@@ -19,6 +19,7 @@ mod gated_act;
 mod linear;
 mod linear_cross_entropy;
 mod lora;
+mod matrix_dropout;
 mod nf4;
 mod ops;
 mod planted_faults;

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 
 use super::Block;
 use crate::Result;
-use crate::ops::dropout::Dropout;
+use crate::model::LoraDropout;
 use crate::ops::{gated_act, residual, rms_norm};
 
 /// Tokens of a tile: enough for its products to run at full speed. A constant, so that the gradients of an adapter, which are
@@ -26,21 +26,27 @@ pub(super) struct Tile {
     u_down: Option<Tensor>,
 }
 
-/// The tiles of `rows` tokens.
-fn tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..rows)
-        .step_by(MLP_TILE_ROWS)
-        .map(move |start| start..rows.min(start + MLP_TILE_ROWS))
+/// The tiles of `rows` tokens, and the dropout of each. Instances that do not fit into one tile have tiles of their own.
+fn tiles(rows: usize, dropout: LoraDropout) -> Vec<(Range<usize>, LoraDropout)> {
+    if rows <= MLP_TILE_ROWS {
+        return vec![(0..rows, dropout)];
+    }
+    let instances = dropout.instances();
+    let rows = rows / instances;
+    let of_instance = |instance: usize| {
+        let (first, dropout) = (instance * rows, dropout.of_instance(instance));
+        let starts = (0..rows).step_by(MLP_TILE_ROWS).enumerate();
+        starts.map(move |(number, start)| {
+            let end = rows.min(start + MLP_TILE_ROWS);
+            (first + start..first + end, dropout.of_tile(number))
+        })
+    };
+    (0..instances).flat_map(of_instance).collect()
 }
 
 /// The rows of a matrix that are a tile's.
 fn part(t: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
     Ok(t.narrow(0, rows.start, rows.len())?)
-}
-
-/// Masks of their own for the tokens of a tile.
-fn of_tile(dropout: Option<Dropout>, number: usize) -> Option<Dropout> {
-    dropout.map(|dropout| dropout.of_tile(number))
 }
 
 impl Block {
@@ -52,13 +58,12 @@ impl Block {
         &self,
         mid: &Tensor,
         h: &Tensor,
-        dropout: Option<Dropout>,
+        dropout: LoraDropout,
         mut keep: impl FnMut(Tile),
     ) -> Result<Tensor> {
         let rows = mid.dim(0)?;
         let mut whole = None;
-        for (number, tile_rows) in tiles(rows).enumerate() {
-            let dropout = of_tile(dropout, number);
+        for (tile_rows, dropout) in tiles(rows, dropout) {
             let h = part(h, &tile_rows)?;
             let (gate, u_gate) = self.gate.forward(&h, dropout)?;
             let (up, u_up) = self.up.forward(&h, dropout)?;
@@ -95,11 +100,10 @@ impl Block {
         d_mid: &Tensor,
         mid: &Tensor,
         kept: Option<Vec<Tile>>,
-        dropout: Option<Dropout>,
+        dropout: LoraDropout,
     ) -> Result<()> {
         let mut kept = kept.map(Vec::into_iter);
-        for (number, rows) in tiles(mid.dim(0)?).enumerate() {
-            let dropout = of_tile(dropout, number);
+        for (rows, dropout) in tiles(mid.dim(0)?, dropout) {
             let (d_mid, mid) = (part(d_mid, &rows)?, part(mid, &rows)?);
             match kept.as_mut().and_then(Iterator::next) {
                 Some(tile) => {
@@ -116,7 +120,7 @@ impl Block {
     }
 
     /// A tile of forward, with the input of `down_proj`.
-    fn tile_again(&self, mid: &Tensor, dropout: Option<Dropout>) -> Result<(Tile, Tensor)> {
+    fn tile_again(&self, mid: &Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
         let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
         let (gate, u_gate) = self.gate.forward(&h, dropout)?;
         let (up, u_up) = self.up.forward(&h, dropout)?;
@@ -139,7 +143,7 @@ impl Block {
         mid: &Tensor,
         tile: Tile,
         act: Tensor,
-        dropout: Option<Dropout>,
+        dropout: LoraDropout,
     ) -> Result<()> {
         let u_down = tile.u_down.as_ref();
         let d_act = self.down.backward(d_mid, &act, u_down, dropout, None)?;

@@ -10,7 +10,7 @@ use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::model::InitLoraWeights;
 use crate::quant::QuantType;
-use crate::store::{ModulePatterns, TargetModules};
+use crate::store::{MatrixDropoutScale, ModulePatterns, TargetModules};
 use crate::train::schedule::SchedulerType;
 
 /// What can be typed for a key.
@@ -194,6 +194,7 @@ config_value! {
     ModulePatterns<f64> => NumberPairs,
     EvalMetric => Text,
     OnNonFinite => Text,
+    MatrixDropoutScale => Text,
     Resume => BoolOrPath,
     InitLoraWeights => BoolOrText,
     ByteCount => Text,

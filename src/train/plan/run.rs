@@ -60,6 +60,7 @@ impl Workload {
             positions: batch.positions,
             moments: Moments::F32,
             dropout: false,
+            instances: None,
             micro_batches: 1,
             residence: Residence::DEVICE,
             together: 1,
@@ -70,7 +71,7 @@ impl Workload {
 }
 
 impl Workload {
-    /// The same with what `config` says of the optimizer and of accumulation, and with dropout where `lora_dropout` is not 0.
+    /// The same with what `config` says of the optimizer, of accumulation and of dropout on matrices, and with dropout where `lora_dropout` is not 0.
     pub fn with_settings(self, config: &TrainConfig, lora_dropout: f64) -> Self {
         // The memory of the CPU's engine is the host's.
         let optimizer = match config.optim.is_paged() && self.engine == Engine::Kernels {
@@ -81,6 +82,10 @@ impl Workload {
             moments: config.optim.into(),
             micro_batches: config.gradient_accumulation_steps,
             dropout: lora_dropout > 0.0,
+            instances: config
+                .lora_matrix_dropout
+                .filter(|p| *p > 0.0)
+                .map(|_| config.lora_matrix_dropout_instances),
             residence: Residence {
                 optimizer,
                 ..self.residence

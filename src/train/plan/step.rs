@@ -68,7 +68,7 @@ type Tile = [Held; 5];
 /// The most that forward and backward of one micro-batch hold at a time, with one policy for each block.
 pub(super) fn peak(workload: &Workload, policies: &[ActivationPolicy]) -> Footprint {
     let mut step = Step {
-        workload,
+        workload: &workload.stacked(),
         ledger: Ledger::default(),
     };
     step.decoder(policies);
@@ -168,9 +168,33 @@ impl Step<'_> {
 
     /// The adapter's `u`.
     fn down_project(&mut self, layer: usize, module: Module, rows: usize) -> Held {
+        let instances = self.instances_of(rows);
+        let copies = self.factor_values(layer, module, self.workload.value_bytes());
         let u = self.rank_values(layer, module, rows);
-        self.dropout_scratch(layer, module, rows, 0);
+        self.dropout_scratch(layer, module, rows / instances, 0);
+        self.ledger.free(copies);
+        if instances > 1 {
+            // Those of the instances are put together.
+            let together = self.rank_values(layer, module, rows);
+            self.ledger.free([together]);
+        }
         u
+    }
+
+    /// How many instances are in these rows: all of them, or one that has a tile of its own.
+    fn instances_of(&self, rows: usize) -> usize {
+        match rows == self.workload.rows {
+            true => self.workload.instances(),
+            false => 1,
+        }
+    }
+
+    /// What dropout on the matrices takes for both factors of an adapter: masked copies, or their gradients.
+    fn factor_values(&mut self, layer: usize, module: Module, value_bytes: u64) -> Option<Held> {
+        self.workload.instances?;
+        let (d_out, d_in) = self.workload.model.linear_shape(module);
+        let values = (self.workload.rank(layer, module) * (d_in + d_out)) as u64;
+        Some(self.ledger.alloc(Item::Working, values * value_bytes))
     }
 
     /// What kernels take besides their results where there is dropout: in forward (0) or backward (1).
@@ -184,11 +208,25 @@ impl Step<'_> {
         }
     }
 
-    /// The gradient of `u`, with that of the adapter's factors.
-    fn backward_lora(&mut self, layer: usize, module: Module, rows: usize) -> Held {
-        let du = self.rank_values(layer, module, rows);
-        self.dropout_scratch(layer, module, rows, 1);
-        du
+    /// `LoraLinear::backward` for so many rows: the gradient of the input, where a new tensor of this width is made for it.
+    fn linear_backward(
+        &mut self,
+        layer: usize,
+        module: Module,
+        rows: usize,
+        dx: Option<usize>,
+    ) -> Option<Held> {
+        let instances = self.instances_of(rows);
+        let first = dx.filter(|_| instances > 1);
+        let first = first.map(|width| self.tile_values(rows, Item::Working, width));
+        let copies = self.factor_values(layer, module, self.workload.value_bytes());
+        let gradients = self.factor_values(layer, module, 4);
+        let du = self.rank_values(layer, module, rows / instances);
+        self.dropout_scratch(layer, module, rows / instances, 1);
+        self.ledger.free(gradients);
+        let dx = first.or_else(|| dx.map(|width| self.tile_values(rows, Item::Working, width)));
+        self.ledger.free([du].into_iter().chain(copies));
+        dx
     }
 
     /// `u` or its gradient, `[rows, R]`.
@@ -309,11 +347,18 @@ impl Step<'_> {
     }
 
     /// Rows of each tile of the MLP.
-    fn tiles(&self) -> impl Iterator<Item = usize> + use<> {
-        let rows = self.workload.rows;
-        (0..rows)
-            .step_by(MLP_TILE_ROWS)
-            .map(move |start| MLP_TILE_ROWS.min(rows - start))
+    fn tiles(&self) -> Vec<usize> {
+        let all = self.workload.rows;
+        if all <= MLP_TILE_ROWS {
+            return vec![all];
+        }
+        let instances = self.workload.instances();
+        let rows = all / instances;
+        let starts = (0..rows).step_by(MLP_TILE_ROWS);
+        let of_one: Vec<_> = starts
+            .map(|start| MLP_TILE_ROWS.min(rows - start))
+            .collect();
+        of_one.repeat(instances)
     }
 
     /// `Block::mlp`: the block's output, and the tiles where they are kept.
@@ -382,12 +427,10 @@ impl Step<'_> {
         });
         self.mlp_backward(layer, mlp);
         self.ledger.free([mid]);
-        let du = self.backward_lora(layer, Module::O, *rows);
-        let d_out = self.values(Item::Working, queries);
-        self.ledger.free([du]);
+        let d_out = self.linear_backward(layer, Module::O, *rows, Some(queries));
         let delta = self.f32_values(model.num_heads);
         let mut d_qkv = [queries, keys, keys].map(|width| self.values(Item::Working, width));
-        self.ledger.free([delta, d_out]);
+        self.ledger.free([delta].into_iter().chain(d_out));
         self.ledger.free(attention);
         let h = self.values(Item::Working, d);
         if model.qk_norm {
@@ -397,11 +440,9 @@ impl Step<'_> {
         }
         let mut d_h = None;
         for (module, d_out) in [Module::Q, Module::K, Module::V].into_iter().zip(d_qkv) {
-            let du = self.backward_lora(layer, module, *rows);
-            if !is_lowest && d_h.is_none() {
-                d_h = Some(self.values(Item::Working, d));
-            }
-            self.ledger.free([du, d_out]);
+            let width = (!is_lowest && d_h.is_none()).then_some(d);
+            d_h = self.linear_backward(layer, module, *rows, width).or(d_h);
+            self.ledger.free([d_out]);
         }
         self.ledger.free(d_h);
         self.ledger.free([h, u_o]);
@@ -418,15 +459,12 @@ impl Step<'_> {
                 Some(tile) => (tile, self.tile_values(rows, Item::Working, f)),
                 None => self.tile_again(layer, rows),
             };
-            let du = self.backward_lora(layer, Module::Down, rows);
-            let d_act = self.tile_values(rows, Item::Working, f);
-            self.ledger.free([du, act, d_act]);
+            let d_act = self.linear_backward(layer, Module::Down, rows, Some(f));
+            self.ledger.free([act].into_iter().chain(d_act));
             let h = self.tile_values(rows, Item::Working, d);
-            let du = self.backward_lora(layer, Module::Gate, rows);
-            let d_h = self.tile_values(rows, Item::Working, d);
-            self.ledger.free([du]);
-            let du = self.backward_lora(layer, Module::Up, rows);
-            self.ledger.free([du, h, d_h]);
+            let d_h = self.linear_backward(layer, Module::Gate, rows, Some(d));
+            let none = self.linear_backward(layer, Module::Up, rows, None);
+            self.ledger.free([h].into_iter().chain(d_h).chain(none));
             self.ledger.free(tile);
         }
     }
