@@ -169,6 +169,7 @@ fn greedy_generation_is_that_of_transformers() {
         let options = GenerateOptions {
             max_new_tokens: case.generated.len(),
             stop_ids: Vec::new(),
+            ensemble: None,
         };
         let mut seen = Vec::new();
         let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
@@ -195,6 +196,7 @@ fn a_stop_token_ends_the_text_and_is_not_part_of_it() {
     let options = GenerateOptions {
         max_new_tokens: case.generated.len(),
         stop_ids: vec![case.generated[5]],
+        ensemble: None,
     };
     let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
     let go_on = |_| ControlFlow::Continue(());

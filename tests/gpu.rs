@@ -121,6 +121,7 @@ placement_test!(text_is_generated_as_on_the_cpu, |placement| {
     let options = GenerateOptions {
         max_new_tokens: 4,
         stop_ids: Vec::new(),
+        ensemble: None,
     };
     let write = |placement: &Placement| {
         let decoder = case.decoder_at(placement);

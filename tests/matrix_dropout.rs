@@ -10,7 +10,9 @@ use emulated::placement_test;
 use qlora::data::Batch;
 use qlora::device::Placement;
 use qlora::infer::{LogProbs, evaluate};
-use qlora::model::{ActivationPolicy, Decoder, MicroBatch, Module, Regularization};
+use qlora::model::{
+    ActivationPolicy, Decoder, MLP_TILE_ROWS, MicroBatch, Module, Regularization, Sequences,
+};
 use qlora::ops::dropout::Mask;
 use qlora::ops::linear_cross_entropy;
 use qlora::ops::matrix_dropout::{self, FactorMasks, MatrixDropout};
@@ -270,6 +272,39 @@ placement_test!(
         instances_give_the_mean_of_single_ones(placement, 0.01);
     }
 );
+
+#[test]
+fn instances_that_take_several_tiles_are_still_the_mean_of_single_ones() {
+    let case = ReferenceCase::read("llama_gqa");
+    let decoder = case.decoder();
+    let rows = MLP_TILE_ROWS / 2 + 30;
+    let ids: Vec<u32> = (0..rows as u32).map(|i| (i * i + 7 * i) % 256).collect();
+    let labels: Vec<i64> = (0..rows as i64).map(|i| (i * 31) % 256).collect();
+    let positions: Vec<u32> = (0..rows as u32).map(|i| i % 53).collect();
+    let cu_seqlens: Vec<usize> = (0..rows).step_by(53).chain([rows]).collect();
+    let gradients = |d_loss, regularizations: &[Regularization]| {
+        qlora::ops::adamw::zero(decoder.parameters().grads()).unwrap();
+        for &regularization in regularizations {
+            let batch = MicroBatch {
+                sequences: Sequences {
+                    input_ids: &ids,
+                    positions: &positions,
+                    cu_seqlens: &cu_seqlens,
+                },
+                labels: &labels,
+                regularization,
+            };
+            let recompute = [ActivationPolicy::Recompute; 2];
+            decoder.backward(&[batch], d_loss, &recompute).unwrap();
+        }
+        values(decoder.parameters().grads())
+    };
+    let together = dropout(P, [1, 2, 3], 2);
+    let each = [0, 1].map(|i| regularized(together.instance(i)));
+    let expected = gradients(0.001, &each);
+    let error = relative_error(&gradients(0.002, &[regularized(together)]), &expected);
+    assert!(error < 1e-5, "{error}");
+}
 
 #[test]
 fn the_loss_of_a_step_is_the_mean_over_its_instances() {

@@ -7,12 +7,16 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::builder::RangedU64ValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
-use qlora::data::{DatasetFormat, LoadOptions, TrainOnSource, Unlabelled, data_files, load_files};
-use qlora::infer::{Evaluation, LogProbs, evaluate};
+use qlora::data::{
+    Dataset, DatasetFormat, LoadOptions, TrainOnSource, Unlabelled, data_files, load_files,
+};
+use qlora::infer::{Evaluation, LogProbs, evaluate, evaluate_ensemble};
+use qlora::model::Decoder;
 use qlora::store::AtomicFile;
 use safetensors::tensor::{Dtype, TensorView};
+use serde_json::Value;
 
-use super::ModelArgs;
+use super::{EnsembleArgs, ModelArgs};
 
 /// The arguments of `qlora eval`.
 #[derive(Debug, clap::Args)]
@@ -27,6 +31,19 @@ pub struct Args {
     /// Write the log-probability of every token: f32 [T-1] per row i, named logprobs.i
     #[arg(long, value_name = "OUT.safetensors")]
     logprobs: Option<PathBuf>,
+
+    /// Also evaluate ensembles of N models with masked adapters (LoRA Dropout), such as 1,4,8; --logprobs has those of the
+    /// largest
+    #[arg(
+        long,
+        value_name = "N,N",
+        value_delimiter = ',',
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..)
+    )]
+    ensemble: Vec<usize>,
+
+    #[command(flatten)]
+    masks: EnsembleArgs,
 
     /// What a row looks like; seen from the first row if not given
     #[arg(
@@ -74,7 +91,65 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     // First, so that a path that cannot be written costs no evaluation.
     let log_probs_file = args.logprobs.as_ref().map(AtomicFile::create).transpose()?;
+    let sizes = ensemble_sizes(&args.ensemble);
+    let ensemble = sizes.last().map(|&models| {
+        let adapter = args.model.adapter.as_deref();
+        args.masks.ensemble(adapter, models)
+    });
+    let ensemble = ensemble.transpose()?;
     let model = args.model.load()?;
+    let dataset = rows(&args, &model)?;
+    let (plain, of_ensemble) = match (&args.logprobs, &ensemble) {
+        (None, _) => (LogProbs::Omit, LogProbs::Omit),
+        (Some(_), None) => (LogProbs::EveryToken, LogProbs::Omit),
+        (Some(_), Some(_)) => (LogProbs::Omit, LogProbs::EveryToken),
+    };
+    let passes = 1 + u64::from(ensemble.is_some());
+    let length = passes * dataset.len() as u64;
+    let progress = ProgressBar::new(length).with_style(ProgressStyle::with_template(
+        "{bar:40} {pos}/{len} rows, {eta} left",
+    )?);
+    let mut log_probs = BTreeMap::new();
+    let mut on_row = |row, row_log_probs: Option<Vec<f32>>| {
+        log_probs.extend(row_log_probs.map(|values| (format!("logprobs.{row}"), values)));
+        progress.inc(1);
+        Ok(())
+    };
+    let data = || args.data.display().to_string();
+    let evaluation = evaluate(&model, dataset.examples(), plain, &mut on_row).with_context(data)?;
+    let ensembles = match &ensemble {
+        None => Vec::new(),
+        Some(ensemble) => {
+            let of = (ensemble, &sizes[..]);
+            evaluate_ensemble(&model, of, dataset.examples(), of_ensemble, &mut on_row)
+                .with_context(data)?
+        }
+    };
+    progress.finish_and_clear();
+    if let Some(file) = log_probs_file {
+        let path = file.path().display().to_string();
+        write_log_probs(file, &log_probs)?;
+        eprintln!("log-probabilities: {path}");
+    }
+    if args.json {
+        println!("{}", report(&evaluation, &sizes, &ensembles)?);
+    } else if ensembles.is_empty() {
+        print_measures(&evaluation);
+    } else {
+        print_table(&evaluation, &sizes, &ensembles);
+    }
+    Ok(())
+}
+
+/// Each size once, in ascending order.
+fn ensemble_sizes(given: &[usize]) -> Vec<usize> {
+    let mut sizes = given.to_vec();
+    sizes.sort_unstable();
+    sizes.dedup();
+    sizes
+}
+
+fn rows(args: &Args, model: &Decoder) -> anyhow::Result<Dataset> {
     let options = LoadOptions {
         format: args.dataset_format,
         source_max_len: args.source_max_len,
@@ -96,33 +171,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         dataset.len(),
         dataset.detected
     );
-
-    let wanted = match args.logprobs {
-        Some(_) => LogProbs::EveryToken,
-        None => LogProbs::Omit,
-    };
-    let progress = ProgressBar::new(dataset.len() as u64).with_style(ProgressStyle::with_template(
-        "{bar:40} {pos}/{len} rows, {eta} left",
-    )?);
-    let mut log_probs = BTreeMap::new();
-    let evaluation = evaluate(&model, dataset.examples(), wanted, |row, row_log_probs| {
-        log_probs.extend(row_log_probs.map(|values| (format!("logprobs.{row}"), values)));
-        progress.inc(1);
-        Ok(())
-    })
-    .with_context(|| args.data.display().to_string())?;
-    progress.finish_and_clear();
-    if let Some(file) = log_probs_file {
-        let path = file.path().display().to_string();
-        write_log_probs(file, &log_probs)?;
-        eprintln!("log-probabilities: {path}");
-    }
-    if args.json {
-        println!("{}", serde_json::to_string(&evaluation)?);
-    } else {
-        print_table(&evaluation);
-    }
-    Ok(())
+    Ok(dataset)
 }
 
 fn write_log_probs(mut file: AtomicFile, rows: &BTreeMap<String, Vec<f32>>) -> anyhow::Result<()> {
@@ -142,10 +191,49 @@ fn write_log_probs(mut file: AtomicFile, rows: &BTreeMap<String, Vec<f32>>) -> a
     Ok(file.commit()?)
 }
 
-fn print_table(evaluation: &Evaluation) {
+/// The measures of the adapter as it is, and under `ensembles` those of each size.
+fn report(
+    evaluation: &Evaluation,
+    sizes: &[usize],
+    ensembles: &[Evaluation],
+) -> serde_json::Result<Value> {
+    let mut report = serde_json::to_value(evaluation)?;
+    if !ensembles.is_empty() {
+        let with_size = sizes.iter().zip(ensembles).map(|(models, evaluation)| {
+            let mut measures = serde_json::to_value(evaluation)?;
+            measures["models"] = (*models).into();
+            Ok(measures)
+        });
+        report["ensembles"] = with_size.collect::<serde_json::Result<Vec<_>>>()?.into();
+    }
+    Ok(report)
+}
+
+fn print_measures(evaluation: &Evaluation) {
     println!("loss            {:.6}", evaluation.loss);
     println!("perplexity      {:.4}", evaluation.perplexity);
     println!("token_accuracy  {:.4}", evaluation.token_accuracy);
     println!("ece             {:.4}", evaluation.ece);
     println!("tokens          {}", evaluation.tokens);
+}
+
+fn print_table(plain: &Evaluation, sizes: &[usize], ensembles: &[Evaluation]) {
+    println!(
+        "{:<14}{:>10}{:>12}{:>16}{:>8}{:>10}",
+        "", "loss", "perplexity", "token_accuracy", "ece", "tokens"
+    );
+    let names = sizes.iter().map(|models| format!("ensemble of {models}"));
+    let names = ["plain adapter".to_string()].into_iter().chain(names);
+    for (name, evaluation) in names.zip([plain].into_iter().chain(ensembles)) {
+        let Evaluation {
+            loss,
+            perplexity,
+            token_accuracy,
+            ece,
+            tokens,
+        } = evaluation;
+        println!(
+            "{name:<14}{loss:>10.6}{perplexity:>12.4}{token_accuracy:>16.4}{ece:>8.4}{tokens:>10}"
+        );
+    }
 }

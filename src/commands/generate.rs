@@ -10,7 +10,7 @@ use qlora::data::{GenerationPrompt, SpecialTokens, Tokenizer};
 use qlora::infer::{GenerateOptions, Sampler, SamplingOptions, generate};
 use serde_json::json;
 
-use super::ModelArgs;
+use super::{EnsembleArgs, ModelArgs};
 
 /// The arguments of `qlora generate`.
 #[derive(Debug, clap::Args)]
@@ -64,6 +64,13 @@ pub struct Args {
     #[arg(long, value_name = "S", default_value_t = 0)]
     seed: u64,
 
+    /// Choose each token by the mean of the probabilities of N models with masked adapters (LoRA Dropout)
+    #[arg(long, value_name = "N")]
+    ensemble: Option<usize>,
+
+    #[command(flatten)]
+    masks: EnsembleArgs,
+
     /// Print one JSON object at the end instead of the text as it is written
     #[arg(long)]
     json: bool,
@@ -88,12 +95,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         top_p: args.top_p,
         seed: args.seed,
     })?;
+    let ensemble = args.ensemble.map(|models| {
+        let adapter = args.model.adapter.as_deref();
+        args.masks.ensemble(adapter, models)
+    });
+    let ensemble = ensemble.transpose()?;
     let tokenizer = Tokenizer::from_dir(&args.model.model)?;
     let prompt = prompt_ids(&args, &tokenizer)?;
     let model = args.model.load()?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         stop_ids: tokenizer.eos_token_ids().to_vec(),
+        ensemble,
     };
 
     let mut stream = TextStream::new(&tokenizer);

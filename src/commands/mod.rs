@@ -4,6 +4,7 @@ pub mod bench;
 mod config_flags;
 mod data_sources;
 pub mod demo;
+mod ensemble_args;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
@@ -17,6 +18,7 @@ pub mod train;
 pub mod verify;
 
 pub use config_flags::{ConfigFlags, DataFlags};
+pub use ensemble_args::EnsembleArgs;
 pub use model_args::ModelArgs;
 pub use shape_args::ShapeArgs;
 

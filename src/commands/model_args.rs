@@ -17,7 +17,7 @@ pub struct ModelArgs {
 
     /// PEFT adapter directory
     #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    pub adapter: Option<PathBuf>,
 
     /// Quantize weights that are not in 4 bits yet, as training does, to nf4 or fp4; unset: as stored
     #[arg(long = "quant_type", alias = "quant-type", value_name = "TYPE", value_parser = parse_quant_type)]

@@ -91,7 +91,9 @@ pub fn evaluate(
 }
 
 /// The next examples, as many as fit into [`BATCH_TOKENS`], but at least one.
-fn next_group<E: Borrow<Example>>(examples: &mut Peekable<impl Iterator<Item = E>>) -> Vec<E> {
+pub(super) fn next_group<E: Borrow<Example>>(
+    examples: &mut Peekable<impl Iterator<Item = E>>,
+) -> Vec<E> {
     let mut group = Vec::new();
     let mut tokens = 0;
     while let Some(example) = examples.next_if(|example| {
@@ -104,7 +106,7 @@ fn next_group<E: Borrow<Example>>(examples: &mut Peekable<impl Iterator<Item = E
 }
 
 /// The token after each row, as labels; the last row of a sequence has none.
-fn next_tokens(batch: &Batch) -> Vec<i64> {
+pub(super) fn next_tokens(batch: &Batch) -> Vec<i64> {
     let mut labels = vec![IGNORE_INDEX; batch.input_ids.len()];
     for ends in batch.cu_seqlens.windows(2) {
         for row in ends[0] + 1..ends[1] {
@@ -132,7 +134,7 @@ pub(crate) fn sequences(batch: &Batch) -> Sequences<'_> {
 }
 
 #[derive(Default)]
-struct Totals {
+pub(super) struct Totals {
     loss: f64,
     bins: [Bin; ECE_BINS],
 }
@@ -145,7 +147,7 @@ struct Bin {
 }
 
 impl Totals {
-    fn add(&mut self, score: &TokenLoss) {
+    pub(super) fn add(&mut self, score: &TokenLoss) {
         self.loss += f64::from(score.loss);
         // A confidence on an edge belongs to the lower bin; a NaN, from broken weights, to the first.
         let bin = (score.confidence * ECE_BINS as f32).ceil() as usize;
@@ -155,7 +157,7 @@ impl Totals {
         bin.confidence += f64::from(score.confidence);
     }
 
-    fn evaluation(&self) -> Result<Evaluation> {
+    pub(super) fn evaluation(&self) -> Result<Evaluation> {
         let tokens: usize = self.bins.iter().map(|bin| bin.tokens).sum();
         if tokens == 0 {
             return Err(Error::config(

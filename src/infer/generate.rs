@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 
 use super::Sampler;
+use super::ensemble::{Ensemble, mean_log_probabilities};
 use crate::model::{Decoder, KvCache};
 use crate::{Error, Result};
 
@@ -12,6 +13,8 @@ pub struct GenerateOptions {
     pub max_new_tokens: usize,
     /// Tokens that end the text; they are not part of it.
     pub stop_ids: Vec<u32>,
+    /// Each token is chosen by the mean of the probabilities of these models; `None` for the adapter as it is.
+    pub ensemble: Option<Ensemble>,
 }
 
 /// Why a generation ended.
@@ -56,12 +59,17 @@ pub fn generate(
         ids: Vec::new(),
         finish: Finish::Length,
     };
-    let mut cache = KvCache::new(decoder, prompt.len() + options.max_new_tokens)?;
+    let capacity = prompt.len() + options.max_new_tokens;
+    let mut caches = match &options.ensemble {
+        None => vec![KvCache::new(decoder, capacity)?],
+        Some(ensemble) => (0..ensemble.models())
+            .map(|model| Ok(KvCache::new(decoder, capacity)?.masked(ensemble.masks(model))))
+            .collect::<Result<_>>()?,
+    };
     let mut unseen = prompt;
     let mut last = [0];
     while generated.ids.len() < options.max_new_tokens {
-        let logits = decoder.decode(unseen, &mut cache)?; // [V]
-        let token = sampler.sample(&logits.to_vec1::<f32>()?)?;
+        let token = sampler.sample(&next_logits(decoder, unseen, &mut caches)?)?;
         if options.stop_ids.contains(&token) {
             generated.finish = Finish::Stop;
             break;
@@ -75,4 +83,16 @@ pub fn generate(
         unseen = &last;
     }
     Ok(generated)
+}
+
+/// The logits after `ids`, `[V]`: of the one model, or such as give the mean of the probabilities of several.
+fn next_logits(decoder: &Decoder, ids: &[u32], caches: &mut [KvCache]) -> Result<Vec<f32>> {
+    let of_models = caches
+        .iter_mut()
+        .map(|cache| Ok(decoder.decode(ids, cache)?.to_vec1()?));
+    let mut of_models = of_models.collect::<Result<Vec<_>>>()?;
+    match of_models.len() {
+        1 => Ok(of_models.remove(0)),
+        _ => Ok(mean_log_probabilities(&of_models)),
+    }
 }

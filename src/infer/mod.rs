@@ -1,9 +1,11 @@
 //! What a model is used for once it is trained: scoring text that is given ([`evaluate`]) and writing text ([`generate`]).
 
+mod ensemble;
 mod evaluate;
 mod generate;
 mod sampling;
 
+pub use ensemble::{Ensemble, evaluate_ensemble};
 pub use evaluate::{ECE_BINS, Evaluation, LogProbs, evaluate};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
 pub use sampling::{Sampler, SamplingOptions};

@@ -146,11 +146,11 @@ impl Candidate {
     }
 }
 
-/// The index of the largest of `logits`, the first of equals.
-pub(super) fn argmax(logits: &[f32]) -> usize {
+/// The index of the largest of `values`, the first of equals.
+pub(super) fn argmax<T: PartialOrd>(values: &[T]) -> usize {
     let mut best = 0;
-    for (i, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
+    for (i, value) in values.iter().enumerate() {
+        if *value > values[best] {
             best = i;
         }
     }

@@ -18,6 +18,7 @@ use super::names::Module;
 use crate::Result;
 use crate::ops::attention::{self, Heads, Segments};
 use crate::ops::host_memory::Parked;
+use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::rms_norm;
 use crate::ops::rope::{self, Positions, RopeTable};
 
@@ -49,6 +50,17 @@ pub struct Layout<'a> {
     pub rope: &'a RopeTable,
     /// Nothing is dropped but in training and by the models of an ensemble.
     pub dropout: LoraDropout,
+}
+
+impl Layout<'_> {
+    /// The same for adapters with these masks on their matrices.
+    pub(super) fn masked(self, matrices: Option<MatrixDropout>) -> Self {
+        let inputs = self.dropout.inputs;
+        Self {
+            dropout: LoraDropout { inputs, matrices },
+            ..self
+        }
+    }
 }
 
 /// What forward leaves for backward, by [`ActivationPolicy`].

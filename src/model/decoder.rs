@@ -16,6 +16,7 @@ use crate::device::{Placement, Side};
 use crate::ops::attention::{Segment, Segments};
 use crate::ops::host_memory::HostMemory;
 use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::rope::{Positions, RopeTable};
 use crate::ops::weight::{BlockStream, Direction, Entered, Weight};
 use crate::ops::{embedding, rms_norm};
@@ -164,13 +165,26 @@ impl Decoder {
 
     /// The logits of every row in f32, `[N, V]`.
     pub fn logits(&self, sequences: Sequences<'_>) -> Result<Tensor> {
-        let last = self.final_norm(&self.infer(sequences)?)?;
-        linear_cross_entropy::logits(&last, &self.head)
+        self.head_logits(&self.hidden_states(sequences, None)?)
+    }
+
+    /// What the head is given, `[N, D]`; with masks, that of the model of an ensemble which has them.
+    pub fn hidden_states(
+        &self,
+        sequences: Sequences<'_>,
+        masks: Option<MatrixDropout>,
+    ) -> Result<Tensor> {
+        self.final_norm(&self.infer(sequences, masks)?)
+    }
+
+    /// The logits in f32 of rows of [`hidden_states`](Self::hidden_states), `[N, D]` -> `[N, V]`.
+    pub fn head_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        linear_cross_entropy::logits(hidden, &self.head)
     }
 
     /// The loss of each row whose label is not [`IGNORE_INDEX`](crate::IGNORE_INDEX); `labels: [N]`.
     pub fn losses(&self, sequences: Sequences<'_>, labels: &[i64]) -> Result<Losses> {
-        let last = self.final_norm(&self.infer(sequences)?)?;
+        let last = self.hidden_states(sequences, None)?;
         linear_cross_entropy::forward(&last, &self.head, labels)
     }
 
@@ -183,20 +197,20 @@ impl Decoder {
             keys: 0..rows.end,
         };
         let rows = Rows::new(self, &positions, vec![segment], Arc::clone(&cache.rope))?;
-        let layout = rows.layout();
+        let layout = rows.layout().masked(cache.masks);
         let mut x = self.embed(ids)?;
         for (layer, (block, cached)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
             let _weights = self.enter(layer, Direction::Up)?;
             x = block.decode(&x, &layout, cached)?;
         }
         let last = self.final_norm(&x.narrow(0, ids.len() - 1, 1)?)?;
-        Ok(linear_cross_entropy::logits(&last, &self.head)?.squeeze(0)?)
+        Ok(self.head_logits(&last)?.squeeze(0)?)
     }
 
     /// The last block's output, `[N, D]`, with nothing kept.
-    fn infer(&self, sequences: Sequences<'_>) -> Result<Tensor> {
+    fn infer(&self, sequences: Sequences<'_>, masks: Option<MatrixDropout>) -> Result<Tensor> {
         let rows = self.rows(sequences)?;
-        let layout = rows.layout();
+        let layout = rows.layout().masked(masks);
         let mut x = self.embed(sequences.input_ids)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let _weights = self.enter(layer, Direction::Up)?;

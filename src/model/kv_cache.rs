@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::decoder::Decoder;
+use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::rope::RopeTable;
 use crate::{Error, Result};
 
@@ -13,6 +14,8 @@ use crate::{Error, Result};
 pub struct KvCache {
     pub(super) layers: Vec<LayerCache>,
     pub(super) rope: Arc<RopeTable>,
+    /// Those of the model of an ensemble whose cache this is.
+    pub(super) masks: Option<MatrixDropout>,
     len: usize,
     capacity: usize,
 }
@@ -44,9 +47,18 @@ impl KvCache {
         Ok(Self {
             layers,
             rope: decoder.rope_table(capacity)?,
+            masks: None,
             len: 0,
             capacity,
         })
+    }
+
+    /// The cache of a model whose adapters have these masks on their matrices.
+    pub fn masked(self, masks: MatrixDropout) -> Self {
+        Self {
+            masks: Some(masks),
+            ..self
+        }
     }
 
     /// Tokens held.

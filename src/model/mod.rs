@@ -32,3 +32,4 @@ pub use parameters::{LowerHalves, Parameters, Slot, TRAINED_ALIGNMENT, Trainable
 pub use training_pass::{MicroBatch, Regularization};
 
 pub use crate::ops::linear_cross_entropy::TokenLoss;
+pub use crate::ops::matrix_dropout::MatrixDropout;
