@@ -394,7 +394,7 @@ fn config(output_dir: &Path, lora_matrix_dropout: Option<f64>) -> TrainConfig {
         dataset: case.join("train/data.jsonl").into(),
         model_name_or_path: case,
         output_dir: output_dir.to_path_buf(),
-        lora_r: 4,
+        lora_r: Some(4),
         lora_matrix_dropout,
         learning_rate: 5e-3,
         per_device_train_batch_size: 2,
@@ -472,8 +472,12 @@ fn without_a_scale_training_is_that_of_a_smaller_alpha() {
         trained(config, &Placement::cpu())
     };
     // The share that is kept of the product is 1/4, and powers of two round nothing.
-    assert!(run(16.0, MatrixDropoutScale::None) == run(4.0, MatrixDropoutScale::Inverse));
-    assert!(run(16.0, MatrixDropoutScale::None) != run(16.0, MatrixDropoutScale::Inverse));
+    assert!(
+        run(Some(16.0), MatrixDropoutScale::None) == run(Some(4.0), MatrixDropoutScale::Inverse)
+    );
+    assert!(
+        run(Some(16.0), MatrixDropoutScale::None) != run(Some(16.0), MatrixDropoutScale::Inverse)
+    );
 }
 
 #[test]
