@@ -30,7 +30,7 @@ const MAX_POWER_ITERATIONS: usize = 200;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum PowerIterations {
     Fixed(usize),
-    /// Until another one raises the part of `|W|^2` within the subspace by no more than this share of it.
+    /// Until another one raises the part of `|W|^2` that the approximation takes by no more than this share of it.
     UntilConverged {
         tolerance: f64,
     },
@@ -89,22 +89,25 @@ pub fn truncated_svd(
     drop(random);
     let mut captured = 0.0;
     let mut done = 0;
-    let right = loop {
+    loop {
         let right = orthonormalize(matrix.transposed_times(&left)?, n);
-        let before = std::mem::replace(&mut captured, squared_norm(&right.r));
-        let goes_on = match options.power_iterations {
-            PowerIterations::Fixed(count) => done < count,
-            PowerIterations::UntilConverged { tolerance } => {
-                done < MAX_POWER_ITERATIONS && captured - before > tolerance * captured
-            }
-        };
-        if k == smaller || !goes_on {
-            break right;
+        let goes_on = k < smaller && done < MAX_POWER_ITERATIONS;
+        let goes_on = goes_on
+            && match options.power_iterations {
+                PowerIterations::Fixed(count) => done < count,
+                PowerIterations::UntilConverged { tolerance } => {
+                    let svd = jacobi::svd(&right.r, k);
+                    let now: f64 = svd.s[..rank].iter().map(|s| s * s).sum();
+                    let before = std::mem::replace(&mut captured, now);
+                    now - before > tolerance * now
+                }
+            };
+        if !goes_on {
+            return Ok(from_subspace(&left, &right, rank, dims, done));
         }
         left = orthonormalize(matrix.times(&right.basis)?, m).basis;
         done += 1;
-    };
-    Ok(from_subspace(&left, &right, rank, dims, done))
+    }
 }
 
 /// The decomposition of `left^T left W`, given `right.basis^T right.r = W^T left^T`.
@@ -183,8 +186,4 @@ fn check_rank(w: &[f32], (m, n): (usize, usize), rank: usize) -> Result<()> {
             found: format!("rank {rank} of {} values", w.len()),
         }),
     }
-}
-
-fn squared_norm(values: &[f32]) -> f64 {
-    values.iter().map(|&v| f64::from(v).powi(2)).sum()
 }

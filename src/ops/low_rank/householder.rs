@@ -15,6 +15,9 @@ pub(super) struct Orthonormal {
     pub(super) r: Vec<f32>,
 }
 
+/// Reflections that a vector is put through while it is in the cache.
+const PANEL: usize = 8;
+
 /// An orthonormal basis of the `k` rows of `vectors: [k, n]`, `k <= n`. Rows that depend on those before them get a
 /// direction of their own all the same, and a zero on the diagonal of `R`.
 pub(super) fn orthonormalize(mut vectors: Vec<f32>, n: usize) -> Orthonormal {
@@ -22,19 +25,26 @@ pub(super) fn orthonormalize(mut vectors: Vec<f32>, n: usize) -> Orthonormal {
     let k = vectors.len() / n;
     assert!(k <= n, "more vectors than dimensions");
     let mut r = vec![0f32; k * k];
-    let mut taus = Vec::with_capacity(k);
-    for j in 0..k {
-        let (done, rest) = vectors.split_at_mut((j + 1) * n);
-        let vector = &mut done[j * n..];
-        for i in 0..j {
-            r[i * k + j] = vector[i];
+    let mut taus = vec![0f32; k];
+    for start in (0..k).step_by(PANEL) {
+        let panel = start..k.min(start + PANEL);
+        let (done, rest) = vectors.split_at_mut(panel.end * n);
+        for j in panel.clone() {
+            let (before, vector) = done.split_at_mut(j * n);
+            let vector = &mut vector[..n];
+            for i in panel.start..j {
+                apply(&before[i * n + i..(i + 1) * n], taus[i], &mut vector[i..]);
+            }
+            for i in 0..j {
+                r[i * k + j] = vector[i];
+            }
+            (r[j * k + j], taus[j]) = reflect(&mut vector[j..]);
         }
-        let (beta, tau) = reflect(&mut vector[j..]);
-        r[j * k + j] = beta;
-        taus.push(tau);
-        let reflection = &vector[j..];
-        rest.par_chunks_mut(n)
-            .for_each(|other| apply(reflection, tau, &mut other[j..]));
+        rest.par_chunks_mut(n).for_each(|vector| {
+            for i in panel.clone() {
+                apply(&done[i * n + i..(i + 1) * n], taus[i], &mut vector[i..]);
+            }
+        });
     }
     let mut basis = vec![0f32; k * n];
     basis.par_chunks_mut(n).enumerate().for_each(|(j, row)| {
