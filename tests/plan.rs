@@ -187,14 +187,61 @@ fn assert_within_3_percent(what: &str, measured: isize, planned: u64) {
     );
 }
 
-/// What a plan says that tensors take; the emulator has no libraries.
+/// What a plan says that tensors take; the emulator has no libraries, and threads have their scratch from the first run on.
 fn tensors(plan: &Plan) -> u64 {
-    plan.peak.total() - plan.peak.bytes(Item::Libraries)
+    plan.peak.total() - plan.peak.bytes(Item::Libraries) - plan.peak.bytes(Item::Threads)
 }
 
 /// One test: the counters are the whole process's.
 #[test]
 fn a_step_allocates_what_was_planned() {
+    on_the_cpu();
+    through_kernels();
+}
+
+/// In f32, where the weights stay in the memory map.
+fn on_the_cpu() {
+    const SHAPE: Shape = Shape {
+        hidden_size: 256,
+        intermediate_size: 704,
+        num_hidden_layers: 4,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        vocab_size: 4096,
+        tie_word_embeddings: false,
+    };
+    let synthetic = SyntheticRun::create(&SHAPE, 16, 256, QuantizeOptions::default()).unwrap();
+    for (run, keys) in [
+        &[("gradient_checkpointing", "true")][..],
+        &[("gradient_checkpointing", "false")],
+        &[("gradient_checkpointing", "true")],
+        &[("gradient_checkpointing", "true"), ("optim", "adamw_8bit")],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let batch = [
+            ("per_device_train_batch_size", "16"),
+            ("max_seq_len", "256"),
+            ("lora_r", "32"),
+        ];
+        let config = config(&synthetic, &[keys, &batch].concat());
+        // A thread keeps its chunk of logits: a new one has to make it.
+        std::thread::scope(|scope| {
+            let run = scope.spawn(|| {
+                let (trainer, measured) = measure(config, &Placement::cpu());
+                let planned = tensors(trainer.plan());
+                if run == 0 {
+                    return;
+                }
+                assert_within_3_percent(&format!("{keys:?} on the CPU"), measured.peak, planned);
+            });
+            run.join().unwrap();
+        });
+    }
+}
+
+fn through_kernels() {
     device::install(&Device::Cpu, Arc::new(Uncounted));
     let placement = emulated::placement();
     let synthetic = SyntheticRun::create(&SHAPE, 2, 160, QuantizeOptions::default()).unwrap();

@@ -26,6 +26,10 @@ pub use adapter::{add_adapter, add_adapter_backward};
 
 const OP: &str = "linear";
 
+/// What a thread of the CPU keeps for products, at most: a packed block of weights, the same before it is packed, and a masked
+/// block of activations.
+pub const THREAD_SCRATCH_BYTES: u64 = (2 << 20) + (256 << 10);
+
 /// Columns of a result that are made at a time, for a result of `features` columns.
 ///
 /// Wide tiles read the other operand less often; narrow results still give every thread its share.

@@ -13,6 +13,7 @@ pub use run::LongestBatch;
 use crate::device::{Residence, Residency, Side};
 use crate::model::{ActivationPolicy, DecoderConfig, Module, TRAINED_ALIGNMENT};
 use crate::ops::adamw::moments_8bit::BLOCK_SIZE;
+use crate::ops::linear;
 use crate::ops::linear_cross_entropy;
 use crate::ops::paged;
 use crate::ops::weight::{DenseCache, Weight};
@@ -51,12 +52,14 @@ pub enum Item {
     Working,
     /// Logits of a chunk of rows.
     LossChunk,
+    /// What the threads of the CPU pack operands of products into.
+    Threads,
     /// The context of CUDA with the kernels in it, and the workspace of cuBLAS.
     Libraries,
 }
 
 impl Item {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Codes,
         Self::Scales,
         Self::Slots,
@@ -69,6 +72,7 @@ impl Item {
         Self::Activations,
         Self::Working,
         Self::LossChunk,
+        Self::Threads,
         Self::Libraries,
     ];
 
@@ -87,6 +91,7 @@ impl Item {
             Self::Activations => "kept activations",
             Self::Working => "working tensors",
             Self::LossChunk => "loss chunk",
+            Self::Threads => "scratch of threads",
             Self::Libraries => "CUDA and its libraries",
         }
     }
@@ -215,6 +220,10 @@ impl Workload {
         )
     }
 
+    fn logits_chunk_bytes(&self) -> u64 {
+        4 * (self.loss_chunk_rows() * self.model.vocab_size) as u64
+    }
+
     /// Rows whose logits are there at a time.
     fn loss_chunk_rows(&self) -> usize {
         match self.engine {
@@ -325,6 +334,11 @@ impl Workload {
             let matrix = (model.vocab_size * model.hidden_size) as u64;
             lasting.add(Item::Vocabulary, matrices * 2 * matrix);
             lasting.add(Item::Libraries, LIBRARIES_BYTES);
+        }
+        if self.engine == Engine::Cpu {
+            lasting.add(Item::LossChunk, self.logits_chunk_bytes());
+            let threads = rayon::current_num_threads() as u64;
+            lasting.add(Item::Threads, threads * linear::THREAD_SCRATCH_BYTES);
         }
         lasting.add(Item::Vectors, self.vector_bytes());
         let trained = self.trained_values();

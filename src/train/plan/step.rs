@@ -400,11 +400,16 @@ impl Step<'_> {
         let dx = self.values(Item::Working, d);
         let chunk = self.workload.loss_chunk_rows() as u64;
         let hidden = chunk * d as u64 * self.workload.value_bytes();
-        let logits = 4 * chunk * self.workload.model.vocab_size as u64;
+        let logits = self.workload.logits_chunk_bytes();
         let gathered = self.ledger.alloc(Item::LossChunk, hidden);
-        let logits = self.ledger.alloc(Item::LossChunk, logits);
+        let logits = match self.workload.engine {
+            // Kept from one step to the next.
+            Engine::Cpu => None,
+            Engine::Kernels => Some(self.ledger.alloc(Item::LossChunk, logits)),
+        };
         let d_chunk = self.ledger.alloc(Item::LossChunk, hidden);
-        self.ledger.free([gathered, logits, d_chunk]);
+        self.ledger
+            .free([gathered, d_chunk].into_iter().chain(logits));
         self.ledger.free(columns);
         (results, dx)
     }
