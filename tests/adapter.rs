@@ -215,7 +215,6 @@ fn a_config_of_todays_peft_is_read() {
 #[test]
 fn a_key_that_changes_the_mathematics_is_an_error_that_names_it() {
     for (key, value) in [
-        ("use_dora", json!(true)),
         ("lora_bias", json!(true)),
         ("alora_invocation_tokens", json!([1, 2])),
         ("bias", json!("all")),
@@ -446,7 +445,7 @@ fn tensors_that_are_not_lora_pairs_are_refused() {
     let magnitude = format!("{LAYER}.lora_magnitude_vector");
     assert_says(
         &write_error(&magnitude, vec![4]),
-        &[&magnitude, "neither lora_A nor lora_B"],
+        &[&magnitude, "use_dora is false"],
     );
     let alone = "base_model.model.x.lora_A.weight";
     assert_says(

@@ -66,6 +66,7 @@ fn a_key_unlike_the_adapter_is_named_with_both_values() {
         (TrainConfig { lora_r: Some(64), ..start() }, ["`lora_r`", "is 64, but 4"]),
         (TrainConfig { lora_alpha: Some(16.0), ..start() }, ["`lora_alpha`", "is 16, but 8"]),
         (TrainConfig { use_rslora: Some(true), ..start() }, ["`use_rslora`", "is true, but false"]),
+        (TrainConfig { use_dora: Some(true), ..start() }, ["`use_dora`", "is true, but false"]),
         (TrainConfig { lora_target_modules: Some(TargetModules::Names(names(&["q_proj"]))), ..start() },
             ["`lora_target_modules`: is [\"q_proj\"]", "\"down_proj\""]),
         (TrainConfig { exclude_modules: Some(TargetModules::Names(names(&["q_proj"]))), ..start() },
@@ -181,9 +182,9 @@ fn a_new_adapter_for_what_is_not_there_is_refused() {
 }
 
 #[test]
-fn a_run_with_patterns_resumes_and_its_adapter_reads_back() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = |steps| TrainConfig {
+fn a_run_with_patterns_and_magnitudes_resumes_and_its_adapter_reads_back() {
+    let (whole, parted) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let config = |dir: &Path, steps| TrainConfig {
         lora_target_modules: Some(TargetModules::parse("q_proj,v_proj,down_proj").unwrap()),
         layers_to_transform: Some(vec![1]),
         exclude_modules: Some(TargetModules::parse("v_proj").unwrap()),
@@ -192,44 +193,46 @@ fn a_run_with_patterns_resumes_and_its_adapter_reads_back() {
             ModulePatterns::new([("1.self_attn.q_proj".to_string(), 8.0)]).unwrap(),
         ),
         use_rslora: Some(true),
+        use_dora: Some(true),
+        lora_dropout: Some(0.1),
         max_steps: steps,
-        ..config(dir.path())
+        ..config(dir)
     };
-    tiny_run::run(config(5)).unwrap();
-    let read = Adapter::read(dir.path()).unwrap();
+    tiny_run::run(config(whole.path(), 10)).unwrap();
+    tiny_run::run(config(parted.path(), 5)).unwrap();
+    let started = Adapter::read(parted.path()).unwrap();
+    tiny_run::run(tiny_run::resumed(config(parted.path(), 10))).unwrap();
+    tiny_run::assert_same_end(parted.path(), whole.path());
+
+    let read = Adapter::read(whole.path()).unwrap();
     let shapes: Vec<_> = read
         .tensors
         .iter()
         .map(|(name, t)| (name.as_str(), t.shape.clone()))
         .collect();
-    let layer = "base_model.model.model.layers.1";
+    let down = "base_model.model.model.layers.1.mlp.down_proj";
+    let q = "base_model.model.model.layers.1.self_attn.q_proj";
     assert_eq!(
         shapes,
         [
-            (
-                &*format!("{layer}.mlp.down_proj.lora_A.weight"),
-                vec![2, 128]
-            ),
-            (
-                &*format!("{layer}.mlp.down_proj.lora_B.weight"),
-                vec![64, 2]
-            ),
-            (
-                &*format!("{layer}.self_attn.q_proj.lora_A.weight"),
-                vec![4, 64]
-            ),
-            (
-                &*format!("{layer}.self_attn.q_proj.lora_B.weight"),
-                vec![64, 4]
-            ),
+            (&*format!("{down}.lora_A.weight"), vec![2, 128]),
+            (&*format!("{down}.lora_B.weight"), vec![64, 2]),
+            (&*format!("{down}.lora_magnitude_vector"), vec![64]),
+            (&*format!("{q}.lora_A.weight"), vec![4, 64]),
+            (&*format!("{q}.lora_B.weight"), vec![64, 4]),
+            (&*format!("{q}.lora_magnitude_vector"), vec![64]),
         ]
     );
+    for (name, tensor) in &read.tensors {
+        assert!(
+            tensor.data != started.tensors[name].data,
+            "{name} is not trained"
+        );
+    }
     let path = |name: &str| format!("model.layers.1.{name}");
     assert_eq!(read.config.scaling_of(&path("self_attn.q_proj")), 4.0);
     assert_eq!(
         read.config.scaling_of(&path("mlp.down_proj")),
         16.0 / 2f64.sqrt()
     );
-    let resumed = trainer(tiny_run::resumed(config(6))).unwrap();
-    assert_eq!((resumed.steps_done(), resumed.total_steps()), (5, 6));
 }

@@ -66,8 +66,9 @@ placement_test!(logits_are_those_of_the_cpu, |placement| {
 });
 
 placement_test!(loss_and_gradients_are_those_of_the_cpu, |placement| {
-    for name in CASES {
-        let case = ReferenceCase::read(name);
+    let dora = ReferenceCase::of_adapter("dora");
+    let cases = CASES.map(|name| (name, ReferenceCase::read(name)));
+    for (name, case) in cases.into_iter().chain([("dora", dora)]) {
         let (loss, grads) = gradients(&case, placement, [ActivationPolicy::Keep; 2]);
         let error = (loss - f64::from(case.loss)).abs() / f64::from(case.loss);
         assert!(error < 2e-3, "{name}: {loss} instead of {}", case.loss);

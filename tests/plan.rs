@@ -260,6 +260,11 @@ fn through_kernels() {
         ],
         &[
             ("gradient_checkpointing", "true"),
+            ("use_dora", "true"),
+            ("lora_dropout", "0.1"),
+        ],
+        &[
+            ("gradient_checkpointing", "true"),
             ("optim", "paged_adamw_8bit"),
         ],
         &[

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{ConfigFlags, ShapeArgs};
 
 /// Keys of `qlora train` that decide how much memory a run takes.
-const WITH_EFFECT: [&str; 18] = [
+const WITH_EFFECT: [&str; 19] = [
     "source_max_len",
     "target_max_len",
     "max_seq_len",
@@ -26,6 +26,7 @@ const WITH_EFFECT: [&str; 18] = [
     "exclude_modules",
     "layers_to_transform",
     "rank_pattern",
+    "use_dora",
     "lora_dropout",
     "lora_matrix_dropout",
     "lora_matrix_dropout_instances",

@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 
+use candle_core::Tensor;
+
 use super::config::DecoderConfig;
 use super::decoder::Decoder;
 use super::init_lora_weights::InitLoraWeights;
-use super::lora_linear::LoraPair;
+use super::lora_linear::{LoraPair, Magnitude};
 use super::names::Module;
 use super::parameters::{NewParameter, Parameters, Trainable};
+use crate::ops::linear::dora;
 use crate::ops::philox::{Normal, Uniform};
 use crate::quant::DenseTensor;
 use crate::store::{Adapter, AdapterConfig};
@@ -21,6 +24,13 @@ struct Factors {
     scaling: f64,
     a: Vec<f32>,
     b: Vec<f32>,
+    magnitude: Option<NewMagnitude>,
+}
+
+/// The magnitudes of DoRA, and the squared norms of the rows of the weight, both `[out]`.
+struct NewMagnitude {
+    values: Vec<f32>,
+    weight_squares: Vec<f32>,
 }
 
 /// Of a linear layer's adapter.
@@ -47,30 +57,31 @@ impl DecoderConfig {
             .collect()
     }
 
-    /// # Errors
-    /// [`Error::Config`] for a target, a layer or a pattern that fits nothing in this model, and if no layer is targeted.
-    fn expect_targets(&self, config: &AdapterConfig) -> Result<()> {
+    /// The paths of the linear layers of all blocks.
+    fn linear_paths(&self) -> Vec<String> {
         let modules = |layer| Module::ALL.map(|module| module.path(layer));
-        let paths: Vec<String> = (0..self.num_layers).flat_map(modules).collect();
-        let names = Module::ALL.map(Module::name).join(", ");
+        (0..self.num_layers).flat_map(modules).collect()
+    }
+
+    /// # Errors
+    /// [`Error::Config`] for a pattern that fits nothing in this model.
+    fn expect_patterns(&self, config: &AdapterConfig) -> Result<()> {
+        let paths = self.linear_paths();
+        expect_match("rank_pattern", config.rank_pattern.unmatched(&paths))?;
+        expect_match("alpha_pattern", config.alpha_pattern.unmatched(&paths))
+    }
+
+    /// # Errors
+    /// [`Error::Config`] for a target or a layer that this model does not have, and if no layer is targeted.
+    fn expect_targets(&self, config: &AdapterConfig) -> Result<()> {
+        let paths = self.linear_paths();
         let excluded = config.exclude_modules.as_ref();
-        for (key, unmatched) in [
-            (
-                "lora_target_modules",
-                config.target_modules.unmatched(&paths),
-            ),
-            (
-                "exclude_modules",
-                excluded.and_then(|e| e.unmatched(&paths)),
-            ),
-            ("rank_pattern", config.rank_pattern.unmatched(&paths)),
-            ("alpha_pattern", config.alpha_pattern.unmatched(&paths)),
-        ] {
-            if let Some(name) = unmatched {
-                let reason = format!("no layer matches `{name}`; the layers are {names}");
-                return Err(Error::config(key, reason));
-            }
-        }
+        let excluded = excluded.and_then(|excluded| excluded.unmatched(&paths));
+        expect_match(
+            "lora_target_modules",
+            config.target_modules.unmatched(&paths),
+        )?;
+        expect_match("exclude_modules", excluded)?;
         let layers = config.layers_to_transform.iter();
         let mut layers = layers.flat_map(|layers| layers.indices());
         if let Some(layer) = layers.find(|layer| **layer >= self.num_layers) {
@@ -81,10 +92,25 @@ impl DecoderConfig {
             return Err(Error::config("layers_to_transform", reason));
         }
         if !paths.iter().any(|path| config.targets(path)) {
-            let reason = format!("no layer matches; the layers are {names}");
+            let reason = format!("no layer matches; the layers are {}", layer_names());
             return Err(Error::config("lora_target_modules", reason));
         }
         Ok(())
+    }
+}
+
+fn layer_names() -> String {
+    Module::ALL.map(Module::name).join(", ")
+}
+
+fn expect_match(key: &str, unmatched: Option<&str>) -> Result<()> {
+    match unmatched {
+        None => Ok(()),
+        Some(name) => {
+            let names = layer_names();
+            let reason = format!("no layer matches `{name}`; the layers are {names}");
+            Err(Error::config(key, reason))
+        }
     }
 }
 
@@ -107,6 +133,7 @@ impl Decoder {
             return Err(Error::config("init_lora_weights", reason));
         }
         self.config().expect_targets(config)?;
+        self.config().expect_patterns(config)?;
         let adapters = self.config().adapters(config);
         let factors = self.linears().filter_map(|(layer, module, linear)| {
             let RankAndScaling { r, scaling } = adapters[layer][module as usize]?;
@@ -119,6 +146,14 @@ impl Decoder {
                 scaling,
                 a: new_a(init, (r, d_in), seed, stream),
                 b: vec![0.0; d_out * r],
+                // With a B of zero it is that of the weight.
+                magnitude: config.use_dora.then(|| {
+                    let weight_squares = dora::squared_norms(&linear.weight);
+                    NewMagnitude {
+                        values: weight_squares.iter().map(|square| square.sqrt()).collect(),
+                        weight_squares,
+                    }
+                }),
             })
         });
         let factors = factors.collect();
@@ -142,17 +177,27 @@ impl Decoder {
             let Some(RankAndScaling { r, scaling }) = adapters[layer][module as usize] else {
                 continue;
             };
-            let mut stored = |factor, shape| {
+            let (d_out, d_in) = (linear.weight.out_features(), linear.weight.in_features());
+            let mut stored = |factor, shape: &[usize]| {
                 let name = tensor_name(layer, module, factor);
                 stored_values(&name, rest.remove(name.as_str()), shape)
+            };
+            let (a, b) = (stored(LORA_A, &[r, d_in])?, stored(LORA_B, &[d_out, r])?);
+            let magnitude = match adapter.config.use_dora {
+                false => None,
+                true => Some(NewMagnitude {
+                    values: stored(MAGNITUDE, &[d_out])?,
+                    weight_squares: dora::squared_norms(&linear.weight),
+                }),
             };
             factors.push(Factors {
                 layer,
                 module,
                 r,
                 scaling,
-                a: stored("lora_A", [r, linear.weight.in_features()])?,
-                b: stored("lora_B", [linear.weight.out_features(), r])?,
+                a,
+                b,
+                magnitude,
             });
         }
         if let Some((name, tensor)) = rest.first_key_value() {
@@ -177,34 +222,54 @@ impl Decoder {
             scaling,
             a,
             b,
+            magnitude,
         } in factors
         {
             let weight = &self.linear(layer, module).weight;
             let (d_out, d_in) = (weight.out_features(), weight.in_features());
             tensors.push(NewParameter {
-                name: tensor_name(layer, module, "lora_A"),
-                shape: (r, d_in),
+                name: tensor_name(layer, module, LORA_A),
+                shape: vec![r, d_in],
                 values: a,
             });
             tensors.push(NewParameter {
-                name: tensor_name(layer, module, "lora_B"),
-                shape: (d_out, r),
+                name: tensor_name(layer, module, LORA_B),
+                shape: vec![d_out, r],
                 values: b,
             });
-            places.push(((layer, module), scaling));
+            let weight_squares = magnitude.map(|magnitude| {
+                tensors.push(NewParameter {
+                    name: tensor_name(layer, module, MAGNITUDE),
+                    shape: vec![d_out],
+                    values: magnitude.values,
+                });
+                magnitude.weight_squares
+            });
+            places.push(((layer, module), scaling, weight_squares));
         }
         let parameters = Parameters::new(tensors, self.placement())?;
-        let pairs = places.into_iter().enumerate();
-        let pairs = pairs.map(|(i, (place, scaling))| {
+        let device = self.placement().device.clone();
+        let mut index = 0..;
+        let mut next = || parameters.trainable(index.next().expect("there is no last number"));
+        let mut pairs = Vec::with_capacity(places.len());
+        for (place, scaling, weight_squares) in places {
+            let (a, b) = (next()?, next()?);
+            let magnitude = match weight_squares {
+                None => None,
+                Some(squares) => Some(Magnitude {
+                    trainable: next()?,
+                    weight_squares: Tensor::new(squares, &device)?,
+                }),
+            };
             let pair = LoraPair {
-                a: parameters.trainable(2 * i)?,
-                b: parameters.trainable(2 * i + 1)?,
+                a,
+                b,
+                magnitude,
                 scaling,
                 place,
             };
-            Ok((place, pair))
-        });
-        let pairs = pairs.collect::<Result<_>>()?;
+            pairs.push((place, pair));
+        }
         self.set_parameters(parameters, pairs);
         Ok(())
     }
@@ -227,8 +292,12 @@ impl Decoder {
             .linears()
             .filter_map(|(layer, module, linear)| Some((layer, module, linear.lora.as_ref()?)));
         pairs.flat_map(|(layer, module, lora)| {
-            let named = |factor, trainable| (tensor_name(layer, module, factor), trainable);
-            [named("lora_A", &lora.a), named("lora_B", &lora.b)]
+            let named = move |factor, trainable| (tensor_name(layer, module, factor), trainable);
+            let magnitude = lora.magnitude.as_ref();
+            let magnitude = magnitude.map(|magnitude| named(MAGNITUDE, &magnitude.trainable));
+            [named(LORA_A, &lora.a), named(LORA_B, &lora.b)]
+                .into_iter()
+                .chain(magnitude)
         })
     }
 }
@@ -253,12 +322,16 @@ fn new_a(
         .collect()
 }
 
-/// PEFT's name for a factor of a layer's adapter.
-fn tensor_name(layer: usize, module: Module, factor: &str) -> String {
-    format!("base_model.model.{}.{factor}.weight", module.path(layer))
+const LORA_A: &str = "lora_A.weight";
+const LORA_B: &str = "lora_B.weight";
+const MAGNITUDE: &str = "lora_magnitude_vector";
+
+/// PEFT's name for a part of a layer's adapter.
+fn tensor_name(layer: usize, module: Module, part: &str) -> String {
+    format!("base_model.model.{}.{part}", module.path(layer))
 }
 
-fn stored_values(name: &str, stored: Option<&DenseTensor>, shape: [usize; 2]) -> Result<Vec<f32>> {
+fn stored_values(name: &str, stored: Option<&DenseTensor>, shape: &[usize]) -> Result<Vec<f32>> {
     match stored {
         Some(stored) if stored.shape == shape => Ok(stored.to_f32_vec()),
         _ => Err(Error::TensorMismatch {

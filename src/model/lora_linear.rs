@@ -5,17 +5,37 @@ use candle_core::{DType, Tensor};
 use super::lora_dropout::LoraDropout;
 use super::names::Module;
 use super::parameters::Trainable;
-use crate::Result;
 use crate::ops::dropout::Mask;
-use crate::ops::linear::{self, Lora, LoraGrad};
+use crate::ops::linear::{self, Lora, LoraGrad, dora};
 use crate::ops::matrix_dropout::{self, FactorMasks};
 use crate::ops::weight::Weight;
+use crate::{Error, Result};
+
+/// The magnitudes of DoRA, `[out]`.
+#[derive(Debug, Clone)]
+pub struct Magnitude {
+    pub trainable: Trainable,
+    /// The squared norms of the rows of the frozen weight, in f32.
+    pub weight_squares: Tensor,
+}
+
+impl Magnitude {
+    fn values(&self) -> dora::Magnitude<'_> {
+        dora::Magnitude {
+            value: &self.trainable.value,
+            low: self.trainable.low_on_device(),
+            weight_squares: &self.weight_squares,
+        }
+    }
+}
 
 /// The two factors of an adapter, `a: [R, in]`, `b: [out, R]`.
 #[derive(Debug, Clone)]
 pub struct LoraPair {
     pub a: Trainable,
     pub b: Trainable,
+    /// Where the adapter is DoRA's.
+    pub magnitude: Option<Magnitude>,
     pub scaling: f64,
     /// The layer and module it sits on, which have dropout masks of their own.
     pub place: (usize, Module),
@@ -34,9 +54,16 @@ struct Factors<'a> {
 
 impl LoraPair {
     /// With the dropout of one instance.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for dropout on the matrices of an adapter of DoRA's.
     fn factors(&self, dropout: LoraDropout) -> Result<Factors<'_>> {
         let (layer, module) = (self.place.0, self.place.1 as usize);
         let masks = dropout.matrices;
+        if self.magnitude.is_some() && masks.is_some() {
+            let reason = "masks the matrices of plain adapters, and this one is DoRA's";
+            return Err(Error::config("lora_matrix_dropout", reason));
+        }
         let masks = masks.map(|dropout| dropout.masks(layer, module, 0));
         let (a, b) = match &masks {
             None => (self.a.value.clone(), self.b.value.clone()),
@@ -61,6 +88,20 @@ impl Factors<'_> {
             scaling: self.scaling,
             mask: self.mask,
         }
+    }
+
+    /// Of an adapter of DoRA's: adds to its gradients and gives those of `u` and of `h`.
+    fn backward_dora(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        weight: &Weight,
+        magnitude: &Magnitude,
+    ) -> Result<(Tensor, Tensor)> {
+        let (d_a, d_b) = (&self.pair.a.grad, &self.pair.b.grad);
+        let factors = (self.lora(), magnitude.values());
+        let grads = (LoraGrad { d_a, d_b }, &magnitude.trainable.grad);
+        dora::backward_adapter(dy, x, weight, factors, grads)
     }
 
     /// Adds to the pair's gradients and gives that of `u`.
@@ -96,6 +137,12 @@ impl LoraLinear {
         let Some(lora) = &self.lora else {
             return base(None);
         };
+        if let Some(magnitude) = &lora.magnitude {
+            let (factors, bias) = (lora.factors(dropout)?, self.bias.as_ref());
+            let (lora, magnitude) = (factors.lora(), magnitude.values());
+            let (y, u) = dora::forward(x, &self.weight, bias, lora, magnitude)?;
+            return Ok((y, Some(u)));
+        }
         let instances = dropout.instances();
         if instances == 1 {
             return base(Some(lora.factors(dropout)?.lora()));
@@ -136,6 +183,11 @@ impl LoraLinear {
         let (Some(lora), Some(u)) = (&self.lora, u) else {
             return linear::backward_input(dy, &self.weight, None, sum);
         };
+        if let Some(magnitude) = &lora.magnitude {
+            let factors = lora.factors(dropout)?;
+            let (du, dh) = factors.backward_dora(dy, x, &self.weight, magnitude)?;
+            return dora::backward_input(dy, (&du, &dh), &self.weight, factors.lora(), sum);
+        }
         let instances = dropout.instances();
         if instances == 1 {
             let factors = lora.factors(dropout)?;
@@ -163,6 +215,11 @@ impl LoraLinear {
         let (Some(lora), Some(u)) = (&self.lora, u) else {
             return Ok(());
         };
+        if let Some(magnitude) = &lora.magnitude {
+            let factors = lora.factors(dropout)?;
+            factors.backward_dora(dy, x, &self.weight, magnitude)?;
+            return Ok(());
+        }
         let instances = dropout.instances();
         for i in 0..instances {
             let of = |t: &Tensor| part(t, i, instances);

@@ -74,6 +74,14 @@ impl LowerHalves {
 }
 
 impl Trainable {
+    /// The lower half of the f32 master, where `value` is bf16 and the half is on its device.
+    pub(super) fn low_on_device(&self) -> Option<&Tensor> {
+        match &self.low {
+            Some(LowerHalf::OnDevice(low)) => Some(low),
+            Some(LowerHalf::Paged(..)) | None => None,
+        }
+    }
+
     /// The f32 master, row-major.
     pub fn master(&self) -> Result<Vec<f32>> {
         let Some(low) = &self.low else {
@@ -88,7 +96,7 @@ impl Trainable {
 /// A tensor to be trained.
 pub(super) struct NewParameter {
     pub(super) name: String,
-    pub(super) shape: (usize, usize),
+    pub(super) shape: Vec<usize>,
     /// Row-major.
     pub(super) values: Vec<f32>,
 }
@@ -106,7 +114,7 @@ pub struct Parameters {
 #[derive(Debug, Clone)]
 pub struct Slot {
     pub name: String,
-    pub shape: (usize, usize),
+    pub shape: Vec<usize>,
     pub range: Range<usize>,
 }
 
@@ -191,6 +199,6 @@ impl Slot {
     pub fn view(&self, flat: &Tensor) -> Result<Tensor> {
         Ok(flat
             .narrow(0, self.range.start, self.range.len())?
-            .reshape(self.shape)?)
+            .reshape(&*self.shape)?)
     }
 }

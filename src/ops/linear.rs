@@ -8,6 +8,7 @@
 //! Source: arXiv:2305.14314 equation 5, arXiv:2106.09685.
 
 mod adapter;
+pub mod dora;
 mod masked;
 
 use candle_core::{DType, Tensor};

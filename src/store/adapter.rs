@@ -1,6 +1,7 @@
 //! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`.
 //!
-//! Tensors: `base_model.model.{path of the layer}.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`.
+//! Tensors: `base_model.model.{path of the layer}.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`; of DoRA
+//! `.lora_magnitude_vector` `[out]` too.
 //! Source: `save_pretrained` of PEFT 0.21.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,7 @@ pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub(super) const PREFIX: &str = "base_model.model.";
 pub(super) const LORA_A: &str = ".lora_A.weight";
 pub(super) const LORA_B: &str = ".lora_B.weight";
+const MAGNITUDE: &str = ".lora_magnitude_vector";
 
 /// A LoRA adapter with its tensors under the names PEFT gives them.
 #[derive(Debug, Clone)]
@@ -111,11 +113,7 @@ impl Adapter {
             return Err(Error::malformed(path, "has no tensors"));
         }
         for (name, tensor) in &self.tensors {
-            let (expected, rank, layer, other) = if let Some(layer) = name.strip_suffix(LORA_A) {
-                ("[r, in]", tensor.shape.first(), layer, LORA_B)
-            } else if let Some(layer) = name.strip_suffix(LORA_B) {
-                ("[out, r]", tensor.shape.last(), layer, LORA_A)
-            } else {
+            let Some((layer, part)) = Part::of(name) else {
                 let reason =
                     format!("tensor `{name}` is neither lora_A nor lora_B of a linear layer");
                 return Err(Error::malformed(path, reason));
@@ -124,23 +122,66 @@ impl Adapter {
                 let reason = format!("tensor `{name}` does not start with {PREFIX}");
                 return Err(Error::malformed(path, reason));
             };
+            if part == Part::Magnitude && !self.config.use_dora {
+                let reason = format!("has `{name}`, but use_dora is false in {CONFIG_FILE}");
+                return Err(Error::malformed(path, reason));
+            }
             let r = self.config.rank_of(module);
-            if tensor.shape.len() != 2 || rank != Some(&r) {
+            let (fits, expected) = match (part, &*tensor.shape) {
+                (Part::A, shape) => (matches!(shape, [rank, _] if *rank == r), "[r, in]"),
+                (Part::B, shape) => (matches!(shape, [_, rank] if *rank == r), "[out, r]"),
+                (Part::Magnitude, shape) => (shape.len() == 1, "[out]"),
+            };
+            if !fits {
                 return Err(Error::TensorMismatch {
                     tensor: name.clone(),
                     expected: format!("{expected} with r = {r}, by {CONFIG_FILE}"),
                     found: format!("{:?}", tensor.shape),
                 });
             }
-            let other = format!("{layer}{other}");
-            if !self.tensors.contains_key(&other) {
-                return Err(Error::MissingTensor {
-                    path: path.to_path_buf(),
-                    tensor: other,
-                });
-            }
+            self.expect_others(layer, path)?;
         }
         Ok(())
+    }
+
+    /// A layer has all parts of an adapter or none.
+    fn expect_others(&self, layer: &str, path: &Path) -> Result<()> {
+        let is_needed = |part: &Part| *part != Part::Magnitude || self.config.use_dora;
+        let mut needed = Part::ALL.into_iter().filter(is_needed);
+        let name = |part: Part| format!("{layer}{}", part.suffix());
+        match needed.find(|part| !self.tensors.contains_key(&name(*part))) {
+            None => Ok(()),
+            Some(missing) => Err(Error::MissingTensor {
+                path: path.to_path_buf(),
+                tensor: name(missing),
+            }),
+        }
+    }
+}
+
+/// A part of a layer's adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    A,
+    B,
+    Magnitude,
+}
+
+impl Part {
+    const ALL: [Self; 3] = [Self::A, Self::B, Self::Magnitude];
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::A => LORA_A,
+            Self::B => LORA_B,
+            Self::Magnitude => MAGNITUDE,
+        }
+    }
+
+    /// The layer and the part that a tensor's name tells.
+    fn of(name: &str) -> Option<(&str, Self)> {
+        let mut parts = Self::ALL.into_iter();
+        parts.find_map(|part| Some((name.strip_suffix(part.suffix())?, part)))
     }
 }
 

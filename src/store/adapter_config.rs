@@ -33,6 +33,8 @@ pub struct AdapterConfig {
     pub alpha_pattern: ModulePatterns<f64>,
     /// Scale by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
     pub use_rslora: bool,
+    /// Scale the rows of the merged weight to trained magnitudes.
+    pub use_dora: bool,
 }
 
 /// Those of PEFT, on all linear layers.
@@ -50,6 +52,7 @@ impl Default for AdapterConfig {
             rank_pattern: ModulePatterns::default(),
             alpha_pattern: ModulePatterns::default(),
             use_rslora: false,
+            use_dora: false,
         }
     }
 }
@@ -109,6 +112,7 @@ impl AdapterConfig {
             rank_pattern: keys.patterns("rank_pattern")?,
             alpha_pattern: keys.patterns("alpha_pattern")?,
             use_rslora: keys.flag("use_rslora"),
+            use_dora: keys.flag("use_dora"),
         };
         if !(0.0..1.0).contains(&read.lora_dropout) {
             return Err(keys.malformed("lora_dropout", "is not in [0, 1)"));
@@ -148,7 +152,7 @@ impl AdapterConfig {
             "revision": self.revision,
             "target_modules": self.target_modules.to_json(),
             "task_type": "CAUSAL_LM",
-            "use_dora": false,
+            "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         });
         // Younger than the others: releases that do not know it fail on it.

@@ -165,6 +165,8 @@ train_config! {
     alpha_pattern: Option<ModulePatterns<f64>> = None;
     /// Scale the adapter by lora_alpha / sqrt(lora_r); unset: false, or as `adapter`
     use_rslora: Option<bool> = None;
+    /// Train the magnitude of each row of the merged weights too (DoRA); unset: false, or as `adapter`
+    use_dora: Option<bool> = None;
     /// How a new adapter begins: true or gaussian; pissa, pissa_niter_N, loftq and olora begin with `qlora quantize`. Unset: as the base was made, else true
     init_lora_weights: Option<InitLoraWeights> = None;
 

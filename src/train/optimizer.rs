@@ -167,7 +167,7 @@ impl Optimizer {
         let mut state = BTreeMap::new();
         for slot in &self.slots {
             let (group, elements) = self.place(slot);
-            let stored = group.moments.stored(&elements, slot.shape)?;
+            let stored = group.moments.stored(&elements, &slot.shape)?;
             let named = stored.into_iter();
             state.extend(named.map(|(kind, moment)| (format!("{kind}.{}", slot.name), moment)));
         }
@@ -183,7 +183,7 @@ impl Optimizer {
         self.step = step;
         for slot in &self.slots {
             let (group, elements) = self.place(slot);
-            let moments = group.moments.described(&elements, slot.shape);
+            let moments = group.moments.described(&elements, &slot.shape);
             let stored = moments.map(|(kind, dtype, shape)| {
                 let name = format!("{kind}.{}", slot.name);
                 match state.get(&name) {

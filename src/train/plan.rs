@@ -154,6 +154,8 @@ pub struct Workload {
     pub dropout: bool,
     /// Instances of a micro-batch where the adapters' matrices have dropout.
     pub instances: Option<usize>,
+    /// Whether the adapters are DoRA's.
+    pub dora: bool,
     /// Micro-batches of a step.
     pub micro_batches: usize,
     pub residence: Residence,
@@ -340,7 +342,10 @@ impl Workload {
             let threads = rayon::current_num_threads() as u64;
             lasting.add(Item::Threads, threads * linear::THREAD_SCRATCH_BYTES);
         }
-        lasting.add(Item::Vectors, self.vector_bytes());
+        lasting.add(
+            Item::Vectors,
+            self.vector_bytes() + self.squared_norm_bytes(),
+        );
         let trained = self.trained_values();
         lasting.add(Item::Gradients, 4 * trained);
         match self.is_paged() {
@@ -393,16 +398,32 @@ impl Workload {
         4 * (vectors + rotary) as u64
     }
 
+    /// The linear layers with an adapter, and its rank.
+    fn adapted(&self) -> impl Iterator<Item = (Module, usize)> {
+        let ranks = self.ranks.iter();
+        let ranks = ranks.flat_map(|layer| Module::ALL.into_iter().zip(layer.iter().copied()));
+        ranks.filter(|(_, r)| *r > 0)
+    }
+
     /// Values of each tensor of the adapters, with the gap behind it.
     fn trained_tensors(&self) -> impl Iterator<Item = u64> {
-        let ranks = self
-            .ranks
-            .iter()
-            .flat_map(|layer| Module::ALL.into_iter().zip(layer));
-        ranks.filter(|(_, r)| **r > 0).flat_map(|(module, &r)| {
+        self.adapted().flat_map(|(module, r)| {
             let (d_out, d_in) = self.model.linear_shape(module);
-            [d_in, d_out].map(|width| (r * width).next_multiple_of(TRAINED_ALIGNMENT) as u64)
+            let magnitude = self.dora.then_some(d_out);
+            let tensors = [r * d_in, r * d_out].into_iter().chain(magnitude);
+            tensors.map(|values| values.next_multiple_of(TRAINED_ALIGNMENT) as u64)
         })
+    }
+
+    /// What DoRA keeps of the frozen weights' norms.
+    fn squared_norm_bytes(&self) -> u64 {
+        let rows = self
+            .adapted()
+            .map(|(module, _)| self.model.linear_shape(module).0);
+        match self.dora {
+            true => 4 * rows.sum::<usize>() as u64,
+            false => 0,
+        }
     }
 
     /// Values of the adapters, with the gaps between their tensors.
@@ -425,11 +446,23 @@ impl Workload {
         let (forward, backward) = (linear + 2.0 * product, linear + 5.0 * product);
         let layers = model.num_layers as f64;
         let again = layers - kept as f64;
+        // Backward makes the output of a layer with DoRA again; with dropout, W meets both parts of its input each time.
+        let adapted: usize = self
+            .adapted()
+            .map(|(module, _)| self.model.linear_shape(module))
+            .map(|(d_out, d_in)| d_out * d_in)
+            .sum();
+        let products = match (self.dora, self.dropout) {
+            (false, _) => 0.0,
+            (true, false) => layers,
+            (true, true) => (layers + again) + 2.0 * layers,
+        };
+        let dora = products / layers * 2.0 * rows * adapted as f64;
         let (d_out, d_in) = model.linear_shape(Module::Down);
         let forward_again = forward - 2.0 * rows * (d_out * d_in) as f64;
         let label_rows = (self.label_rows * self.instances()) as f64;
         let head = 4.0 * label_rows * (model.vocab_size * model.hidden_size) as f64;
-        layers * (forward + backward) + again * forward_again + head
+        layers * (forward + backward) + again * forward_again + head + dora
     }
 
     fn is_paged(&self) -> bool {

@@ -16,7 +16,7 @@ use super::resume::Resumed;
 use super::run_data::RunData;
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
-use crate::device::{Placement, available_memory_bytes};
+use crate::device::{Placement, Side, available_memory_bytes};
 use crate::infer::{LogProbs, evaluate, sequences};
 use crate::model::{
     Decoder, DecoderConfig, InitLoraWeights, MicroBatch, Regularization, block_sizes,
@@ -122,6 +122,7 @@ impl Trainer {
             instances: masked.map(|_| config.lora_matrix_dropout_instances),
             ..workload.with_settings(&config, adapter_config.lora_dropout)
         };
+        expect_dora_possible(&adapter_config, &workload)?;
         let plan = Plan::of_run(&config, &workload, placement)?;
         let placement = Placement {
             residence: plan.residence,
@@ -463,6 +464,21 @@ fn suspects(micro_batches: &[SourcedBatch], is_finite: &[bool]) -> Vec<usize> {
     rows.sort_unstable();
     rows.dedup();
     rows
+}
+
+fn expect_dora_possible(adapter: &AdapterConfig, workload: &Workload) -> Result<()> {
+    match adapter.use_dora {
+        true if workload.instances.is_some() => {
+            let reason = "masks the matrices of plain adapters; leave it or use_dora out";
+            Err(Error::config("lora_matrix_dropout", reason))
+        }
+        true if workload.residence.optimizer == Side::Host => {
+            let reason = "keeps a half of each trained value in host memory, and use_dora reads \
+                          the whole of its magnitudes; use adamw_torch or adamw_8bit";
+            Err(Error::config("optim", reason))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// An adapter that was made for another model, named by its directory.

@@ -10,6 +10,7 @@ use qlora::device::Placement;
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segments};
 use qlora::ops::dropout::Dropout;
+use qlora::ops::linear::dora::{self, Magnitude};
 use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
@@ -291,6 +292,97 @@ placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
         want.grads[1].assert_close("dA", &d_a);
         want.grads[2].assert_close("dB", &d_b);
         let twice = linear::backward_input(&dy, &weight, Some((&du, lora)), Some(dx)).unwrap();
+        let double = |t: &Tensor| (t * 2.0).unwrap();
+        let want = Pair {
+            exact: double(&want.grads[0].exact),
+            low: double(&want.grads[0].low),
+        };
+        want.assert_close("dx added to dx", &twice);
+    }
+});
+
+placement_test!(in_every_order dora_equals_its_reference, |at| {
+    let mut numbers = Random::new("dora");
+    let mask = Dropout::new(0.4, 1, 2, 3).unwrap().mask(4, 5);
+    for (n, d_in, d_out, r, mask) in [
+        (5, 42, 30, 3, None),
+        (150, 80, 264, 4, None),
+        (5, 42, 30, 3, Some(mask)),
+        (70, 136, 40, 35, Some(mask)),
+    ] {
+        let factors = mask.map(|mask| mask.reference(n, d_in).unwrap());
+        let (x, dy) = (
+            random(&mut numbers, &[n, d_in]),
+            random(&mut numbers, &[n, d_out]),
+        );
+        let (weight, w) = quantized(&random(&mut numbers, &[d_out, d_in]), at);
+        let bias = random(&mut numbers, &[d_out]);
+        let (a, b) = (
+            random(&mut numbers, &[r, d_in]),
+            random(&mut numbers, &[d_out, r]),
+        );
+        let magnitude = (numbers.tensor(&[d_out]) + 3.0).unwrap();
+        let norm_of = |w: &Tensor, a: &Tensor, b: &Tensor| {
+            let lora = ReferenceLora {
+                a,
+                b,
+                scaling: 0.5,
+                dropout: None,
+            };
+            dora::reference_norm(w, lora).unwrap()
+        };
+        let norm = norm_of(&w, &a, &b);
+        let inputs = [x.clone(), a.clone(), b.clone(), magnitude.clone()];
+        let want = expected(&mut numbers, &inputs, &dy, |t| {
+            let (w, bias, norm) = (like(&w, &t[0]), like(&bias, &t[0]), like(&norm, &t[0]));
+            let factors = factors.as_ref().map(|factors| like(factors, &t[0]));
+            let lora = ReferenceLora {
+                a: &t[1],
+                b: &t[2],
+                scaling: 0.5,
+                dropout: factors.as_ref(),
+            };
+            dora::reference(&t[0], &w, Some(&bias), lora, (&t[3], &norm)).unwrap()
+        });
+        let (x, dy, a, b) = (place(&x, at), place(&dy, at), place(&a, at), place(&b, at));
+        let bias = place_f32(&bias, at);
+        let masters: Vec<f32> = f64s(&magnitude).into_iter().map(|m| m as f32).collect();
+        let (high, low): (Vec<bf16>, Vec<i16>) = masters.into_iter().map(adamw::split_master).unzip();
+        let on_device = |t: Tensor| t.to_device(&at.device).unwrap();
+        let high = on_device(Tensor::new(high, &Device::Cpu).unwrap());
+        let low = on_device(Tensor::new(low, &Device::Cpu).unwrap());
+        let squares = on_device(Tensor::new(dora::squared_norms(&weight), &Device::Cpu).unwrap());
+        let magnitude = Magnitude {
+            value: &high,
+            low: Some(&low),
+            weight_squares: &squares,
+        };
+        let lora = Lora {
+            a: &a,
+            b: &b,
+            scaling: 0.5,
+            mask,
+        };
+        let scales = dora::scales(&weight, lora, magnitude).unwrap();
+        let norms = scales.get(1).unwrap().recip().unwrap();
+        assert_close("norm", &norms, &norm, 2e-3);
+        let (y, _) = dora::forward(&x, &weight, Some(&bias), lora, magnitude).unwrap();
+        want.output.assert_close("y", &y);
+        let zeros = |t: &Tensor| Tensor::zeros(t.shape(), DType::F32, t.device()).unwrap();
+        let (d_a, d_b, d_magnitude) = (zeros(&a), zeros(&b), zeros(&high));
+        let grad = LoraGrad {
+            d_a: &d_a,
+            d_b: &d_b,
+        };
+        let grads = (grad, &d_magnitude);
+        let (du, dh) =
+            dora::backward_adapter(&dy, &x, &weight, (lora, magnitude), grads).unwrap();
+        let dx = dora::backward_input(&dy, (&du, &dh), &weight, lora, None).unwrap();
+        want.grads[0].assert_close("dx", &dx);
+        want.grads[1].assert_close("dA", &d_a);
+        want.grads[2].assert_close("dB", &d_b);
+        want.grads[3].assert_close("d_magnitude", &d_magnitude);
+        let twice = dora::backward_input(&dy, (&du, &dh), &weight, lora, Some(dx)).unwrap();
         let double = |t: &Tensor| (t * 2.0).unwrap();
         let want = Pair {
             exact: double(&want.grads[0].exact),

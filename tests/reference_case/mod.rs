@@ -27,9 +27,22 @@ pub const CASES: [&str; 7] = [
 /// The cases that have a training run.
 pub const TRAINED_CASES: [&str; 2] = ["llama_gqa", "qwen3"];
 
-/// One of [`CASES`].
+/// PEFT adapters of other kinds than plain LoRA, by `tests/fixtures/make_adapters.py`.
+pub const ADAPTER_CASES: [&str; 5] = [
+    "rslora_q_v",
+    "patterns",
+    "one_layer",
+    "dora",
+    "dora_patterns",
+];
+
+/// One of [`CASES`] or of [`ADAPTER_CASES`].
 pub struct ReferenceCase {
+    /// The checkpoint.
     pub dir: PathBuf,
+    pub adapter: PathBuf,
+    /// The file with what follows.
+    pub reference: PathBuf,
     /// The rows of the batch, without padding.
     pub examples: Vec<Example>,
     /// Logits of each row, `[T * V]`.
@@ -44,10 +57,21 @@ pub struct ReferenceCase {
 
 impl ReferenceCase {
     pub fn read(name: &str) -> Self {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/fixtures/engine")
-            .join(name);
-        let bytes = std::fs::read(dir.join("reference.safetensors")).unwrap();
+        let dir = fixtures().join("engine").join(name);
+        Self::read_in(dir.clone(), &dir)
+    }
+
+    /// One of [`ADAPTER_CASES`].
+    pub fn of_adapter(name: &str) -> Self {
+        let dir = fixtures().join("adapters").join(name);
+        let base = std::fs::read_to_string(dir.join("base")).unwrap();
+        Self::read_in(fixtures().join("engine").join(base.trim()), &dir)
+    }
+
+    /// The adapter and what it computes, in `case`, of the checkpoint in `dir`.
+    fn read_in(dir: PathBuf, case: &Path) -> Self {
+        let reference = case.join("reference.safetensors");
+        let bytes = std::fs::read(&reference).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let (ids, shape) = integers(&tensors, "input_ids");
         let (mask, _) = integers(&tensors, "attention_mask");
@@ -92,6 +116,8 @@ impl ReferenceCase {
             prompt: as_ids("prompt"),
             generated: as_ids("generated"),
             grads,
+            adapter: case.join("adapter"),
+            reference,
             dir,
         }
     }
@@ -103,12 +129,16 @@ impl ReferenceCase {
 
     /// The same where `placement` says.
     pub fn decoder_at(&self, placement: &Placement) -> Decoder {
-        decoder_with_adapter(&self.dir, &self.dir.join("adapter"), placement)
+        decoder_with_adapter(&self.dir, &self.adapter, placement)
     }
 
     pub fn batch(&self) -> Batch {
         Batch::from_examples(&self.examples.iter().collect::<Vec<_>>())
     }
+}
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
 fn integers(tensors: &SafeTensors, name: &str) -> (Vec<i64>, Vec<usize>) {

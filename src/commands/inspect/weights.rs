@@ -108,6 +108,7 @@ impl Contents {
                 "alpha_pattern": config.alpha_pattern.to_json(),
                 "lora_dropout": config.lora_dropout,
                 "use_rslora": config.use_rslora,
+                "use_dora": config.use_dora,
                 "target_modules": config.target_modules,
                 "base_model_name_or_path": config.base_model_name_or_path,
             }),
@@ -150,7 +151,8 @@ impl Contents {
                 format!("{model_type} model, {}", shape.join(", "))
             }
             Kind::Adapter(config) => format!(
-                "LoRA adapter, r {}, lora_alpha {} (scaling {:.4}{}){}, lora_dropout {}, target_modules {}, base model {}",
+                "{} adapter, r {}, lora_alpha {} (scaling {:.4}{}){}, lora_dropout {}, target_modules {}, base model {}",
+                if config.use_dora { "DoRA" } else { "LoRA" },
                 config.r,
                 config.lora_alpha,
                 config.scaling(),

@@ -142,7 +142,7 @@ const DOWN: (usize, usize) = (64, 128);
 const GRAD_A: (usize, usize) = (128, 32);
 
 /// The last arguments of the kernels.
-fn mask_operands(mask: &Mask) -> [Operand<'static>; 6] {
+pub(super) fn mask_operands(mask: &Mask) -> [Operand<'static>; 6] {
     let words = [mask.key, mask.stream].concat();
     let [k0, k1, s0, s1] = std::array::from_fn(|i| Operand::U32(words[i] as usize));
     let threshold = Operand::U32(mask.threshold as usize);
@@ -163,7 +163,7 @@ fn grad_a_splits(n: usize, d: usize, r: usize) -> usize {
 }
 
 /// In how many parts a sum along `steps` is taken where `blocks` blocks would leave processors idle.
-fn splits(blocks: usize, steps: usize) -> usize {
+pub(super) fn splits(blocks: usize, steps: usize) -> usize {
     /// Blocks that fill a large GPU: a constant, so that no result depends on the one at hand.
     const BLOCKS: usize = 128;
     (BLOCKS / blocks.max(1)).clamp(1, steps.max(1))

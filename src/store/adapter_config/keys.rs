@@ -165,7 +165,7 @@ impl<'a> Keys<'a> {
                 | "layers_pattern"
                 | "rank_pattern"
                 | "alpha_pattern" => continue,
-                "use_rslora" if value.is_boolean() => continue,
+                "use_rslora" | "use_dora" if value.is_boolean() => continue,
                 "peft_type" if value == "LORA" => continue,
                 "peft_type" => "only LORA adapters are",
                 "task_type" if value == "CAUSAL_LM" => continue,
@@ -177,7 +177,7 @@ impl<'a> Keys<'a> {
                     "it changes the base weights; convert the adapter to plain LoRA with PEFT first"
                 }
                 key if HARMLESS.contains(&key) || is_unused(value) => continue,
-                "use_dora" | "lora_bias" => "only plain LoRA is",
+                "lora_bias" => "only LoRA and DoRA without biases are",
                 _ => "it could change what the adapter computes",
             };
             if !value.is_null() {

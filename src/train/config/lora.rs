@@ -56,6 +56,7 @@ impl TrainConfig {
             rank_pattern: given.rank_pattern.unwrap_or(other.rank_pattern),
             alpha_pattern: given.alpha_pattern.unwrap_or(other.alpha_pattern),
             use_rslora: given.use_rslora.unwrap_or(other.use_rslora),
+            use_dora: given.use_dora.unwrap_or(other.use_dora),
             ..other
         }
     }
@@ -92,6 +93,7 @@ const SETTINGS: &[Setting] = &[
     setting!("lora_r", r, Value, ToString::to_string),
     setting!("lora_alpha", lora_alpha, Value, ToString::to_string),
     setting!("use_rslora", use_rslora, Value, ToString::to_string),
+    setting!("use_dora", use_dora, Value, ToString::to_string),
     setting!("lora_target_modules", target_modules, Effect, |targets| json!(targets).to_string()),
     setting!("exclude_modules", exclude_modules, Effect, |excluded| json!(excluded).to_string()),
     setting!("layers_to_transform", layers_to_transform, Effect,

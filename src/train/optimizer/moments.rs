@@ -111,13 +111,13 @@ impl Moments {
     pub(super) fn described(
         &self,
         elements: &Range<usize>,
-        shape: (usize, usize),
+        shape: &[usize],
     ) -> impl Iterator<Item = (&'static str, DType, Vec<usize>)> {
-        let elements = elements.clone();
+        let (elements, shape) = (elements.clone(), shape.to_vec());
         let layout = layout(self.in_8_bits).iter();
         layout.map(move |(name, dtype, per)| {
             let shape = match per {
-                1 => vec![shape.0, shape.1],
+                1 => shape.clone(),
                 _ => vec![part(&elements, *per).len()],
             };
             (*name, *dtype, shape)
@@ -128,7 +128,7 @@ impl Moments {
     pub(super) fn stored(
         &self,
         elements: &Range<usize>,
-        shape: (usize, usize),
+        shape: &[usize],
     ) -> Result<Vec<(&'static str, DenseTensor)>> {
         let layout = layout(self.in_8_bits).iter();
         let moments = self.described(elements, shape).zip(layout);

@@ -61,6 +61,7 @@ impl Workload {
             moments: Moments::F32,
             dropout: false,
             instances: None,
+            dora: lora.use_dora,
             micro_batches: 1,
             residence: Residence::DEVICE,
             together: 1,

@@ -4,6 +4,8 @@
 //! It follows `Decoder::backward` and `Block` line by line; `tests/plan.rs` holds what it predicts against what the engine
 //! allocates.
 
+mod dora;
+
 use super::{Engine, Footprint, Item, Workload};
 use crate::model::{ActivationPolicy, MLP_TILE_ROWS, Module};
 use crate::ops::linear;
@@ -162,6 +164,9 @@ impl Step<'_> {
     /// The output of a linear layer for so many rows, and the adapter's `u`.
     fn linear(&mut self, layer: usize, module: Module, rows: usize) -> [Held; 2] {
         let (d_out, _) = self.workload.model.linear_shape(module);
+        if self.is_dora(layer, module) {
+            return self.dora_forward(layer, module, rows);
+        }
         let y = self.tile_values(rows, Item::Working, d_out);
         [y, self.down_project(layer, module, rows)]
     }
@@ -216,6 +221,12 @@ impl Step<'_> {
         rows: usize,
         dx: Option<usize>,
     ) -> Option<Held> {
+        if self.is_dora(layer, module) {
+            let gradients = self.dora_backward(layer, module, rows);
+            let dx = dx.map(|width| self.tile_values(rows, Item::Working, width));
+            self.ledger.free([gradients]);
+            return dx;
+        }
         let instances = self.instances_of(rows);
         let first = dx.filter(|_| instances > 1);
         let first = first.map(|width| self.tile_values(rows, Item::Working, width));
