@@ -2,7 +2,7 @@
 //!
 //! Source: `check_target_module_exists` of PEFT 0.21.
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde_json::{Value, json};
 
 /// Indices of layers, and how a module's path tells the one it is in.
@@ -27,8 +27,17 @@ impl LayerSelection {
     /// # Errors
     /// What is wrong with a name, which may be a regex.
     pub fn new(indices: Vec<usize>, patterns: Vec<String>) -> Result<Self, String> {
+        /// More are not held, nor larger ones: their memory would be out of proportion to their text.
+        const MAX_PATTERNS: usize = 64;
+        const MAX_REGEX_BYTES: usize = 1 << 17;
+        if patterns.len() > MAX_PATTERNS {
+            return Err(format!("has more than {MAX_PATTERNS} names"));
+        }
         let compiled = patterns.into_iter().map(|pattern| {
-            let regex = Regex::new(&format!(r"^(?:.*?\.)??(?:{pattern})\.(?<index>\d+)\."));
+            let regex = format!(r"^(?:.*?\.)??(?:{pattern})\.(?<index>[0-9]+)\.");
+            let regex = RegexBuilder::new(&regex)
+                .size_limit(MAX_REGEX_BYTES)
+                .build();
             let regex = regex.map_err(|_| format!("`{pattern}` is neither a name nor a regex"))?;
             Ok((pattern, regex))
         });

@@ -19,6 +19,7 @@ mod mapped_file;
 mod mapped_ranges;
 mod matrix_dropout;
 mod module_patterns;
+mod path_pattern;
 mod quantize;
 mod safetensors_writer;
 mod target_modules;

@@ -8,9 +8,13 @@ use std::cmp::Ordering;
 use std::fmt::Display;
 use std::str::FromStr;
 
-use regex::Regex;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
+
+use super::path_pattern::PathPattern;
+
+/// More of them are not held: each takes memory out of proportion to its text.
+const MAX_REGEXES: usize = 64;
 
 /// Values by pattern, in the order in which the patterns are tried.
 #[derive(Debug, Clone)]
@@ -18,8 +22,7 @@ pub struct ModulePatterns<V>(Vec<Entry<V>>);
 
 #[derive(Debug, Clone)]
 struct Entry<V> {
-    pattern: String,
-    regex: Regex,
+    pattern: PathPattern,
     value: V,
 }
 
@@ -40,18 +43,17 @@ impl<V: Copy + Default + PartialOrd + FromStr + Display> ModulePatterns<V> {
             if value.partial_cmp(&V::default()) != Some(Ordering::Greater) {
                 return Err(format!("`{pattern}` is {value}, expected more than 0"));
             }
+            let pattern = PathPattern::new(pattern)?;
             if entries.iter().any(|entry| entry.pattern == pattern) {
-                return Err(format!("`{pattern}` is given twice"));
+                return Err(format!("`{}` is given twice", pattern.text()));
             }
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
-            let regex = regex.map_err(|_| format!("`{pattern}` is neither a name nor a regex"))?;
-            entries.push(Entry {
-                pattern,
-                regex,
-                value,
-            });
+            entries.push(Entry { pattern, value });
         }
-        Ok(Self(entries))
+        let regexes = entries.iter().filter(|entry| entry.pattern.is_regex());
+        match regexes.count() > MAX_REGEXES {
+            true => Err(format!("has more than {MAX_REGEXES} regexes")),
+            false => Ok(Self(entries)),
+        }
     }
 
     /// Reads the object that PEFT writes.
@@ -72,14 +74,14 @@ impl<V: Copy + Default + PartialOrd + FromStr + Display> ModulePatterns<V> {
         let number = |value: &V| value.to_string().parse().unwrap_or(Value::Null);
         let pairs = self.0.iter();
         pairs
-            .map(|entry| (entry.pattern.clone(), number(&entry.value)))
+            .map(|entry| (entry.pattern.text().to_string(), number(&entry.value)))
             .collect::<Map<_, _>>()
             .into()
     }
 
     /// The value of the module at `path`, for example `model.layers.0.self_attn.q_proj`, if a pattern matches it.
     pub fn of(&self, path: &str) -> Option<V> {
-        let entry = self.0.iter().find(|entry| entry.regex.is_match(path));
+        let entry = self.0.iter().find(|entry| entry.pattern.matches(path));
         entry.map(|entry| entry.value)
     }
 
@@ -97,13 +99,16 @@ impl<V: Copy + Default + PartialOrd + FromStr + Display> ModulePatterns<V> {
 
     /// The first pattern that matches none of `paths`.
     pub fn unmatched(&self, paths: &[String]) -> Option<&str> {
-        let matches = |entry: &&Entry<V>| !paths.iter().any(|path| entry.regex.is_match(path));
-        self.0.iter().find(matches).map(|entry| &*entry.pattern)
+        let matches = |entry: &&Entry<V>| !paths.iter().any(|path| entry.pattern.matches(path));
+        self.0
+            .iter()
+            .find(matches)
+            .map(|entry| entry.pattern.text())
     }
 
     fn pairs(&self) -> impl Iterator<Item = String> {
         let pairs = self.0.iter();
-        pairs.map(|Entry { pattern, value, .. }| format!("{pattern}={value}"))
+        pairs.map(|Entry { pattern, value }| format!("{}={value}", pattern.text()))
     }
 }
 

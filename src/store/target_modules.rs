@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
 
@@ -47,7 +47,10 @@ impl TargetModules {
     /// # Errors
     /// What is wrong with the regex.
     pub fn pattern(text: &str) -> Result<Self, String> {
-        let regex = Regex::new(&format!("^(?:{text})$")).map_err(|e| {
+        /// Bytes that the compiled regex may take: more would be out of proportion to the file that it comes from.
+        const MAX_BYTES: usize = 1 << 20;
+        let mut regex = RegexBuilder::new(&format!("^(?:{text})$"));
+        let regex = regex.size_limit(MAX_BYTES).build().map_err(|e| {
             let last = e.to_string();
             let last = last.lines().last().unwrap_or_default();
             let last = last.trim_start_matches("error: ");
