@@ -44,7 +44,6 @@ impl Bench {
             ("--dataset", path(self.data())),
             ("--output_dir", path(self.output())),
             ("--max_steps", "2".into()),
-            ("--lora_r", "2".into()),
         ] {
             arguments.extend([key.to_string(), value]);
         }

@@ -181,7 +181,7 @@ train_config! {
     gradient_accumulation_steps: usize = 16;
     /// Peak learning rate
     learning_rate: f64 = 2e-4;
-    /// LoRA+: the learning rate of the adapters' B, as a multiple of that of A
+    /// LoRA+: the learning rate of the adapters' B and magnitudes, as a multiple of that of A
     loraplus_lr_ratio: Option<f64> = None;
     /// constant, constant_with_warmup, linear, cosine, cosine_with_min_lr or inverse_sqrt
     lr_scheduler_type: SchedulerType = SchedulerType::Constant;

@@ -22,7 +22,7 @@ const CLIP_EPSILON: f64 = 1e-6;
 /// Tensors with fewer elements keep f32 moments under an 8-bit optimizer, as in bitsandbytes.
 pub(super) const MIN_8BIT_ELEMENTS: usize = 4096;
 
-/// How the names of tensors end to which `loraplus_lr_ratio` applies.
+/// How the names of tensors end to which `loraplus_lr_ratio` applies, beside vectors.
 const LORA_B: &str = ".lora_B.weight";
 
 /// Elements that visit the device at a time, where the moments are in host memory: enough for a copy at full speed.
@@ -47,7 +47,8 @@ struct Kind {
 
 impl Kind {
     fn of(slot: &Slot, config: &TrainConfig) -> Self {
-        let is_b = slot.name.ends_with(LORA_B);
+        // As in PEFT: the magnitudes of DoRA are vectors.
+        let is_b = slot.name.ends_with(LORA_B) || slot.shape.len() == 1;
         Self {
             in_8_bits: config.optim.is_8bit() && slot.range.len() >= MIN_8BIT_ELEMENTS,
             lr_ratio: config.loraplus_lr_ratio.filter(|_| is_b).unwrap_or(1.0),
