@@ -17,7 +17,7 @@ use qlora::ops::dropout::Mask;
 use qlora::ops::linear_cross_entropy;
 use qlora::ops::matrix_dropout::{self, FactorMasks, MatrixDropout};
 use qlora::ops::philox::philox;
-use qlora::store::{Adapter, MatrixDropoutScale, MatrixDropoutSettings};
+use qlora::store::{Adapter, MatrixDropoutScale, MatrixDropoutSettings, ModulePatterns};
 use qlora::train::config::Resume;
 use qlora::train::{TrainConfig, Trainer};
 use reference_case::{
@@ -463,21 +463,19 @@ fn a_run_does_not_depend_on_the_number_of_threads() {
 #[test]
 fn without_a_scale_training_is_that_of_a_smaller_alpha() {
     let dir = tempfile::tempdir().unwrap();
-    let run = |lora_alpha, scale| {
+    let run = |lora_alpha: f64, scale| {
+        let of_some = ("q_proj".to_string(), 2.0 * lora_alpha);
         let config = TrainConfig {
-            lora_alpha,
+            lora_alpha: Some(lora_alpha),
+            alpha_pattern: Some(ModulePatterns::new([of_some]).unwrap()),
             lora_matrix_dropout_scale: Some(scale),
             ..config(dir.path(), Some(P))
         };
         trained(config, &Placement::cpu())
     };
     // The share that is kept of the product is 1/4, and powers of two round nothing.
-    assert!(
-        run(Some(16.0), MatrixDropoutScale::None) == run(Some(4.0), MatrixDropoutScale::Inverse)
-    );
-    assert!(
-        run(Some(16.0), MatrixDropoutScale::None) != run(Some(16.0), MatrixDropoutScale::Inverse)
-    );
+    assert!(run(16.0, MatrixDropoutScale::None) == run(4.0, MatrixDropoutScale::Inverse));
+    assert!(run(16.0, MatrixDropoutScale::None) != run(16.0, MatrixDropoutScale::Inverse));
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub(super) fn settings(
     (settings.p > 0.0).then_some(settings)
 }
 
-/// Gives the adapter the `lora_alpha` that it has outside of training. With [`MatrixDropoutScale::None`] what is asked for is
+/// Gives the adapter the `lora_alpha` and `alpha_pattern` that it has outside of training. With [`MatrixDropoutScale::None`] what is asked for is
 /// that of training, where the factors are not scaled; that of an adapter with such settings, which the run starts from, is
 /// not.
 pub(super) fn set_alpha(
@@ -36,7 +36,10 @@ pub(super) fn set_alpha(
     if let Some(share) = unscaled(settings) {
         let before = unscaled(start).unwrap_or(1.0);
         if share != before {
-            adapter.lora_alpha *= share / before;
+            let factor = share / before;
+            adapter.lora_alpha *= factor;
+            let patterns = std::mem::take(&mut adapter.alpha_pattern);
+            adapter.alpha_pattern = patterns.map(|alpha| factor * alpha);
         }
     }
 }
