@@ -163,6 +163,18 @@ fn a_plain_model_and_a_method_that_makes_the_base_do_not_go_together() {
         ..plain()
     });
     assert!(both.contains("begins a new adapter"), "{both}");
+    // Without the record the residual would pass for the model.
+    let record = model.join(INITIAL_ADAPTER).join("initialization.json");
+    let on_residual = || error(config(&model, home.path().join("run"), 1));
+    fs::write(&record, "{\"seed\": 0}").unwrap();
+    let damaged = on_residual();
+    assert!(damaged.contains("initialization.json"), "{damaged}");
+    fs::remove_file(&record).unwrap();
+    let missing = on_residual();
+    assert!(
+        missing.contains("initialization.json: is missing"),
+        "{missing}"
+    );
 }
 
 #[test]

@@ -87,41 +87,68 @@ const DATA_KEYS: [&str; 18] = [
     "data_seed",
 ];
 
-/// Those of the configuration's keys that concern data, as flags.
-#[derive(Debug, Clone, Default)]
-pub struct DataFlags {
-    pub overrides: Vec<(String, String)>,
+/// The keys that decide what an adapter is.
+const LORA_KEYS: [&str; 8] = [
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+];
+
+/// Some of the configuration's keys as flags.
+macro_rules! flags_of_keys {
+    ($(#[doc = $doc:literal] $name:ident: $keys:ident, $change:expr;)*) => {$(
+        #[doc = $doc]
+        #[derive(Debug, Clone, Default)]
+        pub struct $name {
+            pub overrides: Vec<(String, String)>,
+        }
+
+        impl clap::Args for $name {
+            fn augment_args(command: Command) -> Command {
+                command.args(keys(&$keys).map(flag).map($change))
+            }
+
+            fn augment_args_for_update(command: Command) -> Command {
+                Self::augment_args(command)
+            }
+        }
+
+        impl clap::FromArgMatches for $name {
+            fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+                let overrides = given(matches, &$keys);
+                Ok(Self { overrides })
+            }
+
+            fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+                *self = Self::from_arg_matches(matches)?;
+                Ok(())
+            }
+        }
+    )*};
 }
 
-impl clap::Args for DataFlags {
-    fn augment_args(command: Command) -> Command {
-        command.args(data_keys().map(flag))
-    }
-
-    fn augment_args_for_update(command: Command) -> Command {
-        Self::augment_args(command)
-    }
+flags_of_keys! {
+    /// Those of the configuration's keys that concern data, as flags.
+    DataFlags: DATA_KEYS, |arg| arg;
+    /// Those that say what an adapter is, as flags that `--init_lora_weights` makes sense of.
+    LoraFlags: LORA_KEYS, |arg: Arg| arg.requires("init_lora_weights").help_heading("Initialization");
 }
 
-impl clap::FromArgMatches for DataFlags {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let given = data_keys().filter_map(|key| {
-            let text = matches.get_one::<String>(key.name)?;
-            Some((key.name.to_string(), text.clone()))
-        });
-        Ok(Self {
-            overrides: given.collect(),
-        })
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
+fn keys(names: &[&str]) -> impl Iterator<Item = &'static Key> {
+    KEYS.iter().filter(|key| names.contains(&key.name))
 }
 
-fn data_keys() -> impl Iterator<Item = &'static Key> {
-    KEYS.iter().filter(|key| DATA_KEYS.contains(&key.name))
+fn given(matches: &ArgMatches, names: &[&str]) -> Vec<(String, String)> {
+    let given = keys(names).filter_map(|key| {
+        let text = matches.get_one::<String>(key.name)?;
+        Some((key.name.to_string(), text.clone()))
+    });
+    given.collect()
 }
 
 fn flag(key: &Key) -> Arg {

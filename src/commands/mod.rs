@@ -17,7 +17,7 @@ mod shape_args;
 pub mod train;
 pub mod verify;
 
-pub use config_flags::{ConfigFlags, DataFlags};
+pub use config_flags::{ConfigFlags, DataFlags, LoraFlags};
 pub use ensemble_args::EnsembleArgs;
 pub use model_args::ModelArgs;
 pub use shape_args::ShapeArgs;

@@ -55,8 +55,10 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    check_model(&args.source)?;
-    let initializing = args.init.quantizer(&args.source, &args.destination)?;
+    let model = check_model(&args.source)?;
+    let initializing = args
+        .init
+        .quantizer(&model, &args.source, &args.destination)?;
     let job = QuantizeJob {
         source: args.source,
         destination: args.destination,
@@ -111,10 +113,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// Refuses a model that could not be trained afterwards.
-fn check_model(source: &Path) -> anyhow::Result<()> {
+fn check_model(source: &Path) -> anyhow::Result<DecoderConfig> {
     let checkpoint = Checkpoint::open(source)?;
-    DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
-    Ok(())
+    let path = checkpoint.config_path();
+    Ok(DecoderConfig::from_json(checkpoint.config(), &path)?)
 }
 
 /// A bar on stderr, hidden where that is not a terminal.

@@ -65,7 +65,7 @@ impl DecoderConfig {
 
     /// # Errors
     /// [`Error::Config`] for a pattern that fits nothing in this model.
-    fn expect_patterns(&self, config: &AdapterConfig) -> Result<()> {
+    pub fn expect_patterns(&self, config: &AdapterConfig) -> Result<()> {
         let paths = self.linear_paths();
         expect_match("rank_pattern", config.rank_pattern.unmatched(&paths))?;
         expect_match("alpha_pattern", config.alpha_pattern.unmatched(&paths))
@@ -73,7 +73,7 @@ impl DecoderConfig {
 
     /// # Errors
     /// [`Error::Config`] for a target or a layer that this model does not have, and if no layer is targeted.
-    fn expect_targets(&self, config: &AdapterConfig) -> Result<()> {
+    pub fn expect_targets(&self, config: &AdapterConfig) -> Result<()> {
         let paths = self.linear_paths();
         let excluded = config.exclude_modules.as_ref();
         let excluded = excluded.and_then(|excluded| excluded.unmatched(&paths));

@@ -62,6 +62,13 @@ pub struct InitializingQuantizer {
     output: Option<(PathBuf, AdapterWriter)>,
 }
 
+/// A weight that gets an adapter.
+struct Layer<'w> {
+    weight: &'w DenseTensor,
+    r: usize,
+    scaling: f32,
+}
+
 /// The factors of an adapter: `a: [r, in]`, `b: [out, r]`, row-major.
 struct Factors {
     a: Vec<f32>,
@@ -100,8 +107,7 @@ impl InitializingQuantizer {
     /// The path of the layer if it gets an adapter.
     fn target<'n>(&self, name: &'n str) -> Option<&'n str> {
         let path = name.strip_suffix(".weight")?;
-        let matches = self.options.adapter.target_modules.matches(path);
-        matches.then_some(path)
+        self.options.adapter.targets(path).then_some(path)
     }
 
     fn lora_shape(&self, weight: &TensorSpec) -> Result<Option<LoraShape>> {
@@ -110,11 +116,11 @@ impl InitializingQuantizer {
         else {
             return Ok(None);
         };
-        let r = self.options.adapter.r;
+        let r = self.options.adapter.rank_of(path);
         if r > out_features.min(in_features) {
             return Err(Error::TensorMismatch {
                 tensor: weight.name.clone(),
-                expected: format!("at least lora_r = {r} rows and columns"),
+                expected: format!("at least as many rows and columns as the rank, {r}"),
                 found: format!("{:?}; choose a smaller lora_r", weight.shape),
             });
         }
@@ -130,9 +136,10 @@ impl InitializingQuantizer {
     fn initialize(
         &self,
         name: &str,
-        weight: &DenseTensor,
+        layer: &Layer,
         options: QuantizeOptions,
     ) -> Result<(Params4bit, Factors)> {
+        let weight = layer.weight;
         let mut values = vec![0f32; weight.numel()];
         fill(&mut values, |start, out| weight.read_range(start, out));
         expect_finite(name, &values)?;
@@ -141,19 +148,19 @@ impl InitializingQuantizer {
         if self.options.method == InitLoraWeights::Loftq {
             let mut quantized = quantize(&values)?;
             for _ in again {
-                let factors = self.factors_of_rest(&mut values, weight, &quantized)?;
-                self.residual(&mut values, weight, &factors);
+                let factors = self.factors_of_rest(&mut values, layer, &quantized)?;
+                layer.residual(&mut values, &factors);
                 quantized = quantize(&values)?;
             }
-            let factors = self.factors_of_rest(&mut values, weight, &quantized)?;
+            let factors = self.factors_of_rest(&mut values, layer, &quantized)?;
             return Ok((quantized, factors));
         }
-        let mut factors = self.factors(&values, weight)?;
-        self.residual(&mut values, weight, &factors);
+        let mut factors = self.factors(&values, layer)?;
+        layer.residual(&mut values, &factors);
         for _ in again {
             let quantized = quantize(&values)?;
-            factors = self.factors_of_rest(&mut values, weight, &quantized)?;
-            self.residual(&mut values, weight, &factors);
+            factors = self.factors_of_rest(&mut values, layer, &quantized)?;
+            layer.residual(&mut values, &factors);
         }
         Ok((quantize(&values)?, factors))
     }
@@ -162,27 +169,19 @@ impl InitializingQuantizer {
     fn factors_of_rest(
         &self,
         values: &mut [f32],
-        weight: &DenseTensor,
+        layer: &Layer,
         quantized: &Params4bit,
     ) -> Result<Factors> {
         fill(values, |start, out| {
-            difference(weight, quantized, start, out)
+            difference(layer.weight, quantized, start, out);
         });
-        self.factors(values, weight)
-    }
-
-    /// `residual = W - s B A`.
-    fn residual(&self, residual: &mut [f32], weight: &DenseTensor, factors: &Factors) {
-        let AdapterConfig { r, .. } = self.options.adapter;
-        let scaling = self.options.adapter.scaling() as f32;
-        fill(residual, |start, out| weight.read_range(start, out));
-        subtract_product(residual, &factors.b, &factors.a, r, scaling);
+        self.factors(values, layer)
     }
 
     /// The factors whose product, scaled, stands for `values`.
-    fn factors(&self, values: &[f32], weight: &DenseTensor) -> Result<Factors> {
-        let dims = (weight.shape[0], weight.shape[1]);
-        let rank = self.options.adapter.r;
+    fn factors(&self, values: &[f32], layer: &Layer) -> Result<Factors> {
+        let rank = layer.r;
+        let dims = (layer.weight.shape[0], layer.weight.shape[1]);
         let power_iterations = match self.options.method {
             InitLoraWeights::Olora => {
                 let qr = leading_qr(values, dims, rank, &self.options.device)?;
@@ -206,9 +205,8 @@ impl InitializingQuantizer {
             device: self.options.device.clone(),
         };
         let mut svd = truncated_svd(values, dims, &options)?;
-        let scaling = self.options.adapter.scaling() as f32;
         for (t, value) in svd.values.iter().enumerate() {
-            let root = (value / scaling).sqrt();
+            let root = (value / layer.scaling).sqrt();
             let scale = |vector: &mut [f32]| vector.iter_mut().for_each(|v| *v *= root);
             scale(&mut svd.left[t * dims.0..][..dims.0]);
             scale(&mut svd.right[t * dims.1..][..dims.1]);
@@ -217,6 +215,14 @@ impl InitializingQuantizer {
             b: transpose(&svd.left, rank),
             a: svd.right,
         })
+    }
+}
+
+impl Layer<'_> {
+    /// `residual = W - s B A`.
+    fn residual(&self, residual: &mut [f32], factors: &Factors) {
+        fill(residual, |start, out| self.weight.read_range(start, out));
+        subtract_product(residual, &factors.b, &factors.a, self.r, self.scaling);
     }
 }
 
@@ -242,10 +248,15 @@ impl WeightQuantizer for InitializingQuantizer {
         weight: &DenseTensor,
         options: QuantizeOptions,
     ) -> Result<Params4bit> {
-        if self.target(name).is_none() {
+        let Some(path) = self.target(name) else {
             return Params4bit::quantize(name, weight, options);
-        }
-        let (quantized, Factors { a, b }) = self.initialize(name, weight, options)?;
+        };
+        let layer = Layer {
+            weight,
+            r: self.options.adapter.rank_of(path),
+            scaling: self.options.adapter.scaling_of(path) as f32,
+        };
+        let (quantized, Factors { a, b }) = self.initialize(name, &layer, options)?;
         let (_, writer) = self.output.as_mut().expect("`begin` comes first");
         writer.append(&a, &b)?;
         Ok(quantized)

@@ -3,7 +3,7 @@
 //! PEFT does not know the file. `adapter_config.json` says `init_lora_weights: true` all the while: with the name of a method
 //! that changes the base, PEFT would change it once more when it loads the adapter.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +44,22 @@ pub struct Initialization {
 }
 
 impl Initialization {
+    /// The adapter that the model in the directory `model` was made together with, and how; `None` for other models.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if the directory of the adapter is there and the file is not; those of [`read`](Self::read).
+    pub fn of_model(model: &Path) -> Result<Option<(PathBuf, Self)>> {
+        let dir = model.join(INITIAL_ADAPTER);
+        match Self::read(&dir)? {
+            Some(record) => Ok(Some((dir, record))),
+            None if dir.exists() => {
+                let reason = "is missing, and says how the weights beside it were made";
+                Err(Error::malformed(dir.join(FILE), reason))
+            }
+            None => Ok(None),
+        }
+    }
+
     /// What the file beside the adapter in `dir` says; `None` if there is none.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::config::TrainConfig;
 use crate::model::InitLoraWeights;
-use crate::store::{Adapter, INITIAL_ADAPTER, Initialization, RelativeTo};
+use crate::store::{Adapter, Initialization, RelativeTo};
 use crate::{Error, Result};
 
 /// The directory of the converted adapter, within that of the run.
@@ -18,8 +18,7 @@ const KEY: &str = "init_lora_weights";
 /// # Errors
 /// [`Error::Config`] if `init_lora_weights` and the model do not go together, with what to do.
 pub(super) fn choose(config: &mut TrainConfig) -> Result<()> {
-    let dir = config.model_name_or_path.join(INITIAL_ADAPTER);
-    let made = Initialization::read(&dir)?;
+    let made = Initialization::of_model(&config.model_name_or_path)?;
     let name = |init: InitLoraWeights| init.to_string();
     match (config.init_lora_weights, made) {
         (None, None) => {}
@@ -41,7 +40,7 @@ pub(super) fn choose(config: &mut TrainConfig) -> Result<()> {
             );
             return Err(Error::config(KEY, reason));
         }
-        (Some(init), Some(made)) if name(init) != made.init_lora_weights => {
+        (Some(init), Some((_, made))) if name(init) != made.init_lora_weights => {
             let reason = format!(
                 "{} was made with the initialization {} and is not the original model without its adapter; \
                  leave {KEY} out, or quantize again",
@@ -50,7 +49,7 @@ pub(super) fn choose(config: &mut TrainConfig) -> Result<()> {
             );
             return Err(Error::config(KEY, reason));
         }
-        (_, Some(_)) => {
+        (_, Some((dir, _))) => {
             config.adapter.get_or_insert(dir);
         }
     }
@@ -67,8 +66,7 @@ pub(super) fn write_converted(
     adapter: &Adapter,
     output_dir: &Path,
 ) -> Result<Option<PathBuf>> {
-    let initial_dir = model.join(INITIAL_ADAPTER);
-    let Some(record) = Initialization::read(&initial_dir)? else {
+    let Some((initial_dir, record)) = Initialization::of_model(model)? else {
         return Ok(None);
     };
     record.write(output_dir)?;

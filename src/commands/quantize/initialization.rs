@@ -4,9 +4,11 @@ use std::path::Path;
 
 use anyhow::bail;
 use qlora::device::{DeviceKind, Placement};
-use qlora::model::{InitLoraWeights, InitializeOptions, InitializingQuantizer};
-use qlora::store::{AdapterConfig, TargetModules};
+use qlora::model::{DecoderConfig, InitLoraWeights, InitializeOptions, InitializingQuantizer};
+use qlora::store::AdapterConfig;
+use qlora::train::TrainConfig;
 
+use crate::commands::LoraFlags;
 use crate::commands::model_args::parse_device;
 
 #[derive(Debug, clap::Args)]
@@ -21,35 +23,8 @@ pub struct InitArgs {
     )]
     init_lora_weights: Option<InitLoraWeights>,
 
-    /// Its rank [default: 64]
-    #[arg(
-        long = "lora_r",
-        alias = "lora-r",
-        value_name = "N",
-        requires = "init_lora_weights"
-    )]
-    lora_r: Option<usize>,
-
-    /// Its lora_alpha; it is scaled by lora_alpha / lora_r [default: 16]
-    #[arg(
-        long = "lora_alpha",
-        alias = "lora-alpha",
-        value_name = "X",
-        requires = "init_lora_weights"
-    )]
-    lora_alpha: Option<f64>,
-
-    /// Scale it by lora_alpha / sqrt(lora_r)
-    #[arg(
-        long = "use_rslora",
-        alias = "use-rslora",
-        requires = "init_lora_weights"
-    )]
-    use_rslora: bool,
-
-    /// all-linear, a module name, a list of them, or a regex that matches whole module paths [default: all-linear]
-    #[arg(long = "lora_target_modules", alias = "lora-target-modules", value_name = "NAMES", value_parser = TargetModules::parse, requires = "init_lora_weights")]
-    lora_target_modules: Option<TargetModules>,
+    #[command(flatten)]
+    lora: LoraFlags,
 
     /// How many times loftq quantizes, 1 to 5 [default: 1]
     #[arg(
@@ -82,33 +57,20 @@ impl InitArgs {
     /// What makes the weights of `source` and the adapter, if that is asked for.
     pub fn quantizer(
         &self,
+        model: &DecoderConfig,
         source: &Path,
         destination: &Path,
     ) -> anyhow::Result<Option<InitializingQuantizer>> {
         let Some(method) = self.init_lora_weights else {
             return Ok(None);
         };
-        let r = self.lora_r.unwrap_or(64);
-        let lora_alpha = self.lora_alpha.unwrap_or(16.0);
-        if r == 0 {
-            bail!("--lora_r must be at least 1");
-        }
-        if !(lora_alpha > 0.0 && lora_alpha.is_finite()) {
-            bail!("--lora_alpha must be greater than 0");
-        }
+        let config = TrainConfig::load_partial(None, &self.lora.overrides)?;
         let adapter = AdapterConfig {
             base_model_name_or_path: Some(destination.display().to_string()),
-            revision: None,
-            r,
-            lora_alpha,
-            lora_dropout: 0.0,
-            target_modules: self
-                .lora_target_modules
-                .clone()
-                .unwrap_or(TargetModules::AllLinear),
-            use_rslora: self.use_rslora,
-            ..AdapterConfig::default()
+            ..config.new_adapter_config()
         };
+        model.expect_targets(&adapter)?;
+        model.expect_patterns(&adapter)?;
         let options = InitializeOptions {
             method,
             adapter,
