@@ -25,8 +25,8 @@ use crate::store::{
 };
 use crate::{Error, Result};
 
-/// A further power iteration that gains a millionth is not worth it.
-const PISSA_TOLERANCE: f64 = 1e-6;
+/// 1e-6 took five times the work of 16 iterations for a 5000th less of error, on the weights of a layer of a 7B model.
+const PISSA_TOLERANCE: f64 = 1e-5;
 
 /// What quantization loses is like noise, of which 64 directions of 4096 hold some percent: a thousandth of that is little.
 const LOFTQ_TOLERANCE: f64 = 1e-3;
