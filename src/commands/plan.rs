@@ -13,7 +13,8 @@ use serde_json::json;
 use super::{ConfigFlags, ShapeArgs};
 
 /// Keys of `qlora train` that decide how much memory a run takes.
-const WITH_EFFECT: [&str; 19] = [
+const WITH_EFFECT: [&str; 20] = [
+    "preset",
     "source_max_len",
     "target_max_len",
     "max_seq_len",

@@ -15,6 +15,9 @@ use super::{ConfigFlags, Interrupted};
 pub struct Args {
     /// Config file: TOML, YAML or JSON with the keys below; flags win over it
     config: Option<PathBuf>,
+    /// Print the configuration that all of it comes to, as TOML, and do nothing else
+    #[arg(long)]
+    print_config: bool,
 
     #[command(flatten)]
     flags: ConfigFlags,
@@ -23,6 +26,10 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     super::outlive_closed_pipe();
     let mut config = TrainConfig::load(args.config.as_deref(), &args.flags.overrides)?;
+    if args.print_config {
+        print!("{}", config.resolved_toml()?);
+        return Ok(());
+    }
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }

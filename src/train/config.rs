@@ -7,6 +7,7 @@ mod datasets;
 mod file;
 mod foreign;
 mod lora;
+mod preset;
 mod values;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use datasets::{DatasetColumns, DatasetList, DatasetWeights};
 pub use foreign::{FOREIGN_KEYS, SYNONYMS};
 pub(super) use lora::{expect_same_adapter, other_adapter};
+pub use preset::Preset;
 pub use values::{ByteCount, ComputeDtype, EvalMetric, OnNonFinite, Optim, Resume, ValueKind};
 
 use crate::data::{DatasetFormat, ExcessLength};
@@ -93,6 +95,8 @@ macro_rules! train_config {
 
 train_config! {
     ["Model and data"]
+    /// Settings that the guanaco models were published with: guanaco-7b, -13b, -33b or -65b; every key that is given wins over them
+    preset: Option<Preset> = None;
     /// Hugging Face model directory: 4-bit, or bf16/f16/f32, which is quantized on load (required)
     model_name_or_path: PathBuf = PathBuf::new();
     /// PEFT adapter directory to start from

@@ -18,6 +18,7 @@ use crate::{Error, Result};
 ///
 /// Paths are compared by what they lead to, and the number of steps by the learning rates that come of it.
 pub const KEYS_WITHOUT_EFFECT: &[&str] = &[
+    "preset",
     "model_name_or_path",
     "adapter",
     "output_dir",

@@ -24,7 +24,8 @@ const DEFAULTS: [(&str, &str, &str); 3] = [
 ];
 
 /// Keys of `qlora train` that a benchmark cannot do as asked: it makes its own model and rows.
-const REFUSED: [&str; 12] = [
+const REFUSED: [&str; 13] = [
+    "preset",
     "model_name_or_path",
     "adapter",
     "dataset",

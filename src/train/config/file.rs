@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::foreign::{self, FOREIGN_KEYS};
+use super::preset::Preset;
 use super::{KEYS, Key, TrainConfig};
 use crate::{Error, Result};
 
@@ -49,10 +50,21 @@ fn from_toml(path: &Path, text: &str) -> Result<Value> {
 }
 
 /// Sets the given keys over the defaults.
-pub(super) fn resolve(given: Map<String, Value>) -> Result<TrainConfig> {
+pub(super) fn resolve(mut given: Map<String, Value>) -> Result<TrainConfig> {
     let mut config = TrainConfig::default();
-    let is_given = |name: &str| given.get(name).is_some_and(|value| !value.is_null());
-    let epochs_decide = is_given("num_train_epochs") && !is_given("max_steps");
+    let is_given = |given: &Map<String, Value>, name: &str| {
+        given.get(name).is_some_and(|value| !value.is_null())
+    };
+    let epochs_decide = is_given(&given, "num_train_epochs") && !is_given(&given, "max_steps");
+    if let Some(name) = given.get("preset").filter(|name| !name.is_null()) {
+        let preset: Preset = serde_json::from_value(name.clone())
+            .map_err(|e| Error::config("preset", e.to_string()))?;
+        for (key, value) in preset.values() {
+            if !is_given(&given, &key) {
+                given.insert(key, value);
+            }
+        }
+    }
     let mut foreign = Vec::new();
     for (name, value) in given {
         if let Some(key) = foreign::find(&name) {

@@ -70,14 +70,12 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("do_predict", &["false"], NO_GENERATION),
     only("predict_with_generate", &["false"], NO_GENERATION),
     only("do_sample", &["false"], NO_GENERATION),
-    only("max_new_tokens", &[], NO_GENERATION),
     only("top_p", &["1"], NO_GENERATION),
     only("temperature", &["1"], NO_GENERATION),
     only("trust_remote_code", &["false"], "code from a model directory is never run"),
     only("use_auth_token", &["false"], "the token of `hf auth login`, or HF_TOKEN, is used for data sets"),
     only("cache_dir", &[], "the cache of huggingface_hub is used; set HF_HOME or HF_HUB_CACHE"),
     only("max_memory_MB", &[], NOT_YET),
-    only("preset", &[], NOT_YET),
     only("save_strategy", &["steps"], "checkpoints are written every save_steps"),
     only("evaluation_strategy", &["steps"], "evaluation runs every eval_steps"),
     only("eval_strategy", &["steps"], "evaluation runs every eval_steps"),
@@ -91,6 +89,8 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
     any("dataloader_num_workers"),
     any("dataloader_pin_memory"),
     any("disable_tqdm"),
+    // For generation in evaluation, which qlora.py does with predict_with_generate alone.
+    any("max_new_tokens"),
 ];
 
 /// Names other trainers use for a key of ours, too unlike it to be found by spelling.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::{DatasetColumns, DatasetList, DatasetWeights};
+use super::{DatasetColumns, DatasetList, DatasetWeights, Preset};
 use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::model::InitLoraWeights;
@@ -186,6 +186,7 @@ config_value! {
     QuantType => Text,
     SchedulerType => Text,
     Optim => Text,
+    Preset => Text,
     DeviceKind => Text,
     ComputeDtype => Text,
     TargetModules => List,
