@@ -287,9 +287,10 @@ fn a_qlora_py_key_passes_where_it_asks_for_what_is_done_anyway() {
         ("save_strategy", "steps"),
         ("dataloader_num_workers", "3"),
         ("remove_unused_columns", "False"),
+        ("max_new_tokens", "32"),
     ];
     assert_eq!(from_flags(&harmless), Ok(TrainConfig::default()));
-    for (key, value) in [("bits", "8"), ("bf16", "true"), ("max_new_tokens", "32")] {
+    for (key, value) in [("bits", "8"), ("bf16", "true"), ("temperature", "0.7")] {
         let error = from_flags(&[(key, value)]).unwrap_err();
         let expected = format!("config key `{key}`: {value} is not supported");
         assert!(
