@@ -128,6 +128,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     print_row("in all", plan.peak.total(), all);
     println!("\nactivations: {}", activations(plan));
+    if !placement.uses_kernels() {
+        println!(
+            "zeros take memory from the first step on: moments and gradients are measured with it"
+        );
+    }
     on_the_host(plan)
         .iter()
         .for_each(|words| println!("{words}"));
