@@ -54,7 +54,12 @@ const WEIGHTS: &[Item] = &[
 ];
 const ADAPTERS: &[Item] = &[Item::Adapters, Item::Gradients];
 const MOMENTS: &[Item] = &[Item::Moments];
-const STEP: &[Item] = &[Item::Activations, Item::Working, Item::LossChunk];
+const STEP: &[Item] = &[
+    Item::Activations,
+    Item::Working,
+    Item::LossChunk,
+    Item::Threads,
+];
 const LIBRARIES: &[Item] = &[Item::Libraries];
 
 pub fn run(args: Args) -> anyhow::Result<()> {
