@@ -13,6 +13,7 @@ use qlora::ops::dropout::Dropout;
 use qlora::ops::paged::{PagedTensor, Pager};
 use qlora::quant::QuantizeOptions;
 use qlora::store::{AdapterConfig, Checkpoint, TargetModules};
+use qlora::train::plan::Plan;
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
 
 const LAYERS: usize = 4;
@@ -220,6 +221,33 @@ placement_test!(
             |trainer: &Trainer| Parameters::values(trainer.decoder().parameters()).elem_count();
         assert!(values(&paged) > 1 << 21);
         assert!(state(&paged) == state(&resident));
+    }
+);
+
+placement_test!(
+    micro_batches_that_fit_train_as_if_they_had_been_asked_for,
+    |placement| {
+        let run = synthetic(&SHAPE);
+        let recomputing = ("gradient_checkpointing", "true");
+        let small = [recomputing, ("gradient_accumulation_steps", "2")];
+        let by_hand = trained(&run, placement, &small);
+        // The least with which one row at a time leaves the weights on the device.
+        let is_resident = |limit: &u64| {
+            let plan = Plan::within(by_hand.workload(), by_hand.config(), *limit);
+            plan.is_ok_and(|plan| plan.residence.weights == Residency::Resident)
+        };
+        let limits = (0..).map(|kib| by_hand.plan().peak.total() - 1024 * kib);
+        let limit = limits.take_while(is_resident).last().unwrap().to_string();
+        let large = [
+            recomputing,
+            ("per_device_train_batch_size", "2"),
+            ("auto_find_batch_size", "true"),
+            ("vram_limit", &limit),
+        ];
+        let found = trained(&run, placement, &large);
+        assert_eq!(found.config().per_device_train_batch_size, 1);
+        assert_eq!(found.config().gradient_accumulation_steps, 2);
+        assert!(state(&found) == state(&by_hand));
     }
 );
 

@@ -127,6 +127,39 @@ fn the_models_of_the_paper_fit_where_they_are_promised_to() {
     }
 }
 
+#[test]
+fn micro_batches_are_divided_until_the_weights_stay_on_the_device() {
+    let shape = Shape::named("llama3-8b").unwrap();
+    let plan = |config: &TrainConfig| {
+        let batch = LongestBatch::full(config.per_device_train_batch_size, 16_384);
+        let workload = workload(shape, 32, batch).with_settings(config, 0.0);
+        Plan::within(&workload, config, 17_000_000_000)
+    };
+    let asked = |auto_find_batch_size| TrainConfig {
+        per_device_train_batch_size: 12,
+        gradient_accumulation_steps: 2,
+        auto_find_batch_size,
+        ..TrainConfig::default()
+    };
+    let (whole, streamed) = asked(false).with_micro_batches_that_fit(plan).unwrap();
+    assert_eq!(whole, asked(false));
+    assert_ne!(streamed.residence.weights, Residency::Resident);
+    let (divided, resident) = asked(true).with_micro_batches_that_fit(plan).unwrap();
+    assert_eq!(resident.residence.weights, Residency::Resident);
+    let size = divided.per_device_train_batch_size;
+    assert!((1..12).contains(&size), "{size}");
+    assert_eq!(size * divided.gradient_accumulation_steps, 24);
+    let larger = (size + 1..=12).find(|larger| 12 % larger == 0).unwrap();
+    let larger = TrainConfig {
+        per_device_train_batch_size: larger,
+        ..asked(false)
+    };
+    assert_ne!(
+        plan(&larger).unwrap().residence.weights,
+        Residency::Resident
+    );
+}
+
 /// No tensor of tokens times `intermediate_size`: what a token takes of the device does not depend on it.
 #[test]
 fn a_token_of_a_long_sequence_takes_nothing_for_the_width_of_the_mlp() {

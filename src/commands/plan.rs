@@ -13,7 +13,8 @@ use serde_json::json;
 use super::{ConfigFlags, ShapeArgs};
 
 /// Keys of `qlora train` that decide how much memory a run takes.
-const WITH_EFFECT: [&str; 20] = [
+const WITH_EFFECT: [&str; 21] = [
+    "auto_find_batch_size",
     "preset",
     "source_max_len",
     "target_max_len",
@@ -101,9 +102,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let budget = config.per_device_train_batch_tokens.unwrap_or(0);
     let longest = config.longest_sequence().max(budget);
-    let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
-    let workload = Workload::new(model, blocks, engine, &lora, batch);
-    let workload = workload.with_settings(&config, lora.lora_dropout);
+    let workload = |config: &TrainConfig| {
+        let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
+        let workload = Workload::new(model.clone(), blocks, engine, &lora, batch);
+        workload.with_settings(config, lora.lora_dropout)
+    };
+    // Where nothing fits, the report of all that was asked for says so.
+    let fitting = args.vram.map(|limit| {
+        let plan = |config: &TrainConfig| Plan::within(&workload(config), config, limit.0);
+        config.clone().with_micro_batches_that_fit(plan)
+    });
+    let config = match fitting {
+        Some(Ok((config, _))) => config,
+        _ => config,
+    };
+    let workload = workload(&config);
     let report = Report::new(&workload, &config, args.vram);
     match args.json {
         true => println!("{}", report.json(args.tflops)),
@@ -158,7 +171,8 @@ impl<'a> Report<'a> {
     fn text(&self, tflops: Option<f64>) -> String {
         let mut lines = vec![
             format!(
-                "micro-batch of {} tokens, {} trained values",
+                "{} x micro-batch of {} tokens, {} trained values",
+                self.workload.micro_batches,
                 self.workload.rows,
                 self.workload.trained_values()
             ),

@@ -181,6 +181,8 @@ train_config! {
     per_device_train_batch_tokens: Option<usize> = None;
     /// Taken for the sake of qlora.py; evaluation takes one sequence at a time
     per_device_eval_batch_size: usize = 1;
+    /// Where micro-batches of per_device_train_batch_size rows do not fit into memory, take smaller ones, and more of them to a step
+    auto_find_batch_size: bool = false;
     /// Micro-batches in an optimizer step
     gradient_accumulation_steps: usize = 16;
     /// Peak learning rate

@@ -112,18 +112,22 @@ impl Trainer {
         matrix_dropout::set_alpha(&mut adapter_config, masked, start.as_ref());
         let blocks = block_sizes(&base, config.quantize_options())?;
         let engine = Engine::of(placement);
-        let rows = config.per_device_train_batch_size;
-        let batch = LongestBatch::full(rows, order.longest_sequence());
-        let workload = Workload {
-            host_limit: available_memory_bytes(),
-            ..Workload::new(model, blocks, engine, &adapter_config, batch)
+        let longest = order.longest_sequence();
+        let workload = |config: &TrainConfig| {
+            let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
+            let lora = &adapter_config;
+            let workload = Workload::new(model.clone(), blocks, engine, lora, batch);
+            Workload {
+                host_limit: available_memory_bytes(),
+                instances: masked.map(|_| config.lora_matrix_dropout_instances),
+                ..workload.with_settings(config, lora.lora_dropout)
+            }
         };
-        let workload = Workload {
-            instances: masked.map(|_| config.lora_matrix_dropout_instances),
-            ..workload.with_settings(&config, adapter_config.lora_dropout)
-        };
-        expect_dora_possible(&adapter_config, &workload)?;
-        let plan = Plan::of_run(&config, &workload, placement)?;
+        expect_dora_possible(&adapter_config, &workload(&config))?;
+        let (config, plan) = config.with_micro_batches_that_fit(|config| {
+            Plan::of_run(config, &workload(config), placement)
+        })?;
+        let workload = workload(&config);
         let placement = Placement {
             residence: plan.residence,
             ..placement.clone()

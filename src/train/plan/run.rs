@@ -2,7 +2,7 @@
 
 use super::{Engine, LIBRARIES_BYTES, Moments, Plan, Workload};
 use crate::Result;
-use crate::device::{Placement, Residence, Side};
+use crate::device::{Placement, Residence, Residency, Side};
 use crate::model::DecoderConfig;
 use crate::quant::BlockSizes;
 use crate::store::AdapterConfig;
@@ -93,6 +93,40 @@ impl Workload {
             },
             ..self
         }
+    }
+}
+
+impl TrainConfig {
+    /// The same steps in micro-batches that fit, if `auto_find_batch_size` asks for that: the largest that leave the weights
+    /// on the device, or else the largest that fit at all. Gives the config with its plan.
+    ///
+    /// # Errors
+    /// That of the smallest micro-batch if not even that fits.
+    pub fn with_micro_batches_that_fit(
+        self,
+        plan: impl Fn(&Self) -> Result<Plan>,
+    ) -> Result<(Self, Plan)> {
+        let whole = self.per_device_train_batch_size;
+        let smallest = if self.auto_find_batch_size { 1 } else { whole };
+        let sizes = (smallest..=whole).rev();
+        let sizes = sizes.filter(|size| whole.is_multiple_of(*size));
+        let mut fits = None;
+        let mut refusal = None;
+        for size in sizes {
+            let config = Self {
+                per_device_train_batch_size: size,
+                gradient_accumulation_steps: self.gradient_accumulation_steps * (whole / size),
+                ..self.clone()
+            };
+            match plan(&config) {
+                Ok(plan) if plan.residence.weights == Residency::Resident => {
+                    return Ok((config, plan));
+                }
+                Ok(plan) => fits = fits.or(Some((config, plan))),
+                Err(error) => refusal = Some(error),
+            }
+        }
+        fits.ok_or_else(|| refusal.expect("a batch has a row, and none fits"))
     }
 }
 
