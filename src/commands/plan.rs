@@ -6,7 +6,7 @@ use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::{Adapter, Checkpoint};
 use qlora::train::config::{ByteCount, KEYS};
-use qlora::train::plan::{Engine, Footprint, HostFootprint, Item, LongestBatch, Plan, Workload};
+use qlora::train::plan::{Engine, Footprint, Item, LongestBatch, Plan, Workload};
 use qlora::train::{Shape, TrainConfig};
 use serde_json::json;
 
@@ -201,14 +201,11 @@ impl<'a> Report<'a> {
                 self.plans.iter().map(speed).collect(),
             ));
         }
-        let host = |bytes: &dyn Fn(&HostFootprint) -> u64| {
-            let cell = |plan: &Plan| gigabytes(bytes(&plan.host));
-            self.plans.iter().map(cell).collect()
-        };
         if self.plans.iter().any(|plan| plan.host.total() > 0) {
+            let cell = |plan: &Plan| gigabytes(plan.host.total());
             lines.push(row(
                 "in pinned host memory",
-                host(&|host: &HostFootprint| host.total()),
+                self.plans.iter().map(cell).collect(),
             ));
         }
         if let (Some(limit), None, [plan]) = (self.limit, &self.refusal, &self.plans[..]) {

@@ -74,14 +74,6 @@ pub enum Saved {
 }
 
 impl Saved {
-    /// What was on the host, back on the device.
-    pub(super) fn arrived(self) -> Result<Self> {
-        match self {
-            Self::Parked(input) => Ok(Self::Input(input.take()?)),
-            here => Ok(here),
-        }
-    }
-
     /// Begins to bring back what is on the host.
     pub(super) fn fetch(&mut self) -> Result<()> {
         match self {

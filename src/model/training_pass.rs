@@ -173,8 +173,9 @@ impl<'a> Pass<'a> {
 
     fn backward(&mut self, block: &Block, input: InputGrad) -> Result<()> {
         let saved = self.saved.pop();
-        let saved = saved.expect("one was kept for each block from the lowest adapter up");
-        let saved = saved.arrived()?;
+        let mut saved = saved.expect("one was kept for each block from the lowest adapter up");
+        // The highest block's input was not asked for before; the next one comes while this block computes.
+        saved.fetch()?;
         if let Some(next) = self.saved.last_mut() {
             next.fetch()?;
         }

@@ -64,19 +64,11 @@ impl Block {
         let rows = mid.dim(0)?;
         let mut whole = None;
         for (tile_rows, dropout) in tiles(rows, dropout) {
-            let h = part(h, &tile_rows)?;
-            let (gate, u_gate) = self.gate.forward(&h, dropout)?;
-            let (up, u_up) = self.up.forward(&h, dropout)?;
-            let act = gated_act::forward(&gate, &up)?;
+            let (mut tile, act) = self.gated(part(h, &tile_rows)?, dropout)?;
             let (out, u_down) = self.down.forward(&act, dropout)?;
             drop(act);
-            keep(Tile {
-                gate,
-                up,
-                u_gate,
-                u_up,
-                u_down,
-            });
+            tile.u_down = u_down;
+            keep(tile);
             let y = residual::forward(&part(mid, &tile_rows)?, out)?;
             if tile_rows.len() == rows {
                 return Ok(y);
@@ -105,16 +97,14 @@ impl Block {
         let mut kept = kept.map(Vec::into_iter);
         for (rows, dropout) in tiles(mid.dim(0)?, dropout) {
             let (d_mid, mid) = (part(d_mid, &rows)?, part(mid, &rows)?);
-            match kept.as_mut().and_then(Iterator::next) {
+            let (tile, act) = match kept.as_mut().and_then(Iterator::next) {
                 Some(tile) => {
                     let act = gated_act::forward(&tile.gate, &tile.up)?;
-                    self.tile_backward(&d_mid, &mid, tile, act, dropout)?;
+                    (tile, act)
                 }
-                None => {
-                    let (tile, act) = self.tile_again(&mid, dropout)?;
-                    self.tile_backward(&d_mid, &mid, tile, act, dropout)?;
-                }
-            }
+                None => self.tile_again(&mid, dropout)?,
+            };
+            self.tile_backward(&d_mid, &mid, tile, act, dropout)?;
         }
         Ok(())
     }
@@ -122,17 +112,23 @@ impl Block {
     /// A tile of forward, with the input of `down_proj`.
     fn tile_again(&self, mid: &Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
         let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
+        let (mut tile, act) = self.gated(h, dropout)?;
+        tile.u_down = self.down.down_project(&act, dropout)?;
+        Ok((tile, act))
+    }
+
+    /// Gate and up of a tile, without the `u` of `down_proj`, and the input of that.
+    fn gated(&self, h: Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
         let (gate, u_gate) = self.gate.forward(&h, dropout)?;
         let (up, u_up) = self.up.forward(&h, dropout)?;
         drop(h);
         let act = gated_act::forward(&gate, &up)?;
-        let u_down = self.down.down_project(&act, dropout)?;
         let tile = Tile {
             gate,
             up,
             u_gate,
             u_up,
-            u_down,
+            u_down: None,
         };
         Ok((tile, act))
     }
