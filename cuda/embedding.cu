@@ -2,8 +2,11 @@
 //
 //   gather   out[i] = table[ids[i]]
 //   scatter  out[ids[i]] = values[i], where no id comes twice
+//   backward sums[ids[t]] += sum of dy[rows[i]] for i in starts[t] .. starts[t + 1], where no id comes twice
 //
 // A block of threads copies one row, so grid = rows; 16 bytes a thread where the rows allow it. 4 bytes an element.
+// In backward a block has one token, so grid = tokens; a thread adds up every 256th column in the order of the rows, whatever
+// the grid. 2 bytes an element of dy and 8 an element of the rows that change.
 
 #include "common.cuh"
 
@@ -39,5 +42,23 @@ KERNEL(256, embedding_scatter_bf16)
     const uint64_t row = blockIdx.x;
     if (row < rows) {
         copy_row(values + row * d, d, out + static_cast<uint64_t>(ids[row]) * d);
+    }
+}
+
+KERNEL(256, embedding_backward_bf16)
+(const bf16* dy, const unsigned* ids, const unsigned* starts, const unsigned* rows, unsigned tokens, unsigned d, float* sums) {
+    const unsigned token = blockIdx.x;
+    if (token >= tokens) {
+        return;
+    }
+    const unsigned first = starts[token];
+    const unsigned end = starts[token + 1];
+    float* sum_of_token = sums + static_cast<uint64_t>(ids[token]) * d;
+    for (unsigned column = threadIdx.x; column < d; column += blockDim.x) {
+        float sum = sum_of_token[column];
+        for (unsigned i = first; i < end; ++i) {
+            sum += to_float(dy[static_cast<uint64_t>(rows[i]) * d + column]);
+        }
+        sum_of_token[column] = sum;
     }
 }

@@ -135,7 +135,7 @@ placement_test!(
         let expected = outputs(placement);
         for residence in [
             Residence {
-                embedding: Side::Host,
+                embedding: Some(Side::Host),
                 ..Residence::DEVICE
             },
             Residence {

@@ -37,7 +37,7 @@ fn verdict(workload: &Workload, limit: u64) -> String {
     let residence = plan.residence;
     let elsewhere = [
         (residence.dequantized == Dequantized::Weight, "w"),
-        (residence.embedding == Side::Host, "e"),
+        (residence.embedding == Some(Side::Host), "e"),
         (residence.weights != Residency::Resident, "s"),
     ];
     let elsewhere = elsewhere.iter().filter(|(is_so, _)| *is_so);

@@ -117,15 +117,18 @@ pub fn on_the_host(plan: &Plan) -> Vec<&'static str> {
         weights,
         dequantized,
         embedding,
+        head,
         optimizer,
     } = plan.residence;
+    let on_host = Some(Side::Host);
     [
         (weights != Residency::Resident, "weights are streamed"),
         (
             dequantized == Dequantized::Weight,
             "one weight is dequantized at a time",
         ),
-        (embedding == Side::Host, "the embedding is in host memory"),
+        (embedding == on_host, "the embedding is in host memory"),
+        (head == on_host, "the head is in host memory"),
         (optimizer == Side::Host, "optimizer moments are paged"),
     ]
     .into_iter()

@@ -76,8 +76,10 @@ pub enum Dequantized {
 pub struct Residence {
     pub weights: Residency,
     pub dequantized: Dequantized,
-    /// Of the token embedding, if it is not the head as well.
-    pub embedding: Side,
+    /// Of the base's token embedding, if it is not there as the head; `None` for one that a trained one replaces.
+    pub embedding: Option<Side>,
+    /// Of the base's head, likewise.
+    pub head: Option<Side>,
     /// Of the optimizer's moments and the lower halves of the masters.
     pub optimizer: Side,
 }
@@ -87,7 +89,8 @@ impl Residence {
     pub const DEVICE: Self = Self {
         weights: Residency::Resident,
         dequantized: Dequantized::Block,
-        embedding: Side::Device,
+        embedding: Some(Side::Device),
+        head: Some(Side::Device),
         optimizer: Side::Device,
     };
 }

@@ -9,10 +9,11 @@ use super::decoder::Decoder;
 use super::init_lora_weights::InitLoraWeights;
 use super::lora_linear::{LoraPair, Magnitude};
 use super::names::Module;
-use super::parameters::{NewParameter, Parameters, Trainable};
+use super::parameters::{NewParameter, NewValues, Parameters, Trainable};
+use super::vocabulary::ModuleToSave;
 use crate::ops::linear::dora;
 use crate::ops::philox::{Normal, Uniform};
-use crate::quant::DenseTensor;
+use crate::quant::{DenseTensor, FrozenWeight};
 use crate::store::{Adapter, AdapterConfig};
 use crate::{Error, Result};
 
@@ -134,6 +135,7 @@ impl Decoder {
         }
         self.config().expect_targets(config)?;
         self.config().expect_patterns(config)?;
+        self.config().expect_modules_to_save(config)?;
         let adapters = self.config().adapters(config);
         let factors = self.linears().filter_map(|(layer, module, linear)| {
             let RankAndScaling { r, scaling } = adapters[layer][module as usize]?;
@@ -157,7 +159,11 @@ impl Decoder {
             })
         });
         let factors = factors.collect();
-        self.put_adapter(factors)
+        let saved = ModuleToSave::ALL.map(|module| {
+            let is_trained = config.modules_to_save.matches(module.path());
+            is_trained.then(|| FrozenWeight::clone(&self.vocabulary(module).frozen))
+        });
+        self.put_adapter(factors, saved)
     }
 
     /// Puts a PEFT adapter on the decoder, in place of any it has.
@@ -200,6 +206,18 @@ impl Decoder {
                 magnitude,
             });
         }
+        let shape = [self.config().vocab_size, self.config().hidden_size];
+        let mut saved = [None, None];
+        for (module, saved) in ModuleToSave::ALL.into_iter().zip(&mut saved) {
+            if adapter.config.modules_to_save.matches(module.path()) {
+                let name = module.tensor_name();
+                *saved = Some(match rest.remove(name.as_str()) {
+                    // It joins an adapter that was trained without it.
+                    None => FrozenWeight::clone(&self.vocabulary(module).frozen),
+                    stored => FrozenWeight::Dense(expect_stored(&name, stored, &shape)?.clone()),
+                });
+            }
+        }
         if let Some((name, tensor)) = rest.first_key_value() {
             return Err(Error::TensorMismatch {
                 tensor: name.to_string(),
@@ -208,13 +226,26 @@ impl Decoder {
             });
         }
         self.config().expect_targets(&adapter.config)?;
-        self.put_adapter(factors)
+        self.config().expect_modules_to_save(&adapter.config)?;
+        self.put_adapter(factors, saved)
     }
 
     /// Takes any adapter off and puts this one on, in the order of the forward pass.
-    fn put_adapter(&mut self, factors: Vec<Factors>) -> Result<()> {
+    fn put_adapter(
+        &mut self,
+        factors: Vec<Factors>,
+        saved: [Option<FrozenWeight>; ModuleToSave::ALL.len()],
+    ) -> Result<()> {
+        let whole = |module: ModuleToSave, weight: FrozenWeight| NewParameter {
+            name: module.tensor_name(),
+            shape: weight.shape().to_vec(),
+            values: NewValues::Of(weight),
+        };
+        let [embedding, head] = saved;
+        let (has_embedding, has_head) = (embedding.is_some(), head.is_some());
         let mut places = Vec::with_capacity(factors.len());
         let mut tensors = Vec::with_capacity(2 * factors.len());
+        tensors.extend(embedding.map(|weight| whole(ModuleToSave::Embedding, weight)));
         for Factors {
             layer,
             module,
@@ -230,27 +261,29 @@ impl Decoder {
             tensors.push(NewParameter {
                 name: tensor_name(layer, module, LORA_A),
                 shape: vec![r, d_in],
-                values: a,
+                values: NewValues::Given(a),
             });
             tensors.push(NewParameter {
                 name: tensor_name(layer, module, LORA_B),
                 shape: vec![d_out, r],
-                values: b,
+                values: NewValues::Given(b),
             });
             let weight_squares = magnitude.map(|magnitude| {
                 tensors.push(NewParameter {
                     name: tensor_name(layer, module, MAGNITUDE),
                     shape: vec![d_out],
-                    values: magnitude.values,
+                    values: NewValues::Given(magnitude.values),
                 });
                 magnitude.weight_squares
             });
             places.push(((layer, module), scaling, weight_squares));
         }
+        tensors.extend(head.map(|weight| whole(ModuleToSave::Head, weight)));
         let parameters = Parameters::new(tensors, self.placement())?;
         let device = self.placement().device.clone();
         let mut index = 0..;
         let mut next = || parameters.trainable(index.next().expect("there is no last number"));
+        let embedding = has_embedding.then(&mut next).transpose()?;
         let mut pairs = Vec::with_capacity(places.len());
         for (place, scaling, weight_squares) in places {
             let (a, b) = (next()?, next()?);
@@ -270,7 +303,8 @@ impl Decoder {
             };
             pairs.push((place, pair));
         }
-        self.set_parameters(parameters, pairs);
+        let head = has_head.then(&mut next).transpose()?;
+        self.set_parameters(parameters, pairs, [embedding, head]);
         Ok(())
     }
 
@@ -286,8 +320,17 @@ impl Decoder {
         })
     }
 
-    /// The adapters' factors with PEFT's names, in the order of the forward pass.
+    /// All that is trained with PEFT's names, in the order of the forward pass.
     pub fn trainables(&self) -> impl Iterator<Item = (String, &Trainable)> {
+        let [embedding, head] = ModuleToSave::ALL.map(|module| {
+            let trained = self.vocabulary(module).trained.as_ref();
+            trained.map(|trained| (module.tensor_name(), trained))
+        });
+        embedding.into_iter().chain(self.factors()).chain(head)
+    }
+
+    /// The adapters' factors.
+    fn factors(&self) -> impl Iterator<Item = (String, &Trainable)> {
         let pairs = self
             .linears()
             .filter_map(|(layer, module, linear)| Some((layer, module, linear.lora.as_ref()?)));
@@ -332,8 +375,16 @@ fn tensor_name(layer: usize, module: Module, part: &str) -> String {
 }
 
 fn stored_values(name: &str, stored: Option<&DenseTensor>, shape: &[usize]) -> Result<Vec<f32>> {
+    Ok(expect_stored(name, stored, shape)?.to_f32_vec())
+}
+
+fn expect_stored<'a>(
+    name: &str,
+    stored: Option<&'a DenseTensor>,
+    shape: &[usize],
+) -> Result<&'a DenseTensor> {
     match stored {
-        Some(stored) if stored.shape == shape => Ok(stored.to_f32_vec()),
+        Some(stored) if stored.shape == shape => Ok(stored),
         _ => Err(Error::TensorMismatch {
             tensor: name.to_string(),
             expected: format!("{shape:?}"),

@@ -72,6 +72,8 @@ pub struct DecoderConfig {
     /// RMSNorm over `head_dim` on queries and keys, before RoPE.
     pub qk_norm: bool,
     pub activation: Activation,
+    /// The token whose row of a trained embedding gets no gradient, as in torch.
+    pub padding_id: Option<u32>,
     /// Per layer: how many positions a query sees, its own included; `None` = all before it.
     pub sliding_window: Vec<Option<usize>>,
 }
@@ -217,6 +219,7 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         None | Some("silu" | "swish") => Activation::Silu,
         Some(_) => return Err(fields.unsupported("hidden_act", "only silu is")),
     };
+    let vocab_size = fields.size("vocab_size")?;
     Ok(DecoderConfig {
         hidden_size,
         intermediate_size: fields.size("intermediate_size")?,
@@ -224,7 +227,7 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         num_heads,
         num_kv_heads: num_kv_heads.unwrap_or(num_heads),
         head_dim,
-        vocab_size: fields.size("vocab_size")?,
+        vocab_size,
         rms_norm_eps: fields.optional("rms_norm_eps")?.unwrap_or(1e-6),
         rope: rope::read(fields, max_position_embeddings)?,
         max_position_embeddings,
@@ -234,8 +237,17 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         mlp_bias: false,
         qk_norm: false,
         activation,
+        padding_id: padding_id(fields, vocab_size)?,
         sliding_window: vec![None; num_layers],
     })
+}
+
+/// `pad_token_id`, which torch counts from the end where it is negative.
+fn padding_id(fields: &mut Fields, vocab_size: usize) -> Result<Option<u32>> {
+    let id = fields.optional::<i64>("pad_token_id")?;
+    let id = id.map(|id| if id < 0 { id + vocab_size as i64 } else { id });
+    let known = id.filter(|id| (0..vocab_size as i64).contains(id));
+    Ok(known.map(|id| id as u32))
 }
 
 /// A window on the layers that `layer_types` names, or on those from `max_window_layers` on.

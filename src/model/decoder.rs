@@ -11,14 +11,16 @@ use super::load::Loader;
 use super::lora_dropout::LoraDropout;
 use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
-use super::parameters::Parameters;
-use crate::device::{Placement, Side};
+use super::parameters::{Parameters, Trainable};
+use super::vocabulary::{ModuleToSave, Vocabulary};
+use crate::device::{Placement, Residence};
 use crate::ops::attention::{Segment, Segments};
 use crate::ops::host_memory::HostMemory;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::rope::{Positions, RopeTable};
-use crate::ops::weight::{BlockStream, Direction, Entered, Weight};
+use crate::ops::table::Table;
+use crate::ops::weight::{BlockStream, Direction, Entered};
 use crate::ops::{embedding, rms_norm};
 use crate::quant::QuantizeOptions;
 use crate::store::Checkpoint;
@@ -40,11 +42,11 @@ pub struct Sequences<'a> {
 pub struct Decoder {
     config: DecoderConfig,
     placement: Placement,
-    embedding: Weight,
+    embedding: Vocabulary,
     blocks: Vec<Block>,
     norm: Tensor,
     /// The embedding again where the two are tied.
-    head: Weight,
+    head: Vocabulary,
     inv_freq: Vec<f32>,
     /// The longest rotary table so far.
     rope: Arc<Mutex<Arc<RopeTable>>>,
@@ -69,15 +71,19 @@ impl Decoder {
     ) -> Result<Self> {
         let config = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
         let mut loader = Loader::new(checkpoint, &config, quantize, placement)?;
-        // The head is multiplied by: where it is the embedding as well, that stays on the device.
-        let side = match config.tie_word_embeddings {
-            true => Side::Device,
-            false => placement.residence.embedding,
+        let Residence {
+            embedding, head, ..
+        } = placement.residence;
+        let is_tied = config.tie_word_embeddings;
+        let of_head = if is_tied {
+            ModuleToSave::Embedding
+        } else {
+            ModuleToSave::Head
         };
-        let embedding = loader.vocabulary("model.embed_tokens.weight", side)?;
-        let head = match config.tie_word_embeddings {
-            true => embedding.clone(),
-            false => loader.vocabulary("lm_head.weight", Side::Device)?,
+        let head = loader.vocabulary(of_head, head)?;
+        let embedding = match is_tied && head.is_on_device() {
+            true => head.clone(),
+            false => loader.vocabulary(ModuleToSave::Embedding, embedding)?,
         };
         let blocks = (0..config.num_layers)
             .map(|layer| loader.block(layer))
@@ -92,9 +98,9 @@ impl Decoder {
             rope: Arc::new(Mutex::new(Arc::new(RopeTable::new(&[], 0)))),
             parameters: Parameters::none(&placement.device)?,
             placement: placement.clone(),
-            embedding,
+            embedding: Vocabulary::frozen(embedding),
             blocks,
-            head,
+            head: Vocabulary::frozen(head),
             config,
         })
     }
@@ -138,7 +144,10 @@ impl Decoder {
         &mut self,
         parameters: Parameters,
         pairs: Vec<((usize, Module), LoraPair)>,
+        [embedding, head]: [Option<Trainable>; ModuleToSave::ALL.len()],
     ) {
+        self.embedding.trained = embedding;
+        self.head.trained = head;
         for block in &mut self.blocks {
             Module::ALL
                 .into_iter()
@@ -179,13 +188,13 @@ impl Decoder {
 
     /// The logits in f32 of rows of [`hidden_states`](Self::hidden_states), `[N, D]` -> `[N, V]`.
     pub fn head_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        linear_cross_entropy::logits(hidden, &self.head)
+        linear_cross_entropy::logits(hidden, self.head.table())
     }
 
     /// The loss of each row whose label is not [`IGNORE_INDEX`](crate::IGNORE_INDEX); `labels: [N]`.
     pub fn losses(&self, sequences: Sequences<'_>, labels: &[i64]) -> Result<Losses> {
         let last = self.hidden_states(sequences, None)?;
-        linear_cross_entropy::forward(&last, &self.head, labels)
+        linear_cross_entropy::forward(&last, self.head.table(), labels)
     }
 
     /// The logits `[V]` after the last of `ids`, which follow the tokens that `cache` holds and are added to it.
@@ -233,16 +242,20 @@ impl Decoder {
     }
 
     pub(super) fn embed(&self, ids: &[u32]) -> Result<Tensor> {
-        match &self.host_memory {
-            Some(host) if !self.embedding.is_on_device() => {
-                embedding::forward_from_host(ids, &self.embedding, host, &self.placement.device)
+        match (&self.host_memory, self.embedding.table()) {
+            (Some(host), Table::Frozen(table)) if !table.is_on_device() => {
+                embedding::forward_from_host(ids, table, host, &self.placement.device)
             }
-            _ => embedding::forward(ids, &self.embedding),
+            (_, table) => embedding::forward(ids, table),
         }
     }
 
-    pub(super) fn head(&self) -> &Weight {
-        &self.head
+    /// The embedding or the head.
+    pub fn vocabulary(&self, module: ModuleToSave) -> &Vocabulary {
+        match module {
+            ModuleToSave::Embedding => &self.embedding,
+            ModuleToSave::Head => &self.head,
+        }
     }
 
     pub(super) fn final_norm(&self, x: &Tensor) -> Result<Tensor> {

@@ -8,6 +8,7 @@ use super::block::Block;
 use super::config::DecoderConfig;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
+use super::vocabulary::ModuleToSave;
 use crate::device::{Dequantized, Placement, Residency, Side};
 use crate::ops::attention::Heads;
 use crate::ops::weight::{BlockStream, DenseCache, Slots, Weight};
@@ -58,20 +59,20 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// The embedding or the head.
-    pub(super) fn vocabulary(&self, name: &str, side: Side) -> Result<Weight> {
+    /// The embedding or the head, on the device if that is its side.
+    pub(super) fn vocabulary(&self, module: ModuleToSave, side: Option<Side>) -> Result<Weight> {
         let (rows, cols) = (self.config.vocab_size, self.config.hidden_size);
-        let mut weight = self.stored(name, rows, cols)?;
+        let mut weight = self.stored(&format!("{}.weight", module.path()), rows, cols)?;
+        if side != Some(Side::Device) {
+            return Ok(weight.into());
+        }
         if let (FrozenWeight::Quantized(params), true) = (&weight, self.cache.is_some()) {
             // Not one of the weights that the scratch buffer has room for.
             let mut values = vec![half::bf16::ZERO; rows * cols];
             params.dequantize(&mut values);
             weight = FrozenWeight::Dense(DenseTensor::from_bf16(vec![rows, cols], &values));
         }
-        match side {
-            Side::Device => self.place(weight),
-            Side::Host => Ok(weight.into()),
-        }
+        self.place(weight)
     }
 
     fn place(&self, weight: FrozenWeight) -> Result<Weight> {

@@ -16,6 +16,7 @@ mod names;
 mod parameters;
 mod rope_frequencies;
 mod training_pass;
+mod vocabulary;
 
 pub use adapter::RankAndScaling;
 pub use approximation::{ApproximationError, LoraFactors};
@@ -31,6 +32,7 @@ pub use lora_linear::{LoraLinear, LoraPair, Magnitude};
 pub use names::Module;
 pub use parameters::{LowerHalves, Parameters, Slot, TRAINED_ALIGNMENT, Trainable};
 pub use training_pass::{MicroBatch, Regularization};
+pub use vocabulary::{ModuleToSave, Vocabulary};
 
 pub use crate::ops::linear_cross_entropy::TokenLoss;
 pub use crate::ops::matrix_dropout::MatrixDropout;

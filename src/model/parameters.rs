@@ -10,6 +10,7 @@ use crate::Result;
 use crate::device::{Placement, Side};
 use crate::ops::adamw;
 use crate::ops::paged::PagedTensor;
+use crate::quant::FrozenWeight;
 
 /// Every trained tensor begins at a multiple of this many elements: a block of 8-bit moments belongs to one tensor, and
 /// its memory is aligned for wide accesses.
@@ -97,8 +98,54 @@ impl Trainable {
 pub(super) struct NewParameter {
     pub(super) name: String,
     pub(super) shape: Vec<usize>,
-    /// Row-major.
-    pub(super) values: Vec<f32>,
+    pub(super) values: NewValues,
+}
+
+/// Row-major.
+pub(super) enum NewValues {
+    Given(Vec<f32>),
+    /// A copy of these.
+    Of(FrozenWeight),
+}
+
+impl NewValues {
+    fn read(self) -> Vec<f32> {
+        match self {
+            Self::Given(values) => values,
+            Self::Of(weight) => {
+                let mut values = vec![0.0; weight.out_features() * weight.in_features()];
+                weight.read_range(0, &mut values);
+                values
+            }
+        }
+    }
+}
+
+/// The values of all tensors, one after another: the masters, or their halves where kernels compute.
+enum Flat {
+    Masters(Vec<f32>),
+    Halves(Vec<bf16>, Vec<i16>),
+}
+
+impl Flat {
+    fn with_capacity(n: usize, dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::Masters(Vec::with_capacity(n)),
+            _ => Self::Halves(Vec::with_capacity(n), Vec::with_capacity(n)),
+        }
+    }
+
+    fn extend(&mut self, values: impl Iterator<Item = f32>) {
+        match self {
+            Self::Masters(masters) => masters.extend(values),
+            Self::Halves(high, low) => {
+                for (h, l) in values.map(adamw::split_master) {
+                    high.push(h);
+                    low.push(l);
+                }
+            }
+        }
+    }
 }
 
 /// All trained tensors of a decoder, one after another in flat tensors of one length.
@@ -121,26 +168,31 @@ pub struct Slot {
 impl Parameters {
     /// Lays the tensors out, with gradients of zero.
     pub(super) fn new(tensors: Vec<NewParameter>, placement: &Placement) -> Result<Self> {
+        let aligned = |shape: &[usize]| {
+            let elements: usize = shape.iter().product();
+            elements.next_multiple_of(TRAINED_ALIGNMENT)
+        };
+        let n = tensors.iter().map(|new| aligned(&new.shape)).sum();
+        let mut flat = Flat::with_capacity(n, placement.dtype);
         let mut slots = Vec::with_capacity(tensors.len());
-        let mut flat = Vec::new();
+        let mut start = 0;
         for NewParameter {
             name,
             shape,
             values,
         } in tensors
         {
-            let start = flat.len();
-            flat.extend(values);
-            let range = start..flat.len();
-            flat.resize(flat.len().next_multiple_of(TRAINED_ALIGNMENT), 0.0);
+            let values = values.read();
+            let (range, end) = (start..start + values.len(), start + aligned(&shape));
+            let gap = end - range.end;
+            flat.extend(values.into_iter().chain(std::iter::repeat_n(0.0, gap)));
             slots.push(Slot { name, shape, range });
+            start = end;
         }
-        let (n, device) = (flat.len(), &placement.device);
-        let (values, low) = match placement.dtype {
-            DType::F32 => (Tensor::from_vec(flat, n, device)?, None),
-            _ => {
-                let (high, low): (Vec<bf16>, Vec<i16>) =
-                    flat.into_iter().map(adamw::split_master).unzip();
+        let device = &placement.device;
+        let (values, low) = match flat {
+            Flat::Masters(masters) => (Tensor::from_vec(masters, n, device)?, None),
+            Flat::Halves(high, low) => {
                 let low = LowerHalves::new(low, placement)?;
                 (Tensor::from_vec(high, n, device)?, Some(low))
             }

@@ -3,13 +3,17 @@
 //! Taken together, several of them need the weights of a block once on the way up and once on the way down. What is added to
 //! the adapters' gradients is added in the order of the micro-batches either way, with the same bits.
 
+use std::borrow::Cow;
+
 use candle_core::Tensor;
 
 use super::block::{ActivationPolicy, Block, InputGrad, Layout, Saved};
 use super::decoder::{Decoder, Rows, Sequences};
 use super::lora_dropout::{LoraDropout, repeat, repeat_sequences};
+use super::vocabulary::ModuleToSave;
 use crate::Result;
 use crate::ops::dropout::Dropout;
+use crate::ops::embedding;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::neftune::{self, Noise};
@@ -60,7 +64,11 @@ impl Decoder {
         policies: &[ActivationPolicy],
     ) -> Result<Vec<Losses>> {
         let blocks = self.blocks();
-        let lowest = blocks.iter().position(Block::has_lora);
+        let d_embedding = self.vocabulary(ModuleToSave::Embedding).grad();
+        let lowest = match d_embedding {
+            Some(_) => Some(0),
+            None => blocks.iter().position(Block::has_lora),
+        };
         let lowest = lowest.unwrap_or(blocks.len());
         let passes = micro_batches.iter().map(|batch| Pass::new(self, batch));
         let mut passes = passes.collect::<Result<Vec<_>>>()?;
@@ -81,13 +89,18 @@ impl Decoder {
         let losses = passes.iter_mut().map(|pass| pass.loss(d_loss));
         let losses = losses.collect::<Result<Vec<_>>>()?;
         for (layer, block) in blocks.iter().enumerate().skip(lowest).rev() {
-            let input = match layer == lowest {
+            let input = match layer == lowest && d_embedding.is_none() {
                 true => InputGrad::Skip,
                 false => InputGrad::Needed,
             };
             let _weights = self.enter(layer, Direction::Down)?;
             for pass in &mut passes {
                 pass.backward(block, input)?;
+            }
+        }
+        if let Some(d_embedding) = d_embedding {
+            for pass in passes {
+                pass.embedding_backward(d_embedding)?;
             }
         }
         Ok(losses)
@@ -99,6 +112,8 @@ struct Pass<'a> {
     decoder: &'a Decoder,
     batch: &'a MicroBatch<'a>,
     rows: Rows,
+    /// Those of all instances, `[N]`.
+    input_ids: Cow<'a, [u32]>,
     /// The output of the block that was last gone through upwards, then the gradient of the input of the one downwards,
     /// `[N, D]`; `None` once nothing below is trained.
     hidden: Option<Tensor>,
@@ -122,6 +137,7 @@ impl<'a> Pass<'a> {
         }
         Ok(Self {
             rows,
+            input_ids,
             hidden: Some(x),
             saved: Vec::new(),
             decoder,
@@ -163,8 +179,10 @@ impl<'a> Pass<'a> {
         let labels = repeat(self.batch.labels, instances);
         let d_loss = d_loss / instances as f32;
         let normed = decoder.final_norm(&x)?;
+        let head = decoder.vocabulary(ModuleToSave::Head);
+        let (table, d_head) = (head.table(), head.grad());
         let (losses, d_normed) =
-            linear_cross_entropy::backward(&normed, decoder.head(), &labels, d_loss)?;
+            linear_cross_entropy::backward(&normed, table, &labels, d_loss, d_head)?;
         let dx = d_normed.zeros_like()?;
         decoder.final_norm_backward(&d_normed, &x, &dx)?;
         self.hidden = Some(dx);
@@ -182,5 +200,11 @@ impl<'a> Pass<'a> {
         let dy = self.take_hidden();
         self.hidden = block.backward(dy, saved, &self.layout(), input)?;
         Ok(())
+    }
+
+    fn embedding_backward(mut self, d_embedding: &Tensor) -> Result<()> {
+        let dx = self.take_hidden();
+        let padding_id = self.decoder.config().padding_id;
+        embedding::backward(&dx, &self.input_ids, padding_id, d_embedding)
     }
 }

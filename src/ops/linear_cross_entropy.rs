@@ -1,7 +1,8 @@
 //! The output head and the loss in one: `loss = sum over rows of (logsumexp(z) - z_label)`, `z = x W^T`.
 //!
-//! Backward: `dz = d_loss (softmax(z) - onehot(label))`, `dx = dz W`; the head is frozen. Rows go through in chunks and
-//! `dz` takes the place of `z`, so that the `[N, V]` logits never exist; rows without a label are left out before.
+//! Backward: `dz = d_loss (softmax(z) - onehot(label))`, `dx = dz W`, and `dW = dz^T x` where the head is trained. Rows go
+//! through in chunks and `dz` takes the place of `z`, so that the `[N, V]` logits never exist; rows without a label are left
+//! out before.
 //!
 //! Source: arXiv:2411.09009.
 
@@ -14,12 +15,10 @@ use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
-use super::gemm::{Into, Mat, MatMut, Rhs, Shared, Window, for_each_column_tile, matmul};
+use super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul};
 use super::launcher::Launcher;
-use super::linear;
 use super::simd::{exp, max, sum, vectorized};
-use super::weight::Weight;
-use crate::quant::FrozenWeight;
+use super::table::{CpuTable, Table};
 use crate::{Error, IGNORE_INDEX, Result};
 
 const OP: &str = "linear_cross_entropy";
@@ -91,65 +90,92 @@ pub fn total(losses: &[TokenLoss]) -> f64 {
 ///
 /// # Errors
 /// [`Error::Shape`] for a label that is not below V.
-pub fn forward(x: &Tensor, head: &Weight, labels: &[i64]) -> Result<Losses> {
+pub fn forward<'a>(
+    x: &Tensor,
+    head: impl std::convert::Into<Table<'a>>,
+    labels: &[i64],
+) -> Result<Losses> {
     let _span = tracing::trace_span!("loss").entered();
+    let head = head.into();
     let rows = labelled_rows(x, head, labels)?;
     if let Some(launcher) = Launcher::of(OP, x)? {
-        let (losses, _) = kernels::losses(&launcher, x, head, &rows, None)?;
+        let losses = kernels::forward(&launcher, x, head, &rows)?;
         return Ok(Losses(Origin::Device(rows, losses)));
     }
-    let x = read(OP, x)?;
+    let (x, head) = (read(OP, x)?, head.on_cpu(OP)?);
     let mut losses = Vec::with_capacity(rows.len());
-    for_each_chunk(&x, head, &rows, |chunk, _| losses.extend_from_slice(chunk));
+    for_each_chunk(&x, &head, &rows, |chunk, _| {
+        losses.extend(chunk.losses);
+    });
     Ok(Losses(Origin::Host(losses)))
 }
 
-/// The losses, and `dx` for the gradient `d_loss` of each.
+/// The losses, and `dx` for the gradient `d_loss` of each; adds the head's gradient to `d_head`, if there is one.
 ///
 /// # Shapes
-/// As [`forward`]; `dx: [N, D]`, zero in rows without a label.
-pub fn backward(
+/// As [`forward`]; `dx: [N, D]`, zero in rows without a label; `d_head: [V, D]` in f32.
+pub fn backward<'a>(
     x: &Tensor,
-    head: &Weight,
+    head: impl std::convert::Into<Table<'a>>,
     labels: &[i64],
     d_loss: f32,
+    d_head: Option<&Tensor>,
 ) -> Result<(Losses, Tensor)> {
     let _span = tracing::trace_span!("loss").entered();
+    let head = head.into();
     let rows = labelled_rows(x, head, labels)?;
+    let (words, d) = head.dims()?;
+    if let Some(d_head) = d_head {
+        expect_dims(OP, "d_head", d_head, &[words, d])?;
+    }
     if let Some(launcher) = Launcher::of(OP, x)? {
-        let (losses, dx) = kernels::losses(&launcher, x, head, &rows, Some(d_loss))?;
-        let dx = dx.expect("it was asked for by its factor");
+        let (losses, dx) = kernels::backward(&launcher, x, head, &rows, d_loss, d_head)?;
         return Ok((Losses(Origin::Device(rows, losses)), dx));
     }
-    let x_data = read(OP, x)?;
-    let d = head.in_features();
+    let (x_data, head) = (read(OP, x)?, head.on_cpu(OP)?);
     let mut losses = Vec::with_capacity(rows.len());
+    let mut added = Ok(());
     let dx = cpu::build(x.shape(), |dx| {
         let mut dx_chunk = Vec::new();
-        for_each_chunk(&x_data, head, &rows, |chunk, logits| {
-            logits_backward(chunk, logits, d_loss);
-            dx_chunk.resize(chunk.len() * d, 0.0);
-            hidden_backward(logits, head, &mut dx_chunk);
-            for (token, values) in chunk.iter().zip(dx_chunk.chunks_exact(d)) {
+        for_each_chunk(&x_data, &head, &rows, |chunk, logits| {
+            logits_backward(&chunk.losses, logits, d_loss);
+            dx_chunk.resize(chunk.losses.len() * d, 0.0);
+            hidden_backward(logits, &head, &mut dx_chunk);
+            for (token, values) in chunk.losses.iter().zip(dx_chunk.chunks_exact(d)) {
                 dx[token.row * d..(token.row + 1) * d].copy_from_slice(values);
             }
-            losses.extend_from_slice(chunk);
+            if let (Ok(()), Some(d_head)) = (&added, d_head) {
+                added = cpu::write(OP, d_head, |d_head| head_backward(logits, chunk.x, d_head));
+            }
+            losses.extend(chunk.losses);
         });
     })?;
+    added?;
     Ok((Losses(Origin::Host(losses)), dx))
 }
 
 /// The logits of every row in f32, `[N, V]`.
-pub fn logits(x: &Tensor, head: &Weight) -> Result<Tensor> {
-    match Launcher::of(OP, x)? {
-        Some(launcher) => kernels::logits(&launcher, x, head),
-        None => Ok(linear::forward(x, head, None, None)?.0),
+pub fn logits<'a>(x: &Tensor, head: impl std::convert::Into<Table<'a>>) -> Result<Tensor> {
+    let head = head.into();
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        return kernels::logits(&launcher, x, &head.dense(&launcher)?);
     }
+    let (words, d) = head.dims()?;
+    let n = x.dim(0)?;
+    expect_dims(OP, "x", x, &[n, d])?;
+    let (x, head) = (read(OP, x)?, head.on_cpu(OP)?);
+    let x = Mat::new(&x, n, d);
+    cpu::build((n, words), |logits| {
+        let logits = Shared::new(logits);
+        for_each_column_tile(logits, (n, words), VOCAB_TILE, |mut tile, words| {
+            matmul(&mut tile, Into::Overwrite, x, head.transposed(words), 1.0);
+        });
+    })
 }
 
 /// `dx = dz W` for a chunk.
-fn hidden_backward(dz: &Logits, head: &FrozenWeight, dx: &mut [f32]) {
-    let shape = (dz.rows, head.in_features());
+fn hidden_backward(dz: &Logits, head: &CpuTable<'_>, dx: &mut [f32]) {
+    let shape = (dz.rows, head.width());
     for_each_column_tile(Shared::new(dx), shape, HIDDEN_TILE, |mut tile, cols| {
         for (words, dz) in dz.tiles() {
             let into = if words.start == 0 {
@@ -158,13 +184,25 @@ fn hidden_backward(dz: &Logits, head: &FrozenWeight, dx: &mut [f32]) {
                 Into::Add
             };
             let dz = Mat::new(dz, tile.rows, words.len());
-            let weight = Rhs::Weight(Window {
-                weight: head,
-                outs: words,
-                ins: cols.clone(),
-            });
+            let weight = head.part(words, cols.clone());
             matmul(&mut tile, into, dz, weight, 1.0);
         }
+    });
+}
+
+/// Adds `dW = dz^T x` of a chunk.
+fn head_backward(dz: &Logits, x: Mat<'_>, d_head: &mut [f32]) {
+    let tiles = d_head.par_chunks_mut(VOCAB_TILE * x.cols);
+    tiles.zip(dz.par_tiles()).for_each(|(d_head, dz)| {
+        let words = d_head.len() / x.cols;
+        let dz = Mat::new(dz, dz.len() / words, words).t();
+        matmul(
+            &mut MatMut::new(d_head, words, x.cols),
+            Into::Add,
+            dz,
+            x,
+            1.0,
+        );
     });
 }
 
@@ -185,6 +223,11 @@ impl Logits {
         tiles.map(|(tile, data)| (self.words(tile), data))
     }
 
+    /// The data of each tile.
+    fn par_tiles(&self) -> impl IndexedParallelIterator<Item = &[f32]> {
+        self.data.par_chunks(self.rows * VOCAB_TILE)
+    }
+
     fn at(&self, row: usize, word: usize) -> f32 {
         self.data[self.index(row, word)]
     }
@@ -201,9 +244,9 @@ impl Logits {
 }
 
 /// The rows that carry loss, with their labels.
-fn labelled_rows(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<(usize, u32)>> {
-    expect_dims(OP, "x", x, &[labels.len(), head.in_features()])?;
-    let vocab = head.out_features();
+fn labelled_rows(x: &Tensor, head: Table<'_>, labels: &[i64]) -> Result<Vec<(usize, u32)>> {
+    let (vocab, d) = head.dims()?;
+    expect_dims(OP, "x", x, &[labels.len(), d])?;
     let rows = labels
         .iter()
         .enumerate()
@@ -219,14 +262,21 @@ fn labelled_rows(x: &Tensor, head: &FrozenWeight, labels: &[i64]) -> Result<Vec<
     .collect()
 }
 
-/// Gives `f` each chunk of rows, with its losses and its logits.
+/// Rows that go through at a time.
+struct Chunk<'a> {
+    losses: Vec<TokenLoss>,
+    /// `[rows, D]`.
+    x: Mat<'a>,
+}
+
+/// Gives `f` each chunk of rows, with its logits.
 fn for_each_chunk(
     x: &[f32],
-    head: &FrozenWeight,
+    head: &CpuTable<'_>,
     rows: &[(usize, u32)],
-    mut f: impl FnMut(&[TokenLoss], &mut Logits),
+    mut f: impl FnMut(Chunk<'_>, &mut Logits),
 ) {
-    let (vocab, d) = (head.out_features(), head.in_features());
+    let (vocab, d) = (head.words(), head.width());
     let mut gathered = Vec::new();
     let mut logits = Logits {
         data: LOGITS.take(),
@@ -240,8 +290,10 @@ fn for_each_chunk(
         }
         logits.rows = chunk.len();
         logits.data.resize(chunk.len() * vocab, 0.0);
-        let peaks = logits_forward(Mat::new(&gathered, chunk.len(), d), head, &mut logits);
-        f(&row_losses(chunk, &logits, &peaks), &mut logits);
+        let x = Mat::new(&gathered, chunk.len(), d);
+        let peaks = logits_forward(x, head, &mut logits);
+        let losses = row_losses(chunk, &logits, &peaks);
+        f(Chunk { losses, x }, &mut logits);
     }
     LOGITS.set(logits.data);
 }
@@ -255,17 +307,13 @@ struct Peak {
 }
 
 /// `z = x W^T` for a chunk, and the peaks of each tile, `[tiles][rows]`, taken while the tile is in the cache.
-fn logits_forward(x: Mat<'_>, head: &FrozenWeight, logits: &mut Logits) -> Vec<Vec<Peak>> {
-    let (rows, d) = (logits.rows, x.cols);
+fn logits_forward(x: Mat<'_>, head: &CpuTable<'_>, logits: &mut Logits) -> Vec<Vec<Peak>> {
+    let rows = logits.rows;
     let tiles = logits.data.par_chunks_mut(rows * VOCAB_TILE).enumerate();
     let peaks = tiles.map(|(tile, z)| {
         let start = tile * VOCAB_TILE;
         let words = z.len() / rows;
-        let weight = Rhs::Transposed(Window {
-            weight: head,
-            outs: start..start + words,
-            ins: 0..d,
-        });
+        let weight = head.transposed(start..start + words);
         matmul(
             &mut MatMut::new(z, rows, words),
             Into::Overwrite,

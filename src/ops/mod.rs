@@ -21,6 +21,7 @@ pub mod philox;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
+pub mod table;
 pub mod weight;
 
 mod cpu;

@@ -1,7 +1,7 @@
 //! A PEFT LoRA adapter on disk: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! Tensors: `base_model.model.{path of the layer}.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`; of DoRA
-//! `.lora_magnitude_vector` `[out]` too.
+//! `.lora_magnitude_vector` `[out]` too. A module that is trained whole has its `base_model.model.{path}.weight`.
 //! Source: `save_pretrained` of PEFT 0.21.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +24,7 @@ pub(super) const PREFIX: &str = "base_model.model.";
 pub(super) const LORA_A: &str = ".lora_A.weight";
 pub(super) const LORA_B: &str = ".lora_B.weight";
 const MAGNITUDE: &str = ".lora_magnitude_vector";
+const WEIGHT: &str = ".weight";
 
 /// A LoRA adapter with its tensors under the names PEFT gives them.
 #[derive(Debug, Clone)]
@@ -113,9 +114,13 @@ impl Adapter {
             return Err(Error::malformed(path, "has no tensors"));
         }
         for (name, tensor) in &self.tensors {
+            if self.module_to_save(name).is_some() {
+                continue;
+            }
             let Some((layer, part)) = Part::of(name) else {
-                let reason =
-                    format!("tensor `{name}` is neither lora_A nor lora_B of a linear layer");
+                let reason = format!(
+                    "tensor `{name}` is neither lora_A nor lora_B of a linear layer, nor named in modules_to_save"
+                );
                 return Err(Error::malformed(path, reason));
             };
             let Some(module) = layer.strip_prefix(PREFIX) else {
@@ -141,7 +146,30 @@ impl Adapter {
             }
             self.expect_others(layer, path)?;
         }
-        Ok(())
+        self.expect_modules_to_save(path)
+    }
+
+    /// The module whose weight a tensor is, if that is one that is trained whole.
+    pub(super) fn module_to_save<'a>(&self, tensor: &'a str) -> Option<&'a str> {
+        let module = tensor.strip_prefix(PREFIX)?.strip_suffix(WEIGHT)?;
+        self.config
+            .modules_to_save
+            .matches(module)
+            .then_some(module)
+    }
+
+    /// Every name of `modules_to_save` has a weight.
+    fn expect_modules_to_save(&self, path: &Path) -> Result<()> {
+        let names = self.tensors.keys();
+        let saved: Vec<&str> = names.filter_map(|name| self.module_to_save(name)).collect();
+        let mut wanted = self.config.modules_to_save.names();
+        match wanted.find(|name| !saved.iter().any(|module| module.ends_with(name))) {
+            None => Ok(()),
+            Some(missing) => Err(Error::MissingTensor {
+                path: path.to_path_buf(),
+                tensor: format!("{PREFIX}*{missing}{WEIGHT}"),
+            }),
+        }
     }
 
     /// A layer has all parts of an adapter or none.

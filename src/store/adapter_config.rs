@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::layer_selection::LayerSelection;
 use super::module_patterns::ModulePatterns;
+use super::modules_to_save::ModulesToSave;
 use super::target_modules::TargetModules;
 use crate::Result;
 use keys::Keys;
@@ -35,6 +36,8 @@ pub struct AdapterConfig {
     pub use_rslora: bool,
     /// Scale the rows of the merged weight to trained magnitudes.
     pub use_dora: bool,
+    /// The modules that are trained whole and saved with the adapter.
+    pub modules_to_save: ModulesToSave,
 }
 
 /// Those of PEFT, on all linear layers.
@@ -53,6 +56,7 @@ impl Default for AdapterConfig {
             alpha_pattern: ModulePatterns::default(),
             use_rslora: false,
             use_dora: false,
+            modules_to_save: ModulesToSave::default(),
         }
     }
 }
@@ -113,6 +117,7 @@ impl AdapterConfig {
             alpha_pattern: keys.patterns("alpha_pattern")?,
             use_rslora: keys.flag("use_rslora"),
             use_dora: keys.flag("use_dora"),
+            modules_to_save: keys.modules_to_save()?,
         };
         if !(0.0..1.0).contains(&read.lora_dropout) {
             return Err(keys.malformed("lora_dropout", "is not in [0, 1)"));
@@ -145,7 +150,7 @@ impl AdapterConfig {
             "layers_to_transform": layers.map(LayerSelection::indices),
             "lora_alpha": lora_alpha,
             "lora_dropout": self.lora_dropout,
-            "modules_to_save": null,
+            "modules_to_save": Some(&self.modules_to_save).filter(|names| !names.is_empty()),
             "peft_type": "LORA",
             "r": self.r,
             "rank_pattern": self.rank_pattern.to_json(),

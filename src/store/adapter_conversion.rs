@@ -35,7 +35,13 @@ impl Adapter {
                 found: of(&self.config),
             });
         }
-        let names = |adapter: &Self| adapter.tensors.keys().cloned().collect::<Vec<_>>();
+        // Modules that are trained whole are the same for both.
+        let is_whole = |adapter: &Self, name: &str| adapter.module_to_save(name).is_some();
+        let names = |adapter: &Self| {
+            let names = adapter.tensors.keys();
+            let of_layers = names.filter(|name| !is_whole(adapter, name));
+            of_layers.cloned().collect::<Vec<_>>()
+        };
         if names(self) != names(initial) {
             return Err(Error::TensorMismatch {
                 tensor: "lora_A".into(),
@@ -44,6 +50,9 @@ impl Adapter {
             });
         }
         let tensors = self.tensors.iter().map(|(name, trained)| {
+            if is_whole(self, name) {
+                return Ok((name.clone(), trained.clone()));
+            }
             let initial = &initial.tensors[name];
             if trained.shape != initial.shape {
                 return Err(Error::TensorMismatch {

@@ -19,6 +19,7 @@ mod mapped_file;
 mod mapped_ranges;
 mod matrix_dropout;
 mod module_patterns;
+mod modules_to_save;
 mod path_pattern;
 mod quantize;
 mod safetensors_writer;
@@ -40,6 +41,7 @@ pub use mapped_file::MappedFile;
 pub use mapped_ranges::mapped_path_at;
 pub use matrix_dropout::{MatrixDropoutScale, MatrixDropoutSettings};
 pub use module_patterns::ModulePatterns;
+pub use modules_to_save::ModulesToSave;
 pub use quantize::{
     QuantizeJob, QuantizeProgress, QuantizeReport, WeightQuantizer, quantize, quantize_with,
 };

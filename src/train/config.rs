@@ -24,7 +24,7 @@ use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::model::InitLoraWeights;
 use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
-use crate::store::{MatrixDropoutScale, ModulePatterns, TargetModules};
+use crate::store::{MatrixDropoutScale, ModulePatterns, ModulesToSave, TargetModules};
 use crate::train::schedule::SchedulerType;
 use crate::{Error, Result};
 
@@ -171,6 +171,8 @@ train_config! {
     use_rslora: Option<bool> = None;
     /// Train the magnitude of each row of the merged weights too (DoRA); unset: false, or as `adapter`
     use_dora: Option<bool> = None;
+    /// Modules beside the adapters that are trained whole and saved with them: embed_tokens, lm_head or both; unset: none, or those of `adapter`
+    modules_to_save: Option<ModulesToSave> = None;
     /// How a new adapter begins: true or gaussian; pissa, pissa_niter_N, loftq and olora begin with `qlora quantize`. Unset: as the base was made, else true
     init_lora_weights: Option<InitLoraWeights> = None;
 

@@ -39,7 +39,7 @@ pub enum Item {
     Vocabulary,
     /// Weights of the norms, biases, and the rotary table.
     Vectors,
-    /// Values of the adapters, the lower halves of their masters included.
+    /// Values of the adapters and of what is trained whole, the lower halves of their masters included.
     Adapters,
     Gradients,
     /// Moments of the optimizer.
@@ -208,7 +208,21 @@ impl Workload {
         self.ranks[layer][module as usize]
     }
 
-    fn lowest_adapter(&self) -> Option<usize> {
+    /// Whether the embedding is trained whole.
+    fn trains_embedding(&self) -> bool {
+        self.residence.embedding.is_none()
+    }
+
+    /// Whether the head is.
+    fn trains_head(&self) -> bool {
+        self.residence.head.is_none()
+    }
+
+    /// The lowest block that backward goes through.
+    fn lowest_trained(&self) -> Option<usize> {
+        if self.trains_embedding() {
+            return Some(0);
+        }
         let has_adapter = |ranks: &[usize; 7]| ranks.iter().any(|&r| r > 0);
         self.ranks.iter().position(has_adapter)
     }
@@ -331,10 +345,7 @@ impl Workload {
             let dequantized = model.dequantized_elements(self.residence.dequantized);
             let dequantized = DenseCache::capacity(&dequantized) as u64;
             lasting.add(Item::Dequantized, 2 * dequantized);
-            let is_one = model.tie_word_embeddings || self.residence.embedding == Side::Host;
-            let matrices = if is_one { 1 } else { 2 };
-            let matrix = (model.vocab_size * model.hidden_size) as u64;
-            lasting.add(Item::Vocabulary, matrices * 2 * matrix);
+            lasting.add(Item::Vocabulary, self.vocabulary_bytes());
             lasting.add(Item::Libraries, LIBRARIES_BYTES);
         }
         if self.engine == Engine::Cpu {
@@ -359,6 +370,22 @@ impl Workload {
             }
         }
         lasting
+    }
+
+    /// Embedding and head of the base, where they are on the device.
+    fn vocabulary_bytes(&self) -> u64 {
+        let Residence {
+            embedding, head, ..
+        } = self.residence;
+        let on_device = |side| side == Some(Side::Device);
+        let is_shared = self.model.tie_word_embeddings && on_device(head);
+        let matrices = u64::from(on_device(embedding) && !is_shared) + u64::from(on_device(head));
+        matrices * 2 * self.vocabulary_values() as u64
+    }
+
+    /// Of the embedding or of the head.
+    fn vocabulary_values(&self) -> usize {
+        self.model.vocab_size * self.model.hidden_size
     }
 
     /// The 4-bit weights of all blocks, `elements` in each.
@@ -405,14 +432,19 @@ impl Workload {
         ranks.filter(|(_, r)| *r > 0)
     }
 
-    /// Values of each tensor of the adapters, with the gap behind it.
+    /// Values of each tensor that is trained, with the gap behind it.
     fn trained_tensors(&self) -> impl Iterator<Item = u64> {
-        self.adapted().flat_map(|(module, r)| {
+        let whole = |is_trained: bool| is_trained.then(|| self.vocabulary_values());
+        let of_adapters = self.adapted().flat_map(|(module, r)| {
             let (d_out, d_in) = self.model.linear_shape(module);
             let magnitude = self.dora.then_some(d_out);
-            let tensors = [r * d_in, r * d_out].into_iter().chain(magnitude);
-            tensors.map(|values| values.next_multiple_of(TRAINED_ALIGNMENT) as u64)
-        })
+            [r * d_in, r * d_out].into_iter().chain(magnitude)
+        });
+        let embedding = whole(self.trains_embedding()).into_iter();
+        let tensors = embedding
+            .chain(of_adapters)
+            .chain(whole(self.trains_head()));
+        tensors.map(|values| values.next_multiple_of(TRAINED_ALIGNMENT) as u64)
     }
 
     /// What DoRA keeps of the frozen weights' norms.
@@ -426,7 +458,7 @@ impl Workload {
         }
     }
 
-    /// Values of the adapters, with the gaps between their tensors.
+    /// Values of all that is trained, with the gaps between the tensors.
     pub fn trained_values(&self) -> u64 {
         self.trained_tensors().sum()
     }
@@ -461,7 +493,9 @@ impl Workload {
         let (d_out, d_in) = model.linear_shape(Module::Down);
         let forward_again = forward - 2.0 * rows * (d_out * d_in) as f64;
         let label_rows = (self.label_rows * self.instances()) as f64;
-        let head = 4.0 * label_rows * (model.vocab_size * model.hidden_size) as f64;
+        // A gradient of its own takes as much as that of its input.
+        let of_head = if self.trains_head() { 6.0 } else { 4.0 };
+        let head = of_head * label_rows * self.vocabulary_values() as f64;
         layers * (forward + backward) + again * forward_again + head + dora
     }
 

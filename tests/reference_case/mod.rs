@@ -28,12 +28,15 @@ pub const CASES: [&str; 7] = [
 pub const TRAINED_CASES: [&str; 2] = ["llama_gqa", "qwen3"];
 
 /// PEFT adapters of other kinds than plain LoRA, by `tests/fixtures/make_adapters.py`.
-pub const ADAPTER_CASES: [&str; 5] = [
+pub const ADAPTER_CASES: [&str; 8] = [
     "rslora_q_v",
     "patterns",
     "one_layer",
     "dora",
     "dora_patterns",
+    "modules_to_save",
+    "tied_embedding",
+    "tied_head",
 ];
 
 /// One of [`CASES`] or of [`ADAPTER_CASES`].

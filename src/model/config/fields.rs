@@ -17,7 +17,7 @@ const HARMLESS: &[&str] = &[
     "_attn_implementation_autoset", "_name_or_path", "attn_implementation", "auto_map", "dtype", "initializer_range",
     "max_sequence_length", "name_or_path", "output_attentions", "output_hidden_states", "return_dict", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
-    "bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
+    "bos_token_id", "decoder_start_token_id", "eos_token_id", "sep_token_id", "unk_token_id",
     "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id",
     "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",

@@ -1,13 +1,13 @@
 //! The device side: logits of a chunk in f32 by one product, then one kernel for the loss and for `dz` in their place.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::{OP, TokenLoss};
 use crate::Result;
 use crate::device::{self, Gemm, Matrix};
 use crate::ops::embedding::{gather, scatter};
 use crate::ops::launcher::{Factor, Grid, Launcher, Operand};
-use crate::ops::weight::Weight;
+use crate::ops::table::Table;
 
 /// Bytes of one chunk's logits, at most: enough rows for the products to fill a GPU.
 const CHUNK_BYTES: usize = 256 << 20;
@@ -47,57 +47,91 @@ impl DeviceLosses {
 }
 
 /// The logits of every row of `x: [N, D]` in f32, `[N, V]`.
-pub(super) fn logits(launcher: &Launcher, x: &Tensor, head: &Weight) -> Result<Tensor> {
-    let logits = launcher.empty((x.dim(0)?, head.out_features()), DType::F32)?;
-    let weight = head.dense(launcher)?;
-    let factors = (Factor::new(x), Factor::transposed(&weight));
+pub(super) fn logits(launcher: &Launcher, x: &Tensor, head: &Tensor) -> Result<Tensor> {
+    let logits = launcher.empty((x.dim(0)?, head.dim(0)?), DType::F32)?;
+    let factors = (Factor::new(x), Factor::transposed(head));
     launcher.gemm(OP, factors, &logits, 1.0, 0.0)?;
     Ok(logits)
 }
 
-/// The losses, and the gradient of `x` for the gradient `d_loss` of each where that is wanted.
-pub(super) fn losses(
+/// The losses of the `rows` of `x`.
+pub(super) fn forward(
     launcher: &Launcher,
     x: &Tensor,
-    head: &Weight,
+    head: Table<'_>,
     rows: &[(usize, u32)],
-    d_loss: Option<f32>,
-) -> Result<(DeviceLosses, Option<Tensor>)> {
-    let device = x.device();
-    let column = |values: Vec<u32>| Tensor::from_vec(values, rows.len(), device);
-    let ids = column(rows.iter().map(|(row, _)| *row as u32).collect())?;
-    let labels = column(rows.iter().map(|(_, label)| *label).collect())?;
-    let results = DeviceLosses {
-        loss: launcher.empty(rows.len(), DType::F32)?,
-        confidence: launcher.empty(rows.len(), DType::F32)?,
-        prediction: Tensor::zeros(rows.len(), DType::U32, device)?,
-    };
-    let dx = d_loss
-        .map(|_| Tensor::zeros(x.shape(), DType::BF16, device))
-        .transpose()?;
-    let chunk_rows = chunk_rows(head.out_features());
-    for start in (0..rows.len()).step_by(chunk_rows) {
-        let len = chunk_rows.min(rows.len() - start);
-        let part = |t: &Tensor| t.narrow(0, start, len);
-        let chunk = Chunk {
-            ids: part(&ids)?,
-            labels: part(&labels)?,
-            loss: part(&results.loss)?,
-            confidence: part(&results.confidence)?,
-            prediction: part(&results.prediction)?,
-        };
+) -> Result<DeviceLosses> {
+    let rows = Rows::new(launcher, rows, x.device())?;
+    let head = head.dense(launcher)?;
+    for chunk in rows.chunks(head.dim(0)?)? {
         let x = gather(launcher, x, &chunk.ids)?;
-        let logits = logits(launcher, &x, head)?;
-        match (d_loss, &dx) {
-            (Some(d_loss), Some(dx)) => {
-                chunk.backward(launcher, &logits, d_loss)?;
-                let d_chunk = hidden_backward(launcher, &logits, head)?;
-                scatter(launcher, &d_chunk, &chunk.ids, dx)?;
-            }
-            _ => chunk.forward(launcher, &logits)?,
-        }
+        chunk.forward(launcher, &logits(launcher, &x, &head)?)?;
     }
-    Ok((results, dx))
+    Ok(rows.losses)
+}
+
+/// The losses, and the gradient of `x`; adds that of the head to `d_head`, if there is one.
+pub(super) fn backward(
+    launcher: &Launcher,
+    x: &Tensor,
+    head: Table<'_>,
+    rows: &[(usize, u32)],
+    d_loss: f32,
+    d_head: Option<&Tensor>,
+) -> Result<(DeviceLosses, Tensor)> {
+    let rows = Rows::new(launcher, rows, x.device())?;
+    let dx = Tensor::zeros(x.shape(), DType::BF16, x.device())?;
+    let head = head.dense(launcher)?;
+    for chunk in rows.chunks(head.dim(0)?)? {
+        let x = gather(launcher, x, &chunk.ids)?;
+        let logits = logits(launcher, &x, &head)?;
+        chunk.backward(launcher, &logits, d_loss)?;
+        let dz = LogitsGrad(&logits);
+        if let Some(d_head) = d_head {
+            dz.head_backward(launcher, &x, d_head)?;
+        }
+        let d_chunk = dz.hidden_backward(launcher, &head)?;
+        scatter(launcher, &d_chunk, &chunk.ids, &dx)?;
+    }
+    Ok((rows.losses, dx))
+}
+
+/// The rows that carry loss, and where their results go.
+struct Rows {
+    ids: Tensor,
+    labels: Tensor,
+    losses: DeviceLosses,
+}
+
+impl Rows {
+    fn new(launcher: &Launcher, rows: &[(usize, u32)], device: &Device) -> Result<Self> {
+        let column = |values: Vec<u32>| Tensor::from_vec(values, rows.len(), device);
+        Ok(Self {
+            ids: column(rows.iter().map(|(row, _)| *row as u32).collect())?,
+            labels: column(rows.iter().map(|(_, label)| *label).collect())?,
+            losses: DeviceLosses {
+                loss: launcher.empty(rows.len(), DType::F32)?,
+                confidence: launcher.empty(rows.len(), DType::F32)?,
+                prediction: Tensor::zeros(rows.len(), DType::U32, device)?,
+            },
+        })
+    }
+
+    /// Of so many words in the vocabulary.
+    fn chunks(&self, vocab: usize) -> Result<Vec<Chunk>> {
+        let (rows, most) = (self.ids.elem_count(), chunk_rows(vocab));
+        let chunk = |start: usize| {
+            let part = |t: &Tensor| t.narrow(0, start, most.min(rows - start));
+            Ok(Chunk {
+                ids: part(&self.ids)?,
+                labels: part(&self.labels)?,
+                loss: part(&self.losses.loss)?,
+                confidence: part(&self.losses.confidence)?,
+                prediction: part(&self.losses.prediction)?,
+            })
+        };
+        (0..rows).step_by(most).map(chunk).collect()
+    }
 }
 
 /// A range of the rows that carry loss: where they lie in `x`, and where their results go.
@@ -145,32 +179,65 @@ impl Chunk {
     }
 }
 
-/// `dx = dz W`, where `dz` lies in the first half of each row of `logits`.
-fn hidden_backward(launcher: &Launcher, logits: &Tensor, head: &Weight) -> Result<Tensor> {
-    let (rows, vocab) = logits.dims2()?;
-    let d = head.in_features();
-    let dx = launcher.empty((rows, d), DType::BF16)?;
-    let weight = head.dense(launcher)?;
-    let matrix = |t: &Tensor, row_stride| -> Result<Matrix> {
+/// `dz` in bf16, in the first half of each row of f32 logits.
+struct LogitsGrad<'a>(&'a Tensor);
+
+impl LogitsGrad<'_> {
+    /// `dx = dz W`.
+    fn hidden_backward(&self, launcher: &Launcher, head: &Tensor) -> Result<Tensor> {
+        let (rows, vocab) = self.0.dims2()?;
+        let d = head.dim(1)?;
+        let dx = launcher.empty((rows, d), DType::BF16)?;
+        let gemm = Gemm {
+            m: rows,
+            n: d,
+            k: vocab,
+            a: self.matrix(false)?,
+            b: whole(head)?,
+            c_address: device::address_mut(&dx)?,
+            c_row_stride: d,
+            c_dtype: DType::BF16,
+            alpha: 1.0,
+            beta: 0.0,
+        };
+        // SAFETY: a row of f32 has room for two rows of bf16, and the other two matrices are whole tensors.
+        unsafe { launcher.raw_gemm(&gemm)? };
+        Ok(dx)
+    }
+
+    /// Adds `dW = dz^T x` to `d_head`.
+    fn head_backward(&self, launcher: &Launcher, x: &Tensor, d_head: &Tensor) -> Result<()> {
+        let (rows, vocab) = self.0.dims2()?;
+        let d = x.dim(1)?;
+        let gemm = Gemm {
+            m: vocab,
+            n: d,
+            k: rows,
+            a: self.matrix(true)?,
+            b: whole(x)?,
+            c_address: device::address_mut(d_head)?,
+            c_row_stride: d,
+            c_dtype: DType::F32,
+            alpha: 1.0,
+            beta: 1.0,
+        };
+        // SAFETY: as above; `d_head` is [V, D] in f32, as the caller checks.
+        unsafe { launcher.raw_gemm(&gemm) }
+    }
+
+    fn matrix(&self, is_transposed: bool) -> Result<Matrix> {
         Ok(Matrix {
-            address: device::address(t)?,
-            row_stride,
-            is_transposed: false,
+            address: device::address(self.0)?,
+            row_stride: 2 * self.0.dim(1)?,
+            is_transposed,
         })
-    };
-    let gemm = Gemm {
-        m: rows,
-        n: d,
-        k: vocab,
-        a: matrix(logits, 2 * vocab)?,
-        b: matrix(&weight, d)?,
-        c_address: device::address_mut(&dx)?,
-        c_row_stride: d,
-        c_dtype: DType::BF16,
-        alpha: 1.0,
-        beta: 0.0,
-    };
-    // SAFETY: a row of f32 has room for two rows of bf16, and the other two matrices are whole tensors.
-    unsafe { launcher.raw_gemm(&gemm)? };
-    Ok(dx)
+    }
+}
+
+fn whole(t: &Tensor) -> Result<Matrix> {
+    Ok(Matrix {
+        address: device::address(t)?,
+        row_stride: t.dim(1)?,
+        is_transposed: false,
+    })
 }

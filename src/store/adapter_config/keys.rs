@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::super::layer_selection::LayerSelection;
 use super::super::module_patterns::ModulePatterns;
+use super::super::modules_to_save::ModulesToSave;
 use super::super::target_modules::TargetModules;
 use crate::{Error, Result};
 
@@ -87,6 +88,17 @@ impl<'a> Keys<'a> {
         value.map(read).transpose()
     }
 
+    pub(super) fn modules_to_save(&self) -> Result<ModulesToSave> {
+        let key = "modules_to_save";
+        let names = match self.value(key) {
+            None => Vec::new(),
+            Some(names @ Value::Array(_)) => self.names(key, names)?,
+            Some(_) => return Err(self.malformed(key, "is not a list of names")),
+        };
+        ModulesToSave::of(names)
+            .map_err(|reason| self.malformed(key, &format!("cannot be used: {reason}")))
+    }
+
     fn names_or_regex(&self, key: &str, value: &Value) -> Result<TargetModules> {
         match value {
             Value::String(regex) => {
@@ -164,7 +176,8 @@ impl<'a> Keys<'a> {
                 | "layers_to_transform"
                 | "layers_pattern"
                 | "rank_pattern"
-                | "alpha_pattern" => continue,
+                | "alpha_pattern"
+                | "modules_to_save" => continue,
                 "use_rslora" | "use_dora" if value.is_boolean() => continue,
                 "peft_type" if value == "LORA" => continue,
                 "peft_type" => "only LORA adapters are",

@@ -57,7 +57,6 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("bits", &["4"], "the base model is always 4-bit"),
     only("lora_modules", &["all"], "use lora_target_modules"),
     only("lora_bias", &["none"], NOT_YET),
-    only("modules_to_save", &[], "embeddings and head are not trained yet"),
     only("full_finetune", &["false"], "only adapters are trained"),
     only("label_smoothing_factor", &["0"], NOT_YET),
     ForeignKey { name: "bf16", accepted: Accepted::WhetherBf16, hint: DTYPE },

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::TrainConfig;
-use crate::model::DecoderConfig;
+use crate::model::{DecoderConfig, ModuleToSave};
 use crate::store::{AdapterConfig, LayerSelection};
 use crate::{Error, Result};
 
@@ -35,10 +35,15 @@ impl TrainConfig {
         model: &DecoderConfig,
     ) -> Result<AdapterConfig> {
         let given = self.given_over(found.clone());
-        expect_same_adapter(&given, found, dir, model)?;
+        expect_no_module_left(&given, found, dir)?;
+        let found = AdapterConfig {
+            modules_to_save: given.modules_to_save.clone(),
+            ..found.clone()
+        };
+        expect_same_adapter(&given, &found, dir, model)?;
         Ok(AdapterConfig {
             lora_dropout: given.lora_dropout,
-            ..found.clone()
+            ..found
         })
     }
 
@@ -57,6 +62,7 @@ impl TrainConfig {
             alpha_pattern: given.alpha_pattern.unwrap_or(other.alpha_pattern),
             use_rslora: given.use_rslora.unwrap_or(other.use_rslora),
             use_dora: given.use_dora.unwrap_or(other.use_dora),
+            modules_to_save: given.modules_to_save.unwrap_or(other.modules_to_save),
             ..other
         }
     }
@@ -100,6 +106,7 @@ const SETTINGS: &[Setting] = &[
         |layers: &Option<LayerSelection>| json!(layers.as_ref().map(LayerSelection::indices)).to_string()),
     setting!("rank_pattern", rank_pattern, Effect, |ranks| json!(ranks).to_string()),
     setting!("alpha_pattern", alpha_pattern, Effect, |alphas| json!(alphas).to_string()),
+    setting!("modules_to_save", modules_to_save, Value, |names| json!(names).to_string()),
 ];
 
 /// An adapter cannot change its size, its scale or its place on the way.
@@ -127,6 +134,24 @@ pub(in crate::train) fn expect_same_adapter(
         }
     }
     Ok(())
+}
+
+/// Modules that are trained whole can join on the way, as copies of the base's, but not be left behind.
+///
+/// # Errors
+/// [`Error::Config`] if `given` does without one of those of the config `found` in `dir`.
+fn expect_no_module_left(given: &AdapterConfig, found: &AdapterConfig, dir: &Path) -> Result<()> {
+    let [ours, theirs] = [given, found].map(|config| &config.modules_to_save);
+    let is_left = ModuleToSave::ALL
+        .into_iter()
+        .any(|module| theirs.matches(module.path()) && !ours.matches(module.path()));
+    match is_left {
+        false => Ok(()),
+        true => {
+            let [ours, theirs] = [ours, theirs].map(|names| json!(names).to_string());
+            Err(other_adapter("modules_to_save", &ours, &theirs, dir))
+        }
+    }
 }
 
 /// The refusal of a key that is unlike that of the adapter in `dir`.

@@ -10,7 +10,7 @@ use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::DeviceKind;
 use crate::model::InitLoraWeights;
 use crate::quant::QuantType;
-use crate::store::{MatrixDropoutScale, ModulePatterns, TargetModules};
+use crate::store::{MatrixDropoutScale, ModulePatterns, ModulesToSave, TargetModules};
 use crate::train::schedule::SchedulerType;
 
 /// What can be typed for a key.
@@ -190,6 +190,7 @@ config_value! {
     DeviceKind => Text,
     ComputeDtype => Text,
     TargetModules => List,
+    ModulesToSave => List,
     Vec<usize> => Counts,
     ModulePatterns<usize> => NumberPairs,
     ModulePatterns<f64> => NumberPairs,

@@ -15,7 +15,7 @@ impl Plan {
     /// inputs have the longest to wait.
     pub fn keeping(workload: &Workload, kept: usize) -> Self {
         let layers = workload.model.num_layers;
-        let lowest = workload.lowest_adapter().unwrap_or(layers);
+        let lowest = workload.lowest_trained().unwrap_or(layers);
         let policy = |layer| {
             if layer + kept >= layers {
                 ActivationPolicy::Keep
@@ -84,7 +84,7 @@ impl Workload {
             ..all
         };
         let least = Residence {
-            embedding: Side::Host,
+            embedding: all.embedding.map(|_| Side::Host),
             ..by_weight
         };
         [

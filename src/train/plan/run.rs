@@ -3,7 +3,7 @@
 use super::{Engine, LIBRARIES_BYTES, Moments, Plan, Workload};
 use crate::Result;
 use crate::device::{Placement, Residence, Residency, Side};
-use crate::model::DecoderConfig;
+use crate::model::{DecoderConfig, ModuleToSave};
 use crate::quant::BlockSizes;
 use crate::store::AdapterConfig;
 use crate::train::TrainConfig;
@@ -49,6 +49,10 @@ impl Workload {
         batch: LongestBatch,
     ) -> Self {
         let adapters = model.adapters(lora).into_iter();
+        let frozen = |module: ModuleToSave| {
+            let is_trained = lora.modules_to_save.matches(module.path());
+            (!is_trained).then_some(Side::Device)
+        };
         let ranks = adapters.map(|block| block.map(|lora| lora.map_or(0, |lora| lora.r)));
         Self {
             ranks: ranks.collect(),
@@ -63,7 +67,11 @@ impl Workload {
             instances: None,
             dora: lora.use_dora,
             micro_batches: 1,
-            residence: Residence::DEVICE,
+            residence: Residence {
+                embedding: frozen(ModuleToSave::Embedding),
+                head: frozen(ModuleToSave::Head),
+                ..Residence::DEVICE
+            },
             together: 1,
             offloaded: 0,
             host_limit: None,

@@ -86,7 +86,7 @@ impl Step<'_> {
     fn decoder(&mut self, policies: &[ActivationPolicy]) {
         let Workload { model, .. } = self.workload;
         let d = model.hidden_size;
-        let lowest = self.workload.lowest_adapter().unwrap_or(model.num_layers);
+        let lowest = self.workload.lowest_trained().unwrap_or(model.num_layers);
         let passes = 0..self.workload.together;
         let layouts: Vec<_> = passes.clone().map(|_| self.layout()).collect();
         let mut hidden: Vec<_> = passes
@@ -122,12 +122,28 @@ impl Step<'_> {
                 if let Some(next) = saved.last_mut() {
                     self.fetch(next);
                 }
-                self.block_backward(layer, own, layer == lowest);
+                let skips_input = layer == lowest && !self.workload.trains_embedding();
+                self.block_backward(layer, own, skips_input);
+            }
+        }
+        if self.workload.trains_embedding() {
+            for _ in &hidden {
+                self.embedding_backward();
             }
         }
         self.ledger.free(hidden);
         self.ledger.free(losses);
         self.ledger.free(layouts.into_iter().flatten());
+    }
+
+    /// `embedding::backward`: each token, where its rows begin, and the rows.
+    fn embedding_backward(&mut self) {
+        let rows = self.workload.rows as u64;
+        let tokens = rows.min(self.workload.model.vocab_size as u64);
+        let lists = self
+            .ledger
+            .alloc(Item::Working, 4 * (2 * tokens + 1 + rows));
+        self.ledger.free([lists]);
     }
 
     /// Positions, and the tiles of attention.
@@ -426,7 +442,7 @@ impl Step<'_> {
     }
 
     /// `Block::backward`; the gradient of the output becomes that of the input in place.
-    fn block_backward(&mut self, layer: usize, saved: Saved, is_lowest: bool) {
+    fn block_backward(&mut self, layer: usize, saved: Saved, skips_input: bool) {
         let Workload { model, rows, .. } = self.workload;
         let d = model.hidden_size;
         let (queries, keys) = self.workload.head_widths();
@@ -456,7 +472,7 @@ impl Step<'_> {
         }
         let mut d_h = None;
         for (module, d_out) in [Module::Q, Module::K, Module::V].into_iter().zip(d_qkv) {
-            let width = (!is_lowest && d_h.is_none()).then_some(d);
+            let width = (!skips_input && d_h.is_none()).then_some(d);
             d_h = self.linear_backward(layer, module, *rows, width).or(d_h);
             self.ledger.free([d_out]);
         }

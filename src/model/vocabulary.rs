@@ -1,0 +1,87 @@
+//! The embedding and the head: frozen, or trained whole, as `modules_to_save` of PEFT says.
+//!
+//! A trained one begins as a copy of the base's. Where the base ties the two, they part by that, as in PEFT: the other stays
+//! what it was.
+
+use candle_core::Tensor;
+
+use super::config::DecoderConfig;
+use super::parameters::Trainable;
+use crate::ops::table::Table;
+use crate::ops::weight::Weight;
+use crate::store::AdapterConfig;
+use crate::{Error, Result};
+
+/// A module beside the linear layers of blocks that can be trained whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModuleToSave {
+    Embedding,
+    Head,
+}
+
+impl ModuleToSave {
+    pub const ALL: [Self; 2] = [Self::Embedding, Self::Head];
+
+    /// The path within the model.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::Embedding => "model.embed_tokens",
+            Self::Head => "lm_head",
+        }
+    }
+
+    /// PEFT's name for its tensor.
+    pub(super) fn tensor_name(self) -> String {
+        format!("base_model.model.{}.weight", self.path())
+    }
+}
+
+/// The matrix of the embedding or of the head, `[V, D]`.
+#[derive(Debug, Clone)]
+pub struct Vocabulary {
+    /// That of the base.
+    pub frozen: Weight,
+    /// What takes its place.
+    pub trained: Option<Trainable>,
+}
+
+impl Vocabulary {
+    pub(super) fn frozen(weight: Weight) -> Self {
+        Self {
+            frozen: weight,
+            trained: None,
+        }
+    }
+
+    /// What forward and backward read.
+    pub fn table(&self) -> Table<'_> {
+        match &self.trained {
+            Some(trained) => Table::Trained(&trained.value),
+            None => Table::Frozen(&self.frozen),
+        }
+    }
+
+    /// Where backward adds, if it is trained.
+    pub fn grad(&self) -> Option<&Tensor> {
+        self.trained.as_ref().map(|trained| &trained.grad)
+    }
+}
+
+impl DecoderConfig {
+    /// # Errors
+    /// [`Error::Config`] for a name that is neither the embedding nor the head.
+    pub fn expect_modules_to_save(&self, config: &AdapterConfig) -> Result<()> {
+        let is_known = |name: &&str| {
+            let mut modules = ModuleToSave::ALL.into_iter();
+            modules.any(|module| module.path().ends_with(*name))
+        };
+        match config.modules_to_save.names().find(|name| !is_known(name)) {
+            None => Ok(()),
+            Some(name) => {
+                let reason =
+                    format!("`{name}` cannot be trained whole; embed_tokens and lm_head can");
+                Err(Error::config("modules_to_save", reason))
+            }
+        }
+    }
+}
