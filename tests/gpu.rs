@@ -66,9 +66,10 @@ placement_test!(logits_are_those_of_the_cpu, |placement| {
 });
 
 placement_test!(loss_and_gradients_are_those_of_the_cpu, |placement| {
-    let dora = ReferenceCase::of_adapter("dora");
+    let of_kinds = ["dora", "modules_to_save", "tied_embedding", "tied_head"];
+    let of_kinds = of_kinds.map(|name| (name, ReferenceCase::of_adapter(name)));
     let cases = CASES.map(|name| (name, ReferenceCase::read(name)));
-    for (name, case) in cases.into_iter().chain([("dora", dora)]) {
+    for (name, case) in cases.into_iter().chain(of_kinds) {
         let (loss, grads) = gradients(&case, placement, [ActivationPolicy::Keep; 2]);
         let error = (loss - f64::from(case.loss)).abs() / f64::from(case.loss);
         assert!(error < 2e-3, "{name}: {loss} instead of {}", case.loss);

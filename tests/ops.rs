@@ -11,6 +11,7 @@ use qlora::ops::dropout::Dropout;
 use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
+use qlora::ops::table::Table;
 use qlora::ops::weight::Weight;
 use qlora::ops::{embedding, gated_act, residual, rms_norm};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
@@ -193,6 +194,36 @@ fn embedding_equals_its_reference() {
 }
 
 #[test]
+fn the_gradient_of_a_trained_embedding_equals_its_reference() {
+    let mut random = Random::new("embedding_backward");
+    let (table, dy) = (random.tensor(&[17, 10]), random.tensor(&[6, 10]));
+    let ids = [3u32, 16, 0, 3, 16, 3];
+    let index = Tensor::new(&ids, &Device::Cpu).unwrap();
+    let inputs = std::slice::from_ref(&table);
+    let (want, grads) = oracle(&mut random, inputs, &dy, |t| {
+        embedding::reference(&index, &t[0]).unwrap()
+    });
+    let (table, dy) = (f32(&table), f32(&dy));
+    let y = embedding::forward(&ids, Table::Trained(&table)).unwrap();
+    assert_close("rows", &y, &want, 1e-7);
+    let d_table = zeros_like(&table);
+    embedding::backward(&dy, &ids, None, &d_table).unwrap();
+    assert_close("d_table", &d_table, &grads[0], 1e-6);
+    // It is added, and the row of the padding token is left alone.
+    embedding::backward(&dy, &ids, Some(16), &d_table).unwrap();
+    let twice = (&grads[0] * 2.0).unwrap();
+    for word in [0usize, 3, 16] {
+        let row = |t: &Tensor| t.get(word).unwrap();
+        let want = if word == 16 { &grads[0] } else { &twice };
+        assert_close("row", &row(&d_table), &row(want), 1e-6);
+    }
+    for (rows, ids) in [(6, [3u32, 16, 0, 3, 16, 17]), (5, ids)] {
+        let dy = dy.narrow(0, 0, rows).unwrap();
+        assert!(embedding::backward(&dy, &ids, None, &d_table).is_err());
+    }
+}
+
+#[test]
 fn rope_equals_its_reference() {
     let mut random = Random::new("rope");
     let (heads, e) = (3, 10);
@@ -309,10 +340,11 @@ fn linear_cross_entropy_equals_its_reference() {
         let kept: Vec<u32> = rows.iter().map(|&i| labels[i as usize] as u32).collect();
         let kept = Tensor::new(kept.as_slice(), &Device::Cpu).unwrap();
         let d_loss = Tensor::new(0.25f64, &Device::Cpu).unwrap();
-        let (want, grads) = oracle(&mut random, std::slice::from_ref(&x), &d_loss, |t| {
-            lce::reference(&t[0].index_select(&picked, 0).unwrap(), &head, &kept).unwrap()
+        let inputs = [x.clone(), head.clone()];
+        let (want, grads) = oracle(&mut random, &inputs, &d_loss, |t| {
+            lce::reference(&t[0].index_select(&picked, 0).unwrap(), &t[1], &kept).unwrap()
         });
-        let (losses, dx) = lce::backward(&f32(&x), &dense(&head), &labels, 0.25).unwrap();
+        let (losses, dx) = lce::backward(&f32(&x), &dense(&head), &labels, 0.25, None).unwrap();
         let losses = losses.read().unwrap();
         let total = lce::total(&losses);
         let want = want.to_scalar::<f64>().unwrap();
@@ -321,6 +353,17 @@ fn linear_cross_entropy_equals_its_reference() {
             "loss {total}, reference {want}"
         );
         assert_close("dx", &dx, &grads[0], TOLERANCE);
+        let head_values = f32(&head);
+        let (trained, d_head) = (Table::Trained(&head_values), zeros_like(&head));
+        let of_trained = lce::backward(&f32(&x), trained, &labels, 0.25, Some(&d_head)).unwrap();
+        assert_eq!(of_trained.0.read().unwrap(), losses);
+        assert_eq!(f64s(&of_trained.1), f64s(&dx));
+        assert_close("dW", &d_head, &grads[1], TOLERANCE);
+        lce::backward(&f32(&x), trained, &labels, 0.25, Some(&d_head)).unwrap();
+        let twice = (&grads[1] * 2.0).unwrap();
+        assert_close("dW added to dW", &d_head, &twice, TOLERANCE);
+        let logits = |head| f64s(&lce::logits(&f32(&x), head).unwrap());
+        assert_eq!(logits(trained), logits(Table::Frozen(&dense(&head))));
         assert_eq!(
             losses.iter().map(|t| t.row as u32).collect::<Vec<_>>(),
             rows

@@ -216,6 +216,10 @@ fn on_the_cpu() {
         &[("gradient_checkpointing", "false")],
         &[("gradient_checkpointing", "true")],
         &[("gradient_checkpointing", "true"), ("optim", "adamw_8bit")],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("modules_to_save", "embed_tokens,lm_head"),
+        ],
     ]
     .into_iter()
     .enumerate()
@@ -266,6 +270,21 @@ fn through_kernels() {
         &[
             ("gradient_checkpointing", "true"),
             ("optim", "paged_adamw_8bit"),
+        ],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("lora_target_modules", "q_proj"),
+            ("layers_to_transform", "2,3"),
+            ("modules_to_save", "embed_tokens,lm_head"),
+        ],
+        &[
+            ("gradient_checkpointing", "false"),
+            ("modules_to_save", "embed_tokens"),
+            ("optim", "paged_adamw_8bit"),
+        ],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("modules_to_save", "lm_head"),
         ],
         &[
             ("gradient_checkpointing", "true"),

@@ -14,6 +14,7 @@ use qlora::ops::linear::dora::{self, Magnitude};
 use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
+use qlora::ops::table::Table;
 use qlora::ops::weight::{DenseCache, Weight};
 use qlora::ops::{embedding, gated_act, residual, rms_norm};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
@@ -414,6 +415,33 @@ placement_test!(in_every_order embedding_gathers_rows, |at| {
     assert!(f64s(&rows) == f64s(&want));
 });
 
+placement_test!(in_every_order the_gradient_of_a_trained_embedding_is_added_token_by_token, |at| {
+    let mut numbers = Random::new("embedding_backward");
+    // Wider than a block of threads.
+    let (words, d) = (17, 300);
+    let ids = [3u32, 16, 0, 3, 16, 3, 5];
+    let table = random(&mut numbers, &[words, d]);
+    let dy = random(&mut numbers, &[ids.len(), d]);
+    let index = Tensor::new(&ids, &Device::Cpu).unwrap();
+    let inputs = std::slice::from_ref(&table);
+    let (_, grads) = oracle(&mut numbers, inputs, &dy, |t| {
+        embedding::reference(&index, &t[0]).unwrap()
+    });
+    let (placed, dy) = (place(&table, at), place(&dy, at));
+    let rows = embedding::forward(&ids, Table::Trained(&placed)).unwrap();
+    assert!(f64s(&rows) == f64s(&table.index_select(&index, 0).unwrap()));
+    let d_table = place_f32(&Tensor::ones((words, d), DType::F64, &Device::Cpu).unwrap(), at);
+    embedding::backward(&dy, &ids, Some(5), &d_table).unwrap();
+    let found = (d_table.to_device(&Device::Cpu).unwrap() - 1.0).unwrap();
+    for word in 0..words {
+        let row = |t: &Tensor| t.get(word).unwrap();
+        match word {
+            0 | 3 | 16 => assert_close("row", &row(&found), &row(&grads[0]), 1e-5),
+            _ => assert!(f64s(&row(&found)).iter().all(|g| *g == 0.0), "{word}"),
+        }
+    }
+});
+
 placement_test!(in_every_order attention_equals_its_reference, |at| {
     let mut numbers = Random::new("attention");
     let heads = |num_heads, num_kv_heads, head_dim, window| Heads {
@@ -470,16 +498,18 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         let kept: Vec<u32> = rows.iter().map(|&i| labels[i as usize] as u32).collect();
         let kept = Tensor::new(kept.as_slice(), &Device::Cpu).unwrap();
         let d_loss = Tensor::new(0.25f64, &Device::Cpu).unwrap();
-        let want = expected(&mut numbers, std::slice::from_ref(&x), &d_loss, |t| {
+        let inputs = [x.clone(), head.clone()];
+        let want = expected(&mut numbers, &inputs, &d_loss, |t| {
             let picked = t[0].index_select(&picked, 0).unwrap();
-            lce::reference(&picked, &like(&head, &t[0]), &kept).unwrap()
+            lce::reference(&picked, &t[1], &kept).unwrap()
         });
+        let trained = place(&head, at);
         let values: Vec<bf16> = f64s(&head).into_iter().map(bf16::from_f64).collect();
         let dense = FrozenWeight::Dense(DenseTensor::from_bf16(vec![vocab, d], &values));
         let cache = DenseCache::new(&[], &at.device).unwrap();
         let head = Weight::on_device(dense, &cache.into()).unwrap();
         let x = place(&x, at);
-        let (losses, dx) = lce::backward(&x, &head, &labels, 0.25).unwrap();
+        let (losses, dx) = lce::backward(&x, &head, &labels, 0.25, None).unwrap();
         let losses = losses.read().unwrap();
         let (total, exact) = (lce::total(&losses), f64s(&want.output.exact)[0]);
         assert!(
@@ -488,6 +518,12 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         );
         // The gradient of the logits is rounded to bf16 on the way, to one part in 256.
         assert_close("dx", &dx, &want.grads[0].exact, 0.01);
+        let d_head = place_f32(&Tensor::zeros((vocab, d), DType::F64, &Device::Cpu).unwrap(), at);
+        let table = Table::Trained(&trained);
+        let of_trained = lce::backward(&x, table, &labels, 0.25, Some(&d_head)).unwrap();
+        assert_eq!(of_trained.0.read().unwrap(), losses);
+        assert!(f64s(&of_trained.1) == f64s(&dx));
+        assert_close("dW", &d_head, &want.grads[1].exact, 0.01);
         let found: Vec<u32> = losses.iter().map(|t| t.row as u32).collect();
         assert_eq!(found, rows);
         let again = lce::forward(&x, &head, &labels).unwrap().read().unwrap();

@@ -157,6 +157,7 @@ fn in_embedding() {
         &[
             embedding::each_token_gathers_its_row::body,
             embedding::scattered_rows_leave_the_others_alone::body,
+            embedding::each_token_adds_up_the_gradients_of_its_rows::body,
         ],
     );
 }

@@ -87,6 +87,13 @@ pub const MUTANTS: &[Mutant] = &[
         replacement: "for (unsigned i = copied + threadIdx.x; i <= d;",
     },
     Mutant {
+        name: "adds the first row of the next token",
+        kernel_file: "embedding.cu",
+        source: "embedding.cu",
+        text: "for (unsigned i = first; i < end;",
+        replacement: "for (unsigned i = first; i <= end;",
+    },
+    Mutant {
         name: "rotates past the last row",
         kernel_file: "rope.cu",
         source: "rope.cu",
