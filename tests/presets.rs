@@ -1,4 +1,4 @@
-//! A preset is the published script: the same configuration as its command line, pasted.
+//! A preset is the published script, the same configuration as its command line, pasted; or a row of the paper's table.
 
 use qlora::train::TrainConfig;
 use qlora::train::config::Preset;
@@ -49,18 +49,10 @@ fn config(flags: &[(&str, &str)]) -> TrainConfig {
 
 #[test]
 fn presets_are_the_published_scripts() {
-    for (name, preset, model, learning_rate, lora_dropout, save_steps) in [
-        (
-            "guanaco-7b",
-            Preset::Guanaco7b,
-            "huggyllama/llama-7b",
-            "0.0002",
-            "0.1",
-            "500",
-        ),
+    for (name, model, learning_rate, lora_dropout, save_steps) in [
+        ("guanaco-7b", "huggyllama/llama-7b", "0.0002", "0.1", "500"),
         (
             "guanaco-13b",
-            Preset::Guanaco13b,
             "huggyllama/llama-13b",
             "0.0002",
             "0.05",
@@ -68,7 +60,6 @@ fn presets_are_the_published_scripts() {
         ),
         (
             "guanaco-33b",
-            Preset::Guanaco33b,
             "huggyllama/llama-30b",
             "0.0001",
             "0.05",
@@ -76,7 +67,6 @@ fn presets_are_the_published_scripts() {
         ),
         (
             "guanaco-65b",
-            Preset::Guanaco65b,
             "huggyllama/llama-65b",
             "0.0001",
             "0.05",
@@ -94,11 +84,124 @@ fn presets_are_the_published_scripts() {
             ("lora_target_modules", "all-linear"),
         ];
         let pasted = TrainConfig {
-            preset: Some(preset),
+            preset: Some(name.parse().unwrap()),
             ..config(&[PUBLISHED, &script].concat())
         };
         assert_eq!(config(&[("preset", name)]), pasted, "{name}");
     }
+}
+
+/// Table 9 of arXiv:2305.14314: batch size, learning rate, steps, and lengths of source and target, where `-` is what the scripts
+/// have for rows without a source.
+const TABLE: &str = "
+    qlora-all-7b        16  2e-4  10000  384   128
+    qlora-oasst1-7b     16  2e-4   1875    -   512
+    qlora-hh-rlhf-7b    16  2e-4  10000    -   768
+    qlora-longform-7b   16  2e-4   4000  512  1024
+    qlora-all-13b       16  2e-4  10000  384   128
+    qlora-oasst1-13b    16  2e-4   1875    -   512
+    qlora-hh-rlhf-13b   16  2e-4  10000    -   768
+    qlora-longform-13b  16  2e-4   4000  512  1024
+    qlora-all-33b       32  1e-4   5000  384   128
+    qlora-oasst1-33b    16  1e-4   1875    -   512
+    qlora-hh-rlhf-33b   32  1e-4   5000    -   768
+    qlora-longform-33b  32  1e-4   2343  512  1024
+    qlora-all-65b       64  1e-4   2500  384   128
+    qlora-oasst1-65b    16  1e-4   1875    -   512
+    qlora-hh-rlhf-65b   64  1e-4   2500    -   768
+    qlora-longform-65b  32  1e-4   2343  512  1024
+";
+
+/// What the paper says of all of them.
+const PAPER: &[(&str, &str)] = &[
+    ("lora_r", "64"),
+    ("lora_alpha", "16"),
+    ("lora_target_modules", "all-linear"),
+    ("quant_type", "nf4"),
+    ("double_quant", "true"),
+    ("optim", "paged_adamw_32bit"),
+    ("adam_beta2", "0.999"),
+    ("max_grad_norm", "0.3"),
+    ("lr_scheduler_type", "constant"),
+    ("group_by_length", "true"),
+    ("per_device_train_batch_size", "1"),
+];
+
+#[test]
+fn presets_are_the_rows_of_the_papers_table() {
+    let mut names: Vec<_> = ["7b", "13b", "33b", "65b"]
+        .map(|size| format!("guanaco-{size}"))
+        .into();
+    for row in TABLE.lines().filter(|line| !line.trim().is_empty()) {
+        let row: Vec<_> = row.split_whitespace().collect();
+        let [name, batch_size, learning_rate, max_steps, source, target] = row[..] else {
+            panic!("six columns: {row:?}");
+        };
+        let (data, size) = name["qlora-".len()..].rsplit_once('-').unwrap();
+        let (model, lora_dropout) = match size {
+            "7b" => ("huggyllama/llama-7b", "0.1"),
+            "13b" => ("huggyllama/llama-13b", "0.1"),
+            "33b" => ("huggyllama/llama-30b", "0.05"),
+            _ => ("huggyllama/llama-65b", "0.05"),
+        };
+        let source = if source == "-" { "16" } else { source };
+        let dataset = ("dataset", if data == "all" { "alpaca" } else { data });
+        let values = [
+            ("model_name_or_path", model),
+            dataset,
+            ("gradient_accumulation_steps", batch_size),
+            ("learning_rate", learning_rate),
+            ("max_steps", max_steps),
+            ("source_max_len", source),
+            ("target_max_len", target),
+            ("lora_dropout", lora_dropout),
+        ];
+        let by_hand = TrainConfig {
+            preset: Some(name.parse().unwrap()),
+            ..config(&[PAPER, &values].concat())
+        };
+        let by_name = [("preset", name), dataset];
+        let given = if data == "all" { 2 } else { 1 };
+        assert_eq!(config(&by_name[..given]), by_hand, "{name}");
+        names.push(name.to_string());
+    }
+    let mut all: Vec<_> = Preset::all().map(|preset| preset.to_string()).collect();
+    all.sort();
+    names.sort();
+    assert_eq!(all, names);
+}
+
+#[test]
+fn a_preset_for_any_data_set_asks_for_one() {
+    let error = |flags: &[(&str, &str)]| {
+        let owned = |(key, value): &(&str, &str)| (key.to_string(), value.to_string());
+        let flags: Vec<_> = flags.iter().map(owned).collect();
+        TrainConfig::load(None, &flags).unwrap_err().to_string()
+    };
+    assert_eq!(
+        error(&[("preset", "qlora-all-33b")]),
+        "config key `dataset`: is required: qlora-all-33b is for any data set; name one, as in --dataset alpaca"
+    );
+    assert_eq!(
+        error(&[("model_name_or_path", "models/mine")]),
+        "config key `dataset`: is required; give it in the config file or as --dataset PATH"
+    );
+    for (name, nearest) in [
+        ("guanaco-8b", "guanaco-7b"),
+        ("qlora-hh-rhlf-7b", "qlora-hh-rlhf-7b"),
+        ("qlora-longform-65", "qlora-longform-65b"),
+        ("oasst1-13b", "qlora-oasst1-13b"),
+    ] {
+        let error = error(&[("preset", name)]);
+        let expected =
+            format!("config key `preset`: `{name}` is not a preset, did you mean `{nearest}`?");
+        assert!(error.starts_with(&expected), "{error}");
+    }
+    assert_eq!(
+        error(&[("preset", "llama")]),
+        "config key `preset`: `llama` is not a preset; there are guanaco-, qlora-all-, qlora-oasst1-, \
+         qlora-hh-rlhf-, qlora-longform-, each with 7b, 13b, 33b or 65b"
+    );
 }
 
 #[test]
@@ -139,5 +242,5 @@ fn print_config_prints_the_preset_and_trains_nothing() {
         .assert()
         .failure();
     let message = String::from_utf8(unknown.get_output().stderr.clone()).unwrap();
-    assert!(message.contains("guanaco-65b"), "{message}");
+    assert!(message.contains("did you mean `guanaco-7b`?"), "{message}");
 }

@@ -95,7 +95,7 @@ macro_rules! train_config {
 
 train_config! {
     ["Model and data"]
-    /// Settings that the guanaco models were published with: guanaco-7b, -13b, -33b or -65b; every key that is given wins over them
+    /// Settings of the QLoRA paper's models: guanaco-SIZE as its scripts have them, qlora-all-SIZE, qlora-oasst1-SIZE, qlora-hh-rlhf-SIZE and qlora-longform-SIZE as its table 9 has them, SIZE being 7b, 13b, 33b or 65b; every key that is given wins over them
     preset: Option<Preset> = None;
     /// Hugging Face model directory: 4-bit, or bf16/f16/f32, which is quantized on load (required)
     model_name_or_path: PathBuf = PathBuf::new();
@@ -277,10 +277,16 @@ impl TrainConfig {
             ("dataset", config.dataset.0.is_empty()),
         ] {
             if is_missing {
-                return Err(Error::config(
-                    key,
-                    format!("is required; give it in the config file or as --{key} PATH"),
-                ));
+                let for_any = config.preset.filter(|preset| preset.is_for_any_dataset());
+                let reason = match for_any {
+                    Some(preset) if key == "dataset" => {
+                        format!(
+                            "is required: {preset} is for any data set; name one, as in --{key} alpaca"
+                        )
+                    }
+                    _ => format!("is required; give it in the config file or as --{key} PATH"),
+                };
+                return Err(Error::config(key, reason));
             }
         }
         Ok(config)

@@ -10,7 +10,7 @@ use super::{KEYS, Key, TrainConfig};
 use crate::{Error, Result};
 
 /// How alike two names must be for one to be offered instead of the other.
-const NEAREST_SIMILARITY: f64 = 0.8;
+pub(super) const NEAREST_SIMILARITY: f64 = 0.8;
 
 /// Reads a config file into its keys and values.
 pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
