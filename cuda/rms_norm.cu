@@ -1,10 +1,10 @@
 // Root-mean-square normalization of rows: `y = w x i`, `i = 1 / sqrt(mean(x^2) + eps)`.
 //
-// Backward, with `g = w dy`: `dx += i (g - x i^2 mean(g x))`; the weight is frozen.
+// Backward, with `g = w dy`: `i (g - x i^2 mean(g x))`, added to `dx` where `adds` is 1; the weight is frozen.
 //
 // A row of up to 1024 elements is a warp's, so grid = ceil(rows / 8); a wider one is a block's, so grid = rows. A thread
 // holds its share of the row in registers: all of it up to 8192 elements, beyond that the rest is read again from the cache.
-// Bytes an element: forward 4, forward_residual 8, backward 8; the weight comes from the cache.
+// Bytes an element: forward 4, forward_residual 8, backward 8, or 6 where it does not add; the weight comes from the cache.
 //
 // Source: arXiv:1910.07467.
 
@@ -178,13 +178,13 @@ KERNEL(256, rms_norm_forward_residual_bf16)
 
 KERNEL(256, rms_norm_backward_bf16)
 (const bf16* __restrict__ dy, const bf16* __restrict__ x, const float* __restrict__ weight, unsigned rows, unsigned d,
- float eps, bf16* __restrict__ dx) {
+ float eps, unsigned adds, bf16* __restrict__ dx) {
     with_share_of_row(rows, d, are_aligned(dy, x, weight, dx), [=](auto share, uint64_t start) {
         using Vector = typename decltype(share)::Vector;
         constexpr unsigned WIDTH = Vector::WIDTH;
         const auto held_dy = share.load(dy + start);
         const auto held_x = share.load(x + start);
-        const auto held_dx = share.load(dx + start);
+        const auto held_dx = adds ? share.load(dx + start) : Held<Vector>{dx + start, {}};
         float squares = 0.0f;
         float products = 0.0f;
         share.for_each_vector([&](unsigned i, unsigned k) {
@@ -205,11 +205,13 @@ KERNEL(256, rms_norm_backward_bf16)
         share.for_each_vector([&](unsigned i, unsigned k) {
             float dy_values[WIDTH];
             float x_values[WIDTH];
-            float sum[WIDTH];
+            float sum[WIDTH] = {};
             float w[WIDTH];
             held_dy.at(i, k).widen(dy_values);
             held_x.at(i, k).widen(x_values);
-            held_dx.at(i, k).widen(sum);
+            if (adds) {
+                held_dx.at(i, k).widen(sum);
+            }
             load_floats(weight + i, w);
 #pragma unroll
             for (unsigned e = 0; e < WIDTH; e++) {

@@ -310,8 +310,7 @@ impl Block {
             return Ok([dq, dk, dv]);
         };
         let through_norm = |dy: &Tensor, raw: &Tensor, weight: &Tensor| -> Result<Tensor> {
-            let d_raw = raw.zeros_like()?;
-            rms_norm::backward(&self.by_head(dy)?, raw, weight, self.eps, &d_raw)?;
+            let d_raw = rms_norm::gradient(&self.by_head(dy)?, raw, weight, self.eps)?;
             Ok(d_raw.reshape(dy.shape())?)
         };
         Ok([

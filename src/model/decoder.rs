@@ -262,9 +262,9 @@ impl Decoder {
         rms_norm::forward(x, &self.norm, self.config.rms_norm_eps)
     }
 
-    /// Adds the gradient of the final norm's input to `dx`.
-    pub(super) fn final_norm_backward(&self, dy: &Tensor, x: &Tensor, dx: &Tensor) -> Result<()> {
-        rms_norm::backward(dy, x, &self.norm, self.config.rms_norm_eps, dx)
+    /// The gradient of the final norm's input.
+    pub(super) fn final_norm_backward(&self, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+        rms_norm::gradient(dy, x, &self.norm, self.config.rms_norm_eps)
     }
 
     /// Where the rows of a batch stand.

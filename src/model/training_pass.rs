@@ -183,9 +183,7 @@ impl<'a> Pass<'a> {
         let (table, d_head) = (head.table(), head.grad());
         let (losses, d_normed) =
             linear_cross_entropy::backward(&normed, table, &labels, d_loss, d_head)?;
-        let dx = d_normed.zeros_like()?;
-        decoder.final_norm_backward(&d_normed, &x, &dx)?;
-        self.hidden = Some(dx);
+        self.hidden = Some(decoder.final_norm_backward(&d_normed, &x)?);
         Ok(losses)
     }
 

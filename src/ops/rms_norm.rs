@@ -8,6 +8,7 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, ROWS_PER_TASK, expect_dims, read};
+use super::gemm::Into;
 use super::launcher::{Grid, Launcher, Operand};
 use super::residual;
 use super::simd::{sum, vectorized};
@@ -104,17 +105,7 @@ pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, dx: &Tensor)
     expect_dims(OP, "dx", dx, x.dims())?;
     expect_dims(OP, "weight", weight, &[x.dim(D::Minus1)?])?;
     if let Some(launcher) = Launcher::of(OP, x)? {
-        let operands = [
-            Operand::Read(dy),
-            Operand::Read(x),
-            Operand::Read(weight),
-            Operand::U32(x.elem_count() / d),
-            Operand::U32(d),
-            Operand::F32(eps as f32),
-            Operand::Write(dx),
-        ];
-        // SAFETY: dy, x and dx have rows of d elements, the weight has one.
-        return unsafe { launcher.launch("rms_norm_backward_bf16", grid(x, d), &operands) };
+        return backward_on_device(&launcher, dy, (x, weight, eps), Into::Add, dx);
     }
     let (dy, x, w) = (read(OP, dy)?, read(OP, x)?, read(OP, weight)?);
     cpu::write(OP, dx, |dx| {
@@ -144,6 +135,47 @@ pub fn backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64, dx: &Tensor)
             );
         });
     })
+}
+
+/// The gradient for `x` by itself.
+///
+/// # Shapes
+/// As [`backward`].
+pub fn gradient(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let Some(launcher) = Launcher::of(OP, x)? else {
+        let dx = x.zeros_like()?;
+        backward(dy, x, weight, eps, &dx)?;
+        return Ok(dx);
+    };
+    let _span = tracing::trace_span!("elementwise").entered();
+    expect_dims(OP, "dy", dy, x.dims())?;
+    expect_dims(OP, "weight", weight, &[x.dim(D::Minus1)?])?;
+    let dx = launcher.empty(x.shape(), DType::BF16)?;
+    backward_on_device(&launcher, dy, (x, weight, eps), Into::Overwrite, &dx)?;
+    Ok(dx)
+}
+
+/// The shapes have been checked.
+fn backward_on_device(
+    launcher: &Launcher,
+    dy: &Tensor,
+    (x, weight, eps): (&Tensor, &Tensor, f64),
+    into: Into,
+    dx: &Tensor,
+) -> Result<()> {
+    let d = weight.dims1()?;
+    let operands = [
+        Operand::Read(dy),
+        Operand::Read(x),
+        Operand::Read(weight),
+        Operand::U32(x.elem_count() / d),
+        Operand::U32(d),
+        Operand::F32(eps as f32),
+        Operand::U32(usize::from(into == Into::Add)),
+        Operand::Write(dx),
+    ];
+    // SAFETY: dy, x and dx have rows of d elements, the weight has one.
+    unsafe { launcher.launch("rms_norm_backward_bf16", grid(x, d), &operands) }
 }
 
 /// The blocks of a kernel: one takes eight short rows, a warp each, or one long row.

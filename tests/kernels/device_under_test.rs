@@ -4,7 +4,7 @@
 //! kernel_test!(adds_the_branch, |device| {
 //!     let x = device.upload(&values);
 //!     let branch = device.upload(&more);
-//!     device.launch("residual_forward_bf16", [1, 1, 1], 0, &[Arg::Buffer(&x), Arg::Buffer(&branch), Arg::U64(n)]);
+//!     device.launch("residual_forward_bf16", [1, 1, 1], 0, &[Arg::Buffer(&x), Arg::Buffer(&branch), Arg::U64(n), Arg::Buffer(&branch)]);
 //!     let got: Vec<bf16> = device.download(&branch);
 //!     assert_kernel_close("branch", &got, &exact, &low_precision);
 //! });

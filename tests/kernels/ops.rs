@@ -143,6 +143,8 @@ placement_test!(in_every_order rms_norm_equals_its_reference, |at| {
         want.output.assert_close(&format!("y of {n} x {d}"), &y);
         let dx = place(&before, at);
         rms_norm::backward(&place(&dy, at), &x, &weight, 1e-5, &dx).unwrap();
+        let alone = rms_norm::gradient(&place(&dy, at), &x, &weight, 1e-5).unwrap();
+        want.grads[0].assert_close(&format!("dx alone of {n} x {d}"), &alone);
         let exact = (&want.grads[0].exact + &before).unwrap();
         let want = Pair {
             low: exact.to_dtype(DType::BF16).unwrap(),
@@ -190,8 +192,11 @@ placement_test!(in_every_order residual_is_rounded_once, |at| {
     for shape in [[30, 130], [1, 7]] {
         let (x, branch) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
         let sum = residual::forward(&place(&x, at), place(&branch, at)).unwrap();
+        let whole = residual::unwritten(&sum).unwrap();
+        residual::forward_to(&place(&x, at), &place(&branch, at), &whole).unwrap();
         let want = (x + branch).unwrap().to_dtype(DType::BF16).unwrap();
         assert!(f64s(&sum) == f64s(&want), "{shape:?}");
+        assert!(f64s(&whole) == f64s(&want), "{shape:?}");
     }
 });
 

@@ -69,11 +69,13 @@ fn launch(
     kernel: &str,
     inputs: &[&Buffer],
     (rows, d): (usize, usize),
+    options: &[u32],
     outputs: &[&Buffer],
 ) {
     let blocks = if d <= 1024 { rows.div_ceil(8) } else { rows };
     let mut args: Vec<Arg> = inputs.iter().map(|&buffer| Arg::Buffer(buffer)).collect();
     args.extend([Arg::U32(rows as u32), Arg::U32(d as u32), Arg::F32(EPS)]);
+    args.extend(options.iter().map(|&option| Arg::U32(option)));
     args.extend(outputs.iter().map(|&buffer| Arg::Buffer(buffer)));
     device.launch(kernel, [blocks as u32, 1, 1], 0, &args);
 }
@@ -89,6 +91,7 @@ kernel_test!(forward_divides_each_row_by_its_rms, |device| {
             "rms_norm_forward_bf16",
             &[&x, &weight],
             (rows, d),
+            &[],
             &[&y],
         );
         let got = device.download::<bf16>(&y);
@@ -107,6 +110,7 @@ kernel_test!(a_row_of_zeros_stays_zero, |device| {
         "rms_norm_forward_bf16",
         &[&x, &weight],
         (1, 64),
+        &[],
         &[&y],
     );
     assert_eq!(device.download::<bf16>(&y), [bf16::ZERO; 64]);
@@ -132,6 +136,7 @@ kernel_test!(
                     "rms_norm_forward_residual_bf16",
                     &inputs,
                     (rows, d),
+                    &[],
                     &[sum_out, &y],
                 );
                 assert_eq!(device.download::<bf16>(sum_out), sum, "{rows} rows of {d}");
@@ -153,9 +158,33 @@ kernel_test!(backward_adds_the_gradient_to_dx, |device| {
             "rms_norm_backward_bf16",
             &[&dy, &x, &weight],
             (rows, d),
+            &[1],
             &[&dx],
         );
         let got = device.download::<bf16>(&dx);
         assert_kernel_close("dx", &got, &expected, &round(&expected));
     }
 });
+
+kernel_test!(
+    backward_gives_the_gradient_alone_whatever_lies_in_dx,
+    |device| {
+        for (rows, d) in SIZES {
+            let [dy, x] = [1, 2].map(|stream| random_bf16(stream, rows * d));
+            let expected = with_gradient(&vec![bf16::ZERO; rows * d], &dy, &x, d);
+            let [dy, x] = [dy, x].map(|values| device.upload(&values));
+            let weight = device.upload(&weights(d));
+            let dx = device.poisoned::<bf16>(rows * d);
+            launch(
+                device,
+                "rms_norm_backward_bf16",
+                &[&dy, &x, &weight],
+                (rows, d),
+                &[0],
+                &[&dx],
+            );
+            let got = device.download::<bf16>(&dx);
+            assert_kernel_close("dx", &got, &expected, &round(&expected));
+        }
+    }
+);

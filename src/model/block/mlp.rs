@@ -69,15 +69,15 @@ impl Block {
             drop(act);
             tile.u_down = u_down;
             keep(tile);
-            let y = residual::forward(&part(mid, &tile_rows)?, out)?;
             if tile_rows.len() == rows {
-                return Ok(y);
+                return residual::forward(mid, out);
             }
             let whole = match &mut whole {
                 Some(whole) => whole,
-                empty => empty.insert(mid.zeros_like()?),
+                empty => empty.insert(residual::unwritten(mid)?),
             };
-            whole.slice_set(&y, 0, tile_rows.start)?;
+            let sum = part(whole, &tile_rows)?;
+            residual::forward_to(&part(mid, &tile_rows)?, &out, &sum)?;
         }
         Ok(whole.unwrap_or_else(|| mid.clone()))
     }
