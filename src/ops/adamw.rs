@@ -216,9 +216,8 @@ pub fn squared_norm(weight: &Tensor, grad: &Tensor) -> Result<f64> {
 }
 
 fn squared_norm_on_device(launcher: &Launcher, grad: &Tensor) -> Result<f64> {
-    let device = grad.device();
-    let partial = Tensor::zeros(NORM_BLOCKS, DType::F64, device)?;
-    let total = Tensor::zeros(1, DType::F64, device)?;
+    let partial = launcher.empty(NORM_BLOCKS, DType::F64)?;
+    let total = launcher.empty(1, DType::F64)?;
     let partial_sums = [
         Operand::Read(grad),
         Operand::U64(grad.elem_count()),
@@ -235,7 +234,7 @@ fn squared_norm_on_device(launcher: &Launcher, grad: &Tensor) -> Result<f64> {
         launcher.launch("adamw_squared_norm", blocks, &partial_sums)?;
         launcher.launch("adamw_sum", one, &sum)?;
     }
-    Ok(total.to_vec1::<f64>()?[0])
+    Ok(launcher.read::<f64>(&total)?[0])
 }
 
 /// Sets every element of a gradient to zero.

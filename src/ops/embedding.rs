@@ -28,7 +28,7 @@ pub fn forward<'a>(ids: &[u32], table: impl Into<Table<'a>>) -> Result<Tensor> {
     expect_known(ids, words)?;
     if let Some(device) = table.device() {
         let launcher = Launcher::on(OP, device)?;
-        let ids = Tensor::from_slice(ids, ids.len(), device)?;
+        let ids = launcher.upload(ids, ids.len())?;
         return gather(&launcher, &table.dense(&launcher)?, &ids);
     }
     let table = table.on_cpu(OP)?;
@@ -92,7 +92,7 @@ impl TokenRows {
 
 /// Adds the rows of each token to its row of `sums: [V, D]`, by the kernel.
 fn add_rows(launcher: &Launcher, dy: &Tensor, tokens: TokenRows, sums: &Tensor) -> Result<()> {
-    let upload = |values: Vec<u32>| Tensor::from_slice(&values, values.len(), dy.device());
+    let upload = |values: Vec<u32>| launcher.upload(&values, values.len());
     let count = tokens.ids.len();
     let (ids, starts, rows) = (
         upload(tokens.ids)?,

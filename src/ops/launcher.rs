@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{DType, Device, Shape, Tensor, WithDType};
 
 use crate::device::{self, Argument, Gemm, Launch, Matrix, Runtime};
 use crate::{Error, Result};
 
 /// Threads of a block, in kernels that do not say otherwise.
 const THREADS: u32 = 256;
+
+/// The target of the events that tell what a device is asked for besides kernels, in bytes: the field names what it is.
+const REQUESTS: &str = "qlora::device";
 
 /// The runtime of the device that a tensor is on.
 pub(crate) struct Launcher {
@@ -136,6 +139,7 @@ impl Launcher {
     /// A new tensor whose every element a kernel will write.
     pub(super) fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();
+        tracing::trace!(target: REQUESTS, allocation = shape.elem_count() * dtype.size_in_bytes());
         if self.device.is_cpu() {
             // Under the emulator an element that no kernel writes must not look like a number.
             return Ok(match dtype {
@@ -145,6 +149,22 @@ impl Launcher {
         }
         // SAFETY: the caller writes every element before any is read.
         Ok(unsafe { Tensor::empty(shape, dtype, &self.device)? })
+    }
+
+    /// A new tensor with these values, from memory of the host that is not pinned.
+    pub(super) fn upload<T: WithDType>(
+        &self,
+        values: &[T],
+        shape: impl Into<Shape>,
+    ) -> Result<Tensor> {
+        tracing::trace!(target: REQUESTS, upload = size_of_val(values));
+        Ok(Tensor::from_slice(values, shape, &self.device)?)
+    }
+
+    /// The values of a flat tensor. Waits for all that is queued.
+    pub(super) fn read<T: WithDType>(&self, t: &Tensor) -> Result<Vec<T>> {
+        tracing::trace!(target: REQUESTS, read = t.elem_count() * t.dtype().size_in_bytes());
+        Ok(t.to_vec1()?)
     }
 
     /// Blocks of 256 threads for a kernel that strides over `elements`, each thread taking `per_thread` at a time.

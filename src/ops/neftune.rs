@@ -67,7 +67,7 @@ pub fn forward(x: &Tensor, noise: Noise, cu_seqlens: &[usize]) -> Result<()> {
         });
     }
     if let Some(launcher) = Launcher::of(OP, x)? {
-        let scales = Tensor::from_vec(scales, n, x.device())?;
+        let scales = launcher.upload(&scales, n)?;
         return forward_on_device(&launcher, x, noise, &scales);
     }
     cpu::write(OP, x, |x| {

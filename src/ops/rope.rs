@@ -91,8 +91,8 @@ impl Positions {
 
     /// The positions with a copy for the kernels of `device`.
     pub fn on(mut self, device: &Device) -> Result<Self> {
-        let copy = Tensor::from_slice(&self.values, self.values.len(), device)?;
-        self.on_device = Some(copy);
+        let launcher = Launcher::on(OP, device)?;
+        self.on_device = Some(launcher.upload(&self.values, self.values.len())?);
         Ok(self)
     }
 }

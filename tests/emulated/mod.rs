@@ -5,7 +5,8 @@
 pub mod copies;
 
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,6 +21,21 @@ use qlora_emulator::Order;
 
 thread_local! {
     static ORDER: Cell<Order> = const { Cell::new(Order::Forward) };
+    static REQUESTS: RefCell<Requests> = const { RefCell::new(Requests::new()) };
+}
+
+/// How often the runtime was asked for what: kernels by their names, everything else by what it is.
+pub type Requests = BTreeMap<String, usize>;
+
+/// What this thread asks the runtime for while it does `work`.
+pub fn requests_of<R>(work: impl FnOnce() -> R) -> (R, Requests) {
+    REQUESTS.take();
+    let result = work();
+    (result, REQUESTS.take())
+}
+
+fn note(request: &str) {
+    REQUESTS.with_borrow_mut(|requests| *requests.entry(request.to_string()).or_default() += 1);
 }
 
 /// The emulator, whose CUDA threads take turns in the order that [`use_order`] set for the calling thread.
@@ -47,6 +63,7 @@ pub fn placement() -> Placement {
 
 impl Runtime for EmulatedRuntime {
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        note(launch.kernel);
         let known = qlora_emulator::find(launch.kernel);
         let threads = known.map(|kernel| kernel.threads);
         assert_eq!(threads, Some(launch.threads), "{}", launch.kernel);
@@ -78,6 +95,7 @@ impl Runtime for EmulatedRuntime {
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        note("product");
         let Gemm { m, n, k, .. } = *gemm;
         // SAFETY: the caller promises that the addresses cover the matrices.
         let (a, b) = unsafe { (rows(&gemm.a, m, k), columns(&gemm.b, k, n)) };
@@ -93,10 +111,12 @@ impl Runtime for EmulatedRuntime {
     }
 
     fn synchronize(&self) -> Result<()> {
+        note("synchronization");
         Ok(())
     }
 
     fn pinned(&self, bytes: usize) -> Result<Box<dyn PinnedMemory>> {
+        note("pinned memory");
         Ok(Box::new(HostMemory(vec![0; bytes])))
     }
 
@@ -105,19 +125,23 @@ impl Runtime for EmulatedRuntime {
     }
 
     unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker> {
+        note("copy to the device");
         copies::queue(from, to, after)
     }
 
     unsafe fn copy_back(&self, from: u64, to: &mut [u8], after: Option<&Marker>) -> Result<Marker> {
+        note("copy to the host");
         copies::queue_back(from, to, after)
     }
 
     fn wait(&self, marker: &Marker) -> Result<()> {
+        note("wait for a copy");
         copies::reach(marker);
         Ok(())
     }
 
     fn wait_on_host(&self, marker: &Marker) -> Result<()> {
+        note("wait of the host");
         copies::reach(marker);
         Ok(())
     }

@@ -88,19 +88,29 @@ pub(super) struct Tiles {
 impl Tiles {
     pub(super) fn new(segments: &[Segment], head_dim: usize, device: &Device) -> Result<Self> {
         let kernel = Kernel::for_head_dim(head_dim)?;
+        let lists = [
+            query_tiles(segments, kernel.forward.rows)?,
+            query_tiles(segments, kernel.backward_q.rows)?,
+            key_tiles(segments, kernel.backward_kv.rows)?,
+        ];
+        let [first, second, third] = [0, 1, 2].map(|list| lists[list].len());
+        let words = lists.concat().into_flattened();
+        let all = (first + second + third, WORDS);
+        let all = Launcher::on(OP, device)?.upload(&words, all)?;
         Ok(Self {
             head_dim,
-            forward: upload(query_tiles(segments, kernel.forward.rows), device)?,
-            backward_q: upload(query_tiles(segments, kernel.backward_q.rows), device)?,
-            backward_kv: upload(key_tiles(segments, kernel.backward_kv.rows), device)?,
+            forward: all.narrow(0, 0, first)?,
+            backward_q: all.narrow(0, first, second)?,
+            backward_kv: all.narrow(0, first + second, third)?,
         })
     }
 }
 
 /// `AttentionTile` of `cuda/attention.cu`: query row, queries, key row, keys, position.
-type TileWords = [u32; 5];
+type TileWords = [u32; WORDS];
+const WORDS: usize = 5;
 
-fn words(values: [usize; 5]) -> Result<TileWords> {
+fn words(values: [usize; WORDS]) -> Result<TileWords> {
     let word = |value: usize| {
         u32::try_from(value).map_err(|_| Error::Shape {
             op: OP,
@@ -108,7 +118,7 @@ fn words(values: [usize; 5]) -> Result<TileWords> {
             found: value.to_string(),
         })
     };
-    let mut words = [0; 5];
+    let mut words = [0; WORDS];
     for (to, value) in words.iter_mut().zip(values) {
         *to = word(value)?;
     }
@@ -155,16 +165,6 @@ fn key_tiles(segments: &[Segment], rows: usize) -> Result<Vec<TileWords>> {
         std::cmp::Reverse(queries - position.min(queries))
     });
     Ok(tiles)
-}
-
-fn upload(tiles: Result<Vec<TileWords>>, device: &Device) -> Result<Tensor> {
-    let tiles = tiles?;
-    let count = tiles.len();
-    Ok(Tensor::from_vec(
-        tiles.into_flattened(),
-        (count, 5),
-        device,
-    )?)
 }
 
 /// The scalars that every kernel of attention takes.

@@ -1,6 +1,6 @@
 //! The device side: logits of a chunk in f32 by one product, then one kernel for the loss and for `dz` in their place.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::{OP, TokenLoss};
 use crate::Result;
@@ -18,13 +18,9 @@ pub(super) fn chunk_rows(vocab: usize) -> usize {
     (CHUNK_BYTES / (4 * vocab)).max(1)
 }
 
-/// Losses of rows that carry one, as kernels left them: all `[rows]`.
+/// Losses of rows that carry one, as kernels left them, `[3, rows]`: loss and confidence, both f32, and prediction, as words.
 #[derive(Debug)]
-pub(super) struct DeviceLosses {
-    loss: Tensor,
-    confidence: Tensor,
-    prediction: Tensor,
-}
+pub(super) struct DeviceLosses(Tensor);
 
 impl DeviceLosses {
     /// Waits for the kernels.
@@ -32,14 +28,14 @@ impl DeviceLosses {
         if rows.is_empty() {
             return Ok(Vec::new());
         }
-        let loss = self.loss.to_vec1::<f32>()?;
-        let confidence = self.confidence.to_vec1::<f32>()?;
-        let prediction = self.prediction.to_vec1::<u32>()?;
+        let words = Launcher::on(OP, self.0.device())?.read::<u32>(&self.0.flatten_all()?)?;
+        let (loss, rest) = words.split_at(rows.len());
+        let (confidence, prediction) = rest.split_at(rows.len());
         let token = |(i, &(row, label)): (usize, &(usize, u32))| TokenLoss {
             row,
             label,
-            loss: loss[i],
-            confidence: confidence[i],
+            loss: f32::from_bits(loss[i]),
+            confidence: f32::from_bits(confidence[i]),
             prediction: prediction[i],
         };
         Ok(rows.iter().enumerate().map(token).collect())
@@ -61,7 +57,7 @@ pub(super) fn forward(
     head: Table<'_>,
     rows: &[(usize, u32)],
 ) -> Result<DeviceLosses> {
-    let rows = Rows::new(launcher, rows, x.device())?;
+    let rows = Rows::new(launcher, rows)?;
     let head = head.dense(launcher)?;
     for chunk in rows.chunks(head.dim(0)?)? {
         let x = gather(launcher, x, &chunk.ids)?;
@@ -79,7 +75,7 @@ pub(super) fn backward(
     d_loss: f32,
     d_head: Option<&Tensor>,
 ) -> Result<(DeviceLosses, Tensor)> {
-    let rows = Rows::new(launcher, rows, x.device())?;
+    let rows = Rows::new(launcher, rows)?;
     let dx = Tensor::zeros(x.shape(), DType::BF16, x.device())?;
     let head = head.dense(launcher)?;
     for chunk in rows.chunks(head.dim(0)?)? {
@@ -98,36 +94,33 @@ pub(super) fn backward(
 
 /// The rows that carry loss, and where their results go.
 struct Rows {
-    ids: Tensor,
-    labels: Tensor,
+    /// `[2, rows]`: their numbers, and their labels.
+    columns: Tensor,
     losses: DeviceLosses,
 }
 
 impl Rows {
-    fn new(launcher: &Launcher, rows: &[(usize, u32)], device: &Device) -> Result<Self> {
-        let column = |values: Vec<u32>| Tensor::from_vec(values, rows.len(), device);
+    fn new(launcher: &Launcher, rows: &[(usize, u32)]) -> Result<Self> {
+        let ids = rows.iter().map(|(row, _)| *row as u32);
+        let columns: Vec<u32> = ids.chain(rows.iter().map(|(_, label)| *label)).collect();
         Ok(Self {
-            ids: column(rows.iter().map(|(row, _)| *row as u32).collect())?,
-            labels: column(rows.iter().map(|(_, label)| *label).collect())?,
-            losses: DeviceLosses {
-                loss: launcher.empty(rows.len(), DType::F32)?,
-                confidence: launcher.empty(rows.len(), DType::F32)?,
-                prediction: Tensor::zeros(rows.len(), DType::U32, device)?,
-            },
+            columns: launcher.upload(&columns, (2, rows.len()))?,
+            losses: DeviceLosses(launcher.empty((3, rows.len()), DType::U32)?),
         })
     }
 
     /// Of so many words in the vocabulary.
     fn chunks(&self, vocab: usize) -> Result<Vec<Chunk>> {
-        let (rows, most) = (self.ids.elem_count(), chunk_rows(vocab));
+        let (rows, most) = (self.columns.dim(1)?, chunk_rows(vocab));
         let chunk = |start: usize| {
-            let part = |t: &Tensor| t.narrow(0, start, most.min(rows - start));
+            let part = |t: &Tensor, row| t.get(row)?.narrow(0, start, most.min(rows - start));
+            let (columns, losses) = (&self.columns, &self.losses.0);
             Ok(Chunk {
-                ids: part(&self.ids)?,
-                labels: part(&self.labels)?,
-                loss: part(&self.losses.loss)?,
-                confidence: part(&self.losses.confidence)?,
-                prediction: part(&self.losses.prediction)?,
+                ids: part(columns, 0)?,
+                labels: part(columns, 1)?,
+                loss: part(losses, 0)?,
+                confidence: part(losses, 1)?,
+                prediction: part(losses, 2)?,
             })
         };
         (0..rows).step_by(most).map(chunk).collect()
