@@ -175,6 +175,8 @@ fn bench_kernels_measures_every_operation() {
         .args(arguments.split(' '))
         .output()
         .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let kernels = report["kernels"].as_array().unwrap();
     for name in [

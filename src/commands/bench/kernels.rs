@@ -257,7 +257,11 @@ impl Bench {
         let device = &self.placement.device;
         let table = RopeTable::new(&frequencies, n).on(device)?;
         let positions: Vec<u32> = (0..n as u32).collect();
-        let positions = Positions::new(&positions).on(device)?;
+        let positions = Positions::new(&positions);
+        let positions = match self.placement.uses_kernels() {
+            true => positions.on(device)?,
+            false => positions,
+        };
         let width = d / (2 * half) * 2 * half;
         let (q, k) = (self.random((n, width))?, self.random((n, width))?);
         let heads = n * width * self.width();
