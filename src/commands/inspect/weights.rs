@@ -169,7 +169,7 @@ impl Contents {
     }
 }
 
-/// The modules that have another rank or alpha than the rest.
+/// The modules that have another rank or alpha than the rest, and those that are trained whole.
 fn patterns(config: &AdapterConfig) -> String {
     let mut text = String::new();
     if !config.rank_pattern.is_empty() {
@@ -177,6 +177,9 @@ fn patterns(config: &AdapterConfig) -> String {
     }
     if !config.alpha_pattern.is_empty() {
         let _ = write!(text, ", alpha_pattern {}", config.alpha_pattern);
+    }
+    if !config.modules_to_save.is_empty() {
+        let _ = write!(text, ", modules_to_save {}", json!(config.modules_to_save));
     }
     text
 }
