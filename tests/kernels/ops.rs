@@ -528,7 +528,8 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         let of_trained = lce::backward(&x, table, &labels, 0.25, Some(&d_head)).unwrap();
         assert_eq!(of_trained.0.read().unwrap(), losses);
         assert!(f64s(&of_trained.1) == f64s(&dx));
-        assert_close("dW", &d_head, &want.grads[1].exact, 0.01);
+        // dz is rounded to bf16, and the rows of the labels are several times the RMS of all.
+        assert_close("dW", &d_head, &want.grads[1].exact, 0.03);
         let found: Vec<u32> = losses.iter().map(|t| t.row as u32).collect();
         assert_eq!(found, rows);
         let again = lce::forward(&x, &head, &labels).unwrap().read().unwrap();
