@@ -259,28 +259,28 @@ fn metrics_of_lost_steps_are_told() {
 #[test]
 fn the_best_checkpoint_is_kept_and_ends_the_run() {
     let dir = tempfile::tempdir().unwrap();
-    // The rate is so high that the loss rises again.
+    // The rate is so high that the loss rises after the first step, by far more than processors differ in their rounding.
     let config = TrainConfig {
         load_best_model_at_end: true,
         metric_for_best_model: Some(EvalMetric::EvalLoss),
-        learning_rate: 0.2,
+        learning_rate: 0.1,
         eval_steps: Some(1),
         save_steps: 1,
         save_total_limit: 2,
-        max_steps: 8,
+        max_steps: 5,
         ..config(dir.path())
     };
     run(config.clone()).unwrap();
     let loss = |r: &Value| Some((r["step"].as_u64()?, r["eval_loss"].as_f64()?));
     let losses: Vec<(u64, f64)> = metrics(dir.path()).iter().filter_map(loss).collect();
     let best = losses.iter().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap().0;
-    assert!(best < 7, "another run is needed: {losses:?}");
+    assert!(best < 4, "another run is needed: {losses:?}");
     let checkpoints: Vec<String> = names(dir.path())
         .into_iter()
         .filter(|name| name.starts_with("checkpoint-"))
         .collect();
     let best = format!("checkpoint-{best}");
-    let mut expected = [best.clone(), "checkpoint-8".to_string()];
+    let mut expected = [best.clone(), "checkpoint-5".to_string()];
     expected.sort();
     assert_eq!(checkpoints, expected);
     let best = dir.path().join(best);
@@ -289,7 +289,7 @@ fn the_best_checkpoint_is_kept_and_ends_the_run() {
         bytes(&best, "adapter_model.safetensors")
     );
     let state: Value =
-        serde_json::from_slice(&bytes(dir.path(), "checkpoint-8/trainer_state.json")).unwrap();
+        serde_json::from_slice(&bytes(dir.path(), "checkpoint-5/trainer_state.json")).unwrap();
     assert_eq!(
         state["best_model_checkpoint"],
         best.file_name().unwrap().to_str().unwrap()
