@@ -2,12 +2,19 @@
 
 mod reference_case;
 
+use std::borrow::Cow;
 use std::fs;
 use std::ops::ControlFlow;
 
+use candle_core::{Device, Tensor};
+use qlora::device::Placement;
 use qlora::infer::{GenerateOptions, Sampler, SamplingOptions, generate};
-use qlora::model::{ActivationPolicy, Module};
-use qlora::store::Adapter;
+use qlora::model::{ActivationPolicy, Block, Decoder, KvCache, Layout, LoraDropout, Module};
+use qlora::ops::attention::{Segment, Segments};
+use qlora::ops::rope::Positions;
+use qlora::quant::QuantizeOptions;
+use qlora::store::{Adapter, Checkpoint};
+use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
 use reference_case::{
     ADAPTER_CASES, ReferenceCase, floats, largest_difference, micro_batch, relative_error,
     sequences, values,
@@ -90,6 +97,87 @@ fn greedy_generation_with_a_cache_is_that_of_peft() {
         let generated = generate(&case.decoder(), &case.prompt, &options, &mut sampler, go_on);
         assert_eq!(generated.unwrap().ids, case.generated, "{name}");
     });
+}
+
+/// The output of a block for some rows.
+fn output(block: &Block, decoder: &Decoder, rows: usize) -> Vec<f32> {
+    let width = decoder.config().hidden_size;
+    let x: Vec<f32> = (0..rows * width).map(|i| (i as f32).sin()).collect();
+    let positions: Vec<u32> = (0..rows as u32).collect();
+    let segment = Segment {
+        queries: 0..rows,
+        keys: 0..rows,
+    };
+    let layout = Layout {
+        positions: &Positions::new(&positions),
+        segments: &Segments::from(vec![segment]),
+        rope: &decoder.rope_table(rows).unwrap(),
+        dropout: LoraDropout::default(),
+    };
+    let x = Tensor::from_vec(x, (rows, width), &Device::Cpu).unwrap();
+    let y = block.forward(&x, &layout, ActivationPolicy::Recompute);
+    values(&y.unwrap().0)
+}
+
+#[test]
+fn a_block_that_is_not_trained_keeps_the_scales_of_dora_and_gives_the_same_bits() {
+    for name in ["dora", "dora_patterns"] {
+        let decoder = ReferenceCase::of_adapter(name).decoder();
+        let blocks = decoder.blocks().iter();
+        let lasting: Vec<_> = blocks.clone().map(Block::lasting).collect();
+        assert!(lasting.iter().any(|block| matches!(block, Cow::Owned(_))));
+        for rows in [7, 1, 1, 3] {
+            for (block, lasting) in blocks.clone().zip(&lasting) {
+                let [found, expected] = [lasting, block].map(|b| output(b, &decoder, rows));
+                assert!(found == expected, "{name} {rows}");
+            }
+        }
+    }
+    let plain = ReferenceCase::of_adapter("rslora_q_v").decoder();
+    let mut lasting = plain.blocks().iter().map(Block::lasting);
+    assert!(lasting.all(|block| matches!(block, Cow::Borrowed(_))));
+}
+
+#[test]
+fn what_is_written_between_steps_of_training_has_the_scales_of_that_step() {
+    let shape = Shape {
+        hidden_size: 64,
+        intermediate_size: 96,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        vocab_size: 128,
+        tie_word_embeddings: true,
+    };
+    let run = SyntheticRun::create(&shape, 6, 8, QuantizeOptions::default()).unwrap();
+    let keys = [
+        ("use_dora", "true"),
+        ("lora_r", "4"),
+        ("learning_rate", "1e-2"),
+    ];
+    let keys = keys.map(|(key, value)| (key.to_string(), value.to_string()));
+    let mut config = TrainConfig::load_partial(None, &keys).unwrap();
+    config.model_name_or_path = run.model();
+    config.dataset = run.dataset().into();
+    config.output_dir = run.output_dir();
+    let adapter_config = config.new_adapter_config();
+    let mut trainer = Trainer::new(config, &Placement::cpu()).unwrap();
+    let logits = |decoder: &Decoder| {
+        let mut cache = KvCache::new(decoder, 4).unwrap();
+        decoder.decode(&[3, 17, 5], &mut cache).unwrap();
+        values(&decoder.decode(&[9], &mut cache).unwrap())
+    };
+    let mut before = Vec::new();
+    for step in 0..3 {
+        trainer.step().unwrap();
+        let found = logits(trainer.decoder());
+        let checkpoint = Checkpoint::open(run.model()).unwrap();
+        let mut fresh = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
+        let adapter = trainer.decoder().adapter(&adapter_config).unwrap();
+        fresh.load_adapter(&adapter).unwrap();
+        assert!(found == logits(&fresh) && found != before, "{step}");
+        before = found;
+    }
 }
 
 #[test]

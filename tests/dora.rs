@@ -90,7 +90,7 @@ fn dora_equals_its_reference_and_finite_differences() {
         let scales = dora::scales(&weight, lora, magnitude).unwrap();
         let norms = scales.get(1).unwrap().recip().unwrap();
         assert_close("norm", &norms, &norm, 1e-6);
-        let (y, _) = dora::forward(&x, &weight, Some(&bias), lora, magnitude).unwrap();
+        let (y, _) = dora::forward(&x, &weight, Some(&bias), lora, &scales).unwrap();
         assert_close("y", &y, &want, TOLERANCE);
         let (d_a, d_b, d_magnitude) = (zeros_like(&a), zeros_like(&b), zeros_like(&norm));
         let grad = LoraGrad {
@@ -129,7 +129,8 @@ fn a_new_adapter_changes_nothing() {
         low: None,
         weight_squares: &weight_squares,
     };
-    let (y, _) = dora::forward(&x, &weight, None, lora, magnitude).unwrap();
+    let scales = dora::scales(&weight, lora, magnitude).unwrap();
+    let (y, _) = dora::forward(&x, &weight, None, lora, &scales).unwrap();
     let (base, _) = qlora::ops::linear::forward(&x, &weight, None, None).unwrap();
     assert_close("y", &y, &base, 1e-6);
 }
@@ -158,7 +159,8 @@ fn dropout_is_that_of_peft() {
         weight_squares: &weight_squares,
     };
     let (x, dy) = (of("x"), of("dy"));
-    let (y, _) = dora::forward(x, &weight, Some(of("bias")), lora, magnitude).unwrap();
+    let scales = dora::scales(&weight, lora, magnitude).unwrap();
+    let (y, _) = dora::forward(x, &weight, Some(of("bias")), lora, &scales).unwrap();
     assert_close("y", &y, of("y"), TOLERANCE);
     let zeros = |name| zeros_like(of(name));
     let (d_a, d_b, d_magnitude) = (zeros("lora_A"), zeros("lora_B"), zeros("magnitude"));

@@ -1,6 +1,9 @@
 //! A run on a model that was made together with an adapter: it starts from that adapter, resumes with the same bits, and
 //! leaves an adapter for the original model.
 
+mod reference_case;
+
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -9,10 +12,13 @@ use assert_cmd::Command;
 use predicates::prelude::*;
 use predicates::str::contains;
 use qlora::device::Placement;
-use qlora::model::InitLoraWeights;
-use qlora::store::{Adapter, INITIAL_ADAPTER, Initialization, RelativeTo};
+use qlora::model::{Decoder, InitLoraWeights, Sequences};
+use qlora::store::{
+    Adapter, Checkpoint, INITIAL_ADAPTER, Initialization, MappedFile, RelativeTo, SafetensorsWriter,
+};
 use qlora::train::config::Resume;
 use qlora::train::{Event, Outcome, TrainConfig, Trainer};
+use reference_case::{largest_difference, values};
 use serde_json::Value;
 
 fn repository() -> &'static Path {
@@ -31,12 +37,16 @@ fn demo_base() -> PathBuf {
 
 /// The demo's model in 4 bits with an adapter of rank 4.
 fn initialized(home: &Path, method: &str) -> PathBuf {
+    initialized_with(home, method, &[])
+}
+
+fn initialized_with(home: &Path, method: &str, more: &[&str]) -> PathBuf {
     let dir = home.join(method);
     let (demo, path) = (demo_base(), dir.to_str().unwrap());
     let source = demo.to_str().unwrap();
     let options = ["--lora_r", "4", "--lora_alpha", "8"];
     let command = ["quantize", source, path, "--init_lora_weights", method];
-    qlora(&[&command[..], &options].concat())
+    qlora(&[&command[..], &options, more].concat())
         .assert()
         .success()
         .stdout(contains("initial_adapter"));
@@ -129,6 +139,79 @@ fn the_run_leaves_an_adapter_for_the_original_model_and_says_which_is_which() {
         let text = fs::read_to_string(dir.join("adapter_config.json")).unwrap();
         let config: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(config["init_lora_weights"], true);
+    }
+}
+
+const IDS: [u32; 12] = [1, 40, 300, 7, 7, 512, 90, 1000, 3, 64, 65, 2];
+const POSITIONS: [u32; 12] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
+
+fn loaded(model: &Path, adapter: Option<&Adapter>) -> Decoder {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let mut decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
+    if let Some(adapter) = adapter {
+        decoder.load_adapter(adapter).unwrap();
+    }
+    decoder
+}
+
+fn logits(model: &Path, adapter: Option<&Adapter>) -> Vec<f32> {
+    let sequences = Sequences {
+        input_ids: &IDS,
+        positions: &POSITIONS,
+        cu_seqlens: &[0, IDS.len()],
+    };
+    values(&loaded(model, adapter).logits(sequences).unwrap())
+}
+
+/// The model that the 4-bit weights and their initial adapter stand for, `Q + s B_0 A_0` in f32: the original one but for what
+/// quantization lost.
+fn original_as_far_as_it_is_kept(initialized: &Path, dir: &Path) {
+    let initial = Adapter::read(initialized.join(INITIAL_ADAPTER)).unwrap();
+    let decoder = loaded(initialized, Some(&initial));
+    let weights = MappedFile::open(&demo_base().join("model.safetensors")).unwrap();
+    let mut tensors = weights.tensors().unwrap();
+    for (layer, module, linear) in decoder.linears() {
+        let name = format!("{}.weight", module.path(layer));
+        *tensors.get_mut(&name).unwrap() = linear.merged_weight().unwrap();
+    }
+    fs::create_dir(dir).unwrap();
+    let path = dir.join("model.safetensors");
+    SafetensorsWriter::write_f32(&path, &tensors, BTreeMap::new()).unwrap();
+    fs::copy(demo_base().join("config.json"), dir.join("config.json")).unwrap();
+}
+
+#[test]
+fn with_patterns_the_adapter_for_the_original_model_computes_there_what_was_trained() {
+    let patterns = [
+        "--rank_pattern",
+        "q_proj=2,layers.1.mlp.down_proj=7",
+        "--alpha_pattern",
+        "q_proj=3,up_proj=20",
+    ];
+    for (method, more) in [
+        ("pissa", &[][..]),
+        ("pissa_niter_4", &["--use_rslora"]),
+        ("loftq", &[]),
+        ("olora", &["--use_rslora"]),
+    ] {
+        let home = tempfile::tempdir().unwrap();
+        let model = initialized_with(home.path(), method, &[&patterns, more].concat());
+        let out = home.path().join("run");
+        run(config(&model, out.clone(), 2));
+        let trained = Adapter::read(&out).unwrap();
+        let converted = Adapter::read(out.join("adapter_for_original_model")).unwrap();
+        for (module, r) in [("0.self_attn.q_proj", 4), ("1.mlp.down_proj", 14)] {
+            let path = format!("base_model.model.model.layers.{module}.lora_A.weight");
+            assert_eq!(converted.tensors[&path].shape[0], r, "{method} {module}");
+        }
+        let original = home.path().join("original");
+        original_as_far_as_it_is_kept(&model, &original);
+        let expected = logits(&model, Some(&trained));
+        let found = logits(&original, Some(&converted));
+        let difference = largest_difference(&found, &expected);
+        let by_training = largest_difference(&logits(&original, None), &expected);
+        assert!(difference < 1e-4, "{method}: {difference}");
+        assert!(by_training > 0.1, "{method}: {by_training}");
     }
 }
 

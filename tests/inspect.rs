@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use assert_cmd::Command;
+use predicates::prelude::*;
 use predicates::str::contains;
 use qlora::data::{LoadOptions, Tokenizer, load};
 use qlora::quant::QuantizeOptions;
@@ -300,10 +301,9 @@ fn a_model_is_counted_by_how_its_weights_are_stored() {
     insta::assert_snapshot!(stdout(inspect(dir.path(), &["nf4"])));
 }
 
-#[test]
-fn an_adapter_is_shown_with_its_settings() {
-    let dir = tempfile::tempdir().unwrap();
-    let adapter = dir.path().join("adapter");
+/// An adapter of one layer in `dir/adapter`.
+fn write_adapter(dir: &Path) {
+    let adapter = dir.join("adapter");
     std::fs::create_dir(&adapter).unwrap();
     let config = json!({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "bias": "none",
@@ -319,7 +319,12 @@ fn an_adapter_is_shown_with_its_settings() {
     ];
     let path = adapter.join("adapter_model.safetensors");
     safetensors::serialize_to_file(tensors, None, &path).unwrap();
+}
 
+#[test]
+fn an_adapter_is_shown_with_its_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    write_adapter(dir.path());
     let found = json_of(inspect(dir.path(), &["adapter", "--json"]));
     assert_eq!(
         (&found["kind"], &found["r"]),
@@ -330,9 +335,38 @@ fn an_adapter_is_shown_with_its_settings() {
         (&json!(8.0), &json!(2.0))
     );
     assert_eq!(found["target_modules"], json!(["q_proj"]));
+    assert_eq!(found["matrix_dropout"], Value::Null);
     assert_eq!(
         found["types"]["f32"],
         json!({"tensors": 2, "parameters": 512, "bytes": 2048})
     );
     insta::assert_snapshot!(stdout(inspect(dir.path(), &["adapter"])));
+}
+
+#[test]
+fn the_masks_beside_an_adapter_are_shown_and_a_damaged_file_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    write_adapter(dir.path());
+    let file = dir.path().join("adapter/lora_matrix_dropout.json");
+    let settings =
+        json!({"lora_matrix_dropout": 0.25, "lora_matrix_dropout_scale": "none", "seed": 17});
+    std::fs::write(&file, settings.to_string()).unwrap();
+    let found = json_of(inspect(dir.path(), &["adapter", "--json"]));
+    assert_eq!(found["matrix_dropout"], settings);
+    insta::assert_snapshot!(stdout(inspect(dir.path(), &["adapter"])));
+    for (text, expected) in [
+        ("{\"lora_matrix_dropout\": 0.25", "EOF"),
+        ("{\"lora_matrix_dropout\": 0.25}", "missing field"),
+        (&settings.to_string().replace("none", "half"), "`half`"),
+        (
+            &settings.to_string().replace("0.25", "1.0"),
+            "not in [0, 1)",
+        ),
+        (&settings.to_string().replace("17", "-1"), "-1"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let assert = inspect(dir.path(), &["adapter"]).assert().code(1);
+        let named = contains("error: adapter/lora_matrix_dropout.json: ");
+        assert.stdout("").stderr(named.and(contains(expected)));
+    }
 }

@@ -1,5 +1,5 @@
-//! What a training step asks a device for: a kernel, a product, an allocation or a copy that is new shows as a change of these
-//! tables.
+//! What a training step asks a device for, and a token that is written: a kernel, a product, an allocation or a copy that is
+//! new shows as a change of these tables.
 //!
 //! Small batches are bound by the number of launches; all are slowed down by a host that waits for its device.
 
@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use emulated::Requests;
+use qlora::model::{Decoder, InitLoraWeights, KvCache, Module};
 use qlora::quant::QuantizeOptions;
+use qlora::store::{AdapterConfig, Checkpoint};
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::{Layer, Registry};
@@ -171,6 +173,32 @@ fn a_step_makes_the_host_wait_for_nothing_but_loss_and_norm() {
         let (losses, norm) = (1, 1);
         assert_eq!(requests.get("read"), Some(&(losses + norm)), "{case}");
     }
+}
+
+#[test]
+fn a_written_token_asks_for_no_norm_of_doras_once_there_is_one() {
+    const LAYERS: usize = 2;
+    let run = SyntheticRun::create(&shape(LAYERS, false), 1, 4, QuantizeOptions::default());
+    let run = run.unwrap();
+    let decoded = |use_dora: bool| {
+        let checkpoint = Checkpoint::open(run.model()).unwrap();
+        let mut decoder = Decoder::load(&checkpoint, None, &emulated::placement()).unwrap();
+        let config = AdapterConfig {
+            r: 8,
+            use_dora,
+            ..AdapterConfig::default()
+        };
+        decoder
+            .add_lora(&config, InitLoraWeights::Default, 7)
+            .unwrap();
+        let mut cache = KvCache::new(&decoder, 4).unwrap();
+        [1, 2].map(|id| emulated::requests_of(|| decoder.decode(&[id], &mut cache).unwrap()).1)
+    };
+    let adapters = LAYERS * Module::ALL.len();
+    let ([first, second], [_, mut expected]) = (decoded(true), decoded(false));
+    assert_eq!(first.get("dora_scales_f32"), Some(&adapters));
+    expected.insert("dora_scale_bf16".to_string(), adapters);
+    assert_eq!(second, expected);
 }
 
 /// What candle waits for by itself cannot be counted where the device is the host: a place that asks for it is found by name.

@@ -10,7 +10,8 @@ use qlora::device::{Placement, Residence, Residency};
 use qlora::model::{
     ActivationPolicy, Decoder, InitLoraWeights, KvCache, MicroBatch, Regularization, Sequences,
 };
-use qlora::quant::QuantizeOptions;
+use qlora::ops::dropout::Dropout;
+use qlora::quant::{DenseTensor, QuantizeOptions};
 use qlora::store::{AdapterConfig, Checkpoint, TargetModules};
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
 
@@ -53,6 +54,30 @@ fn decoder(run: &SyntheticRun, placement: &Placement, targets: &str) -> Decoder 
     decoder
 }
 
+/// With adapters of DoRA's whose B is no longer zero, so that the norms of the merged weights take every part of them.
+fn dora_decoder(run: &SyntheticRun, placement: &Placement) -> Decoder {
+    let checkpoint = Checkpoint::open(run.model()).unwrap();
+    let mut decoder = Decoder::load(&checkpoint, None, placement).unwrap();
+    let config = AdapterConfig {
+        r: 4,
+        lora_alpha: 8.0,
+        target_modules: TargetModules::AllLinear,
+        use_dora: true,
+        ..AdapterConfig::default()
+    };
+    decoder
+        .add_lora(&config, InitLoraWeights::Default, 7)
+        .unwrap();
+    let mut adapter = decoder.adapter(&config).unwrap();
+    let bs = adapter.tensors.iter_mut();
+    for (_, b) in bs.filter(|(name, _)| name.contains("lora_B")) {
+        let values: Vec<f32> = (0..b.numel()).map(|i| 0.1 * (i as f32).sin()).collect();
+        *b = DenseTensor::from_f32(b.shape.clone(), &values);
+    }
+    decoder.load_adapter(&adapter).unwrap();
+    decoder
+}
+
 fn values(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -69,15 +94,25 @@ fn sequences() -> Sequences<'static> {
     }
 }
 
+fn gradients(decoder: &Decoder) -> (Vec<f32>, Vec<f32>) {
+    gradients_with(decoder, [ActivationPolicy::Recompute; LAYERS], None)
+}
+
 /// Gradients after two backward passes, with logits and a decoded token between them: blocks are entered upwards after they
 /// were left downwards, upwards and upwards again.
-fn gradients(decoder: &Decoder) -> (Vec<f32>, Vec<f32>) {
+fn gradients_with(
+    decoder: &Decoder,
+    policies: [ActivationPolicy; LAYERS],
+    dropout: Option<Dropout>,
+) -> (Vec<f32>, Vec<f32>) {
     let micro_batch = MicroBatch {
         sequences: sequences(),
         labels: &LABELS,
-        regularization: Regularization::default(),
+        regularization: Regularization {
+            dropout,
+            ..Regularization::default()
+        },
     };
-    let policies = [ActivationPolicy::Recompute; LAYERS];
     decoder.backward(&[micro_batch], 0.1, &policies).unwrap();
     let mut logits = values(&decoder.logits(sequences()).unwrap());
     let mut cache = KvCache::new(decoder, 8).unwrap();
@@ -123,6 +158,35 @@ placement_test!(
         let expected = gradients(&decoder(&run, placement, "all-linear"));
         let found = gradients(&decoder(&run, &streamed(placement, 2), "all-linear"));
         assert!(found == expected);
+    }
+);
+
+placement_test!(
+    dora_on_streamed_weights_has_the_bits_of_resident_ones_whatever_is_kept,
+    |placement| {
+        use ActivationPolicy::{Keep, Offload, Recompute};
+        let run = synthetic(QuantizeOptions::default());
+        let streamed = streamed(placement, 2);
+        // Without dropout the norm scales the one product with W; with it there are two.
+        let mixed = [Keep, Recompute, Offload, Offload, Keep];
+        for (dropout, kept) in [
+            (
+                None,
+                &[[Keep; LAYERS], [Recompute; LAYERS], [Offload; LAYERS]][..],
+            ),
+            (Dropout::new(0.1, 1, 2, 0), &[mixed]),
+        ] {
+            let resident = dora_decoder(&run, placement);
+            let expected = gradients_with(&resident, [Keep; LAYERS], dropout);
+            for (name, trainable) in resident.trainables() {
+                let is_zero = |g: &f32| *g == 0.0;
+                assert!(!values(&trainable.grad).iter().all(is_zero), "{name}");
+            }
+            for &policies in kept {
+                let found = gradients_with(&dora_decoder(&run, &streamed), policies, dropout);
+                assert!(found == expected, "{policies:?}, {dropout:?}");
+            }
+        }
     }
 );
 

@@ -86,7 +86,7 @@ pub fn generate(
 }
 
 /// The logits after `ids`, `[V]`: of the one model, or such as give the mean of the probabilities of several.
-fn next_logits(decoder: &Decoder, ids: &[u32], caches: &mut [KvCache]) -> Result<Vec<f32>> {
+fn next_logits(decoder: &Decoder, ids: &[u32], caches: &mut [KvCache<'_>]) -> Result<Vec<f32>> {
     let of_models = caches
         .iter_mut()
         .map(|cache| Ok(decoder.decode(ids, cache)?.to_vec1()?));

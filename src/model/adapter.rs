@@ -292,6 +292,7 @@ impl Decoder {
                 Some(squares) => Some(Magnitude {
                     trainable: next()?,
                     weight_squares: Tensor::new(squares, &device)?,
+                    lasting_scales: None,
                 }),
             };
             let pair = LoraPair {

@@ -7,11 +7,14 @@
 
 mod mlp;
 
+use std::borrow::Cow;
+use std::sync::OnceLock;
+
 use candle_core::Tensor;
 
 pub use mlp::MLP_TILE_ROWS;
 
-use super::kv_cache::LayerCache;
+use super::kv_cache::CachedRows;
 use super::lora_dropout::LoraDropout;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
@@ -155,6 +158,20 @@ impl Block {
             .any(|module| self.linear(module).lora.is_some())
     }
 
+    /// The block for as long as it is not trained: what DoRA's adapters scale their rows by is made once.
+    pub fn lasting(&self) -> Cow<'_, Self> {
+        let mut block = Cow::Borrowed(self);
+        for module in Module::ALL {
+            let lora = self.linear(module).lora.as_ref();
+            if lora.is_some_and(|lora| lora.magnitude.is_some()) {
+                let lora = &mut block.to_mut().linear_mut(module).lora;
+                let magnitude = lora.as_mut().and_then(|lora| lora.magnitude.as_mut());
+                magnitude.expect("it has just been seen").lasting_scales = Some(OnceLock::new());
+            }
+        }
+        block
+    }
+
     /// # Shapes
     /// `x: [N, D]` -> `y: [N, D]`.
     pub fn forward(
@@ -211,7 +228,7 @@ impl Block {
         &self,
         x: &Tensor,
         layout: &Layout<'_>,
-        cache: &mut LayerCache,
+        cache: &mut CachedRows,
     ) -> Result<Tensor> {
         let qkv = self.attention_inputs(x, layout)?;
         let (k, v) = cache.append(&qkv.k, &qkv.v)?;

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use super::block::{ActivationPolicy, Block, Layout};
 use super::config::DecoderConfig;
-use super::kv_cache::KvCache;
+use super::kv_cache::{KvCache, LayerCache};
 use super::load::Loader;
 use super::lora_dropout::LoraDropout;
 use super::lora_linear::{LoraLinear, LoraPair};
@@ -198,7 +198,7 @@ impl Decoder {
     }
 
     /// The logits `[V]` after the last of `ids`, which follow the tokens that `cache` holds and are added to it.
-    pub fn decode(&self, ids: &[u32], cache: &mut KvCache) -> Result<Tensor> {
+    pub fn decode(&self, ids: &[u32], cache: &mut KvCache<'_>) -> Result<Tensor> {
         let rows = cache.advance(ids.len())?;
         let positions: Vec<u32> = rows.clone().map(|p| p as u32).collect();
         let segment = Segment {
@@ -208,9 +208,9 @@ impl Decoder {
         let rows = Rows::new(self, &positions, vec![segment], Arc::clone(&cache.rope))?;
         let layout = rows.layout().masked(cache.masks);
         let mut x = self.embed(ids)?;
-        for (layer, (block, cached)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
+        for (layer, LayerCache { block, rows }) in cache.layers.iter_mut().enumerate() {
             let _weights = self.enter(layer, Direction::Up)?;
-            x = block.decode(&x, &layout, cached)?;
+            x = block.decode(&x, &layout, rows)?;
         }
         let last = self.final_norm(&x.narrow(0, ids.len() - 1, 1)?)?;
         Ok(self.head_logits(&last)?.squeeze(0)?)

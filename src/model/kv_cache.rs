@@ -1,18 +1,21 @@
 //! Keys and values of the tokens a sequence has so far, for generation.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::block::Block;
 use super::decoder::Decoder;
 use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::rope::RopeTable;
 use crate::{Error, Result};
 
-/// The cache of one sequence, allocated in full when it is made.
+/// The cache of one sequence, allocated in full when it is made. It borrows the decoder, which is not trained and keeps its
+/// adapters for as long.
 #[derive(Debug)]
-pub struct KvCache {
-    pub(super) layers: Vec<LayerCache>,
+pub struct KvCache<'m> {
+    pub(super) layers: Vec<LayerCache<'m>>,
     pub(super) rope: Arc<RopeTable>,
     /// Those of the model of an ensemble whose cache this is.
     pub(super) masks: Option<MatrixDropout>,
@@ -20,32 +23,38 @@ pub struct KvCache {
     capacity: usize,
 }
 
-/// One layer's part: `k`, `v: [capacity, K * E]`.
+/// One layer's part.
 #[derive(Debug)]
-pub(super) struct LayerCache {
+pub(super) struct LayerCache<'m> {
+    /// The layer, with what it need not compute for each token.
+    pub(super) block: Cow<'m, Block>,
+    pub(super) rows: CachedRows,
+}
+
+/// Keys and values of a layer, `k`, `v: [capacity, K * E]`.
+#[derive(Debug)]
+pub(super) struct CachedRows {
     k: Tensor,
     v: Tensor,
     len: usize,
 }
 
-impl KvCache {
+impl<'m> KvCache<'m> {
     /// An empty cache for up to `capacity` tokens.
-    pub fn new(decoder: &Decoder, capacity: usize) -> Result<Self> {
+    pub fn new(decoder: &'m Decoder, capacity: usize) -> Result<Self> {
         let config = decoder.config();
         let width = config.num_kv_heads * config.head_dim;
         let placement = decoder.placement();
         let empty = || Tensor::zeros((capacity, width), placement.dtype, &placement.device);
-        let layers = (0..config.num_layers)
-            .map(|_| {
-                Ok(LayerCache {
-                    k: empty()?,
-                    v: empty()?,
-                    len: 0,
-                })
+        let layers = decoder.blocks().iter().map(|block| {
+            let (k, v) = (empty()?, empty()?);
+            Ok(LayerCache {
+                block: block.lasting(),
+                rows: CachedRows { k, v, len: 0 },
             })
-            .collect::<Result<_>>()?;
+        });
         Ok(Self {
-            layers,
+            layers: layers.collect::<Result<_>>()?,
             rope: decoder.rope_table(capacity)?,
             masks: None,
             len: 0,
@@ -90,7 +99,7 @@ impl KvCache {
     }
 }
 
-impl LayerCache {
+impl CachedRows {
     /// Adds the rows and gives all keys and values so far.
     pub(super) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         self.k.slice_set(k, 0, self.len)?;

@@ -1,5 +1,7 @@
 //! A linear layer of the base with the adapter on top of it, if it has one.
 
+use std::sync::OnceLock;
+
 use candle_core::{DType, Tensor};
 
 use super::lora_dropout::LoraDropout;
@@ -17,9 +19,24 @@ pub struct Magnitude {
     pub trainable: Trainable,
     /// The squared norms of the rows of the frozen weight, in f32.
     pub weight_squares: Tensor,
+    /// The scales of the rows once they have been asked for, where nothing is trained any more; `None` where they are made anew
+    /// each time.
+    pub lasting_scales: Option<OnceLock<Tensor>>,
 }
 
 impl Magnitude {
+    fn scales(&self, weight: &Weight, lora: Lora<'_>) -> Result<Tensor> {
+        let lasting = self.lasting_scales.as_ref();
+        if let Some(scales) = lasting.and_then(OnceLock::get) {
+            return Ok(scales.clone());
+        }
+        let scales = dora::scales(weight, lora, self.values())?;
+        Ok(match lasting {
+            None => scales,
+            Some(lasting) => lasting.get_or_init(|| scales).clone(),
+        })
+    }
+
     fn values(&self) -> dora::Magnitude<'_> {
         dora::Magnitude {
             value: &self.trainable.value,
@@ -139,8 +156,8 @@ impl LoraLinear {
         };
         if let Some(magnitude) = &lora.magnitude {
             let (factors, bias) = (lora.factors(dropout)?, self.bias.as_ref());
-            let (lora, magnitude) = (factors.lora(), magnitude.values());
-            let (y, u) = dora::forward(x, &self.weight, bias, lora, magnitude)?;
+            let scales = magnitude.scales(&self.weight, factors.lora())?;
+            let (y, u) = dora::forward(x, &self.weight, bias, factors.lora(), &scales)?;
             return Ok((y, Some(u)));
         }
         let instances = dropout.instances();

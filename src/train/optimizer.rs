@@ -111,8 +111,14 @@ impl Optimizer {
         Ok(adamw::squared_norm(parameters.values(), parameters.grads())?.sqrt())
     }
 
-    /// Clips the gradients, whose norm is `grad_norm`, and updates every trained tensor.
-    pub fn update(&mut self, decoder: &Decoder, learning_rate: f64, grad_norm: f64) -> Result<()> {
+    /// Clips the gradients, whose norm is `grad_norm`, and updates every trained tensor, in place. The decoder is taken `&mut` so
+    /// that no cache of it outlives the values it was made with.
+    pub fn update(
+        &mut self,
+        decoder: &mut Decoder,
+        learning_rate: f64,
+        grad_norm: f64,
+    ) -> Result<()> {
         self.step += 1;
         let grad_scale = match self.max_grad_norm > 0.0 {
             true => (self.max_grad_norm / (grad_norm + CLIP_EPSILON)).min(1.0) as f32,

@@ -257,7 +257,7 @@ impl Trainer {
         let mut skipped_rows = Vec::new();
         if loss.is_finite() && grad_norm.is_finite() {
             self.optimizer
-                .update(&self.decoder, learning_rate, grad_norm)?;
+                .update(&mut self.decoder, learning_rate, grad_norm)?;
             self.state.optimizer_updates += 1;
             self.state.skipped_in_a_row = 0;
         } else {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use qlora::quant::{Absmax, FrozenWeight};
-use qlora::store::{Adapter, AdapterConfig, Checkpoint};
+use qlora::store::{Adapter, AdapterConfig, Checkpoint, MatrixDropoutSettings};
 use serde_json::{Value, json};
 
 /// The shape of a model, in the words of its `config.json`.
@@ -30,7 +30,7 @@ pub struct Contents {
 
 enum Kind {
     Model(Value),
-    Adapter(Box<AdapterConfig>),
+    Adapter(Box<AdapterConfig>, Option<MatrixDropoutSettings>),
 }
 
 #[derive(Default, Clone, Copy)]
@@ -57,7 +57,9 @@ impl Contents {
         let (kind, groups) = if dir.join("adapter_config.json").exists() {
             let adapter = Adapter::read(dir)?;
             let groups = adapter_groups(&adapter);
-            (Kind::Adapter(Box::new(adapter.config)), groups)
+            let matrix_dropout = MatrixDropoutSettings::read(dir)?;
+            let kind = Kind::Adapter(Box::new(adapter.config), matrix_dropout);
+            (kind, groups)
         } else if dir.join("config.json").exists() {
             let checkpoint = Checkpoint::open(dir)?;
             let groups = model_groups(&checkpoint)?;
@@ -99,7 +101,7 @@ impl Contents {
                 "config": shape(config),
                 "quantization_config": config["quantization_config"],
             }),
-            Kind::Adapter(config) => json!({
+            Kind::Adapter(config, matrix_dropout) => json!({
                 "kind": "adapter",
                 "r": config.r,
                 "lora_alpha": config.lora_alpha,
@@ -107,6 +109,7 @@ impl Contents {
                 "rank_pattern": config.rank_pattern.to_json(),
                 "alpha_pattern": config.alpha_pattern.to_json(),
                 "lora_dropout": config.lora_dropout,
+                "matrix_dropout": matrix_dropout,
                 "use_rslora": config.use_rslora,
                 "use_dora": config.use_dora,
                 "target_modules": config.target_modules,
@@ -150,8 +153,8 @@ impl Contents {
                 let model_type = config["model_type"].as_str().unwrap_or("unnamed");
                 format!("{model_type} model, {}", shape.join(", "))
             }
-            Kind::Adapter(config) => format!(
-                "{} adapter, r {}, lora_alpha {} (scaling {:.4}{}){}, lora_dropout {}, target_modules {}, base model {}",
+            Kind::Adapter(config, matrix_dropout) => format!(
+                "{} adapter, r {}, lora_alpha {} (scaling {:.4}{}){}, lora_dropout {}{}, target_modules {}, base model {}",
                 if config.use_dora { "DoRA" } else { "LoRA" },
                 config.r,
                 config.lora_alpha,
@@ -159,6 +162,7 @@ impl Contents {
                 if config.use_rslora { ", rsLoRA" } else { "" },
                 patterns(config),
                 config.lora_dropout,
+                matrix_dropout.as_ref().map(masks).unwrap_or_default(),
                 json!(config.target_modules),
                 config
                     .base_model_name_or_path
@@ -182,6 +186,14 @@ fn patterns(config: &AdapterConfig) -> String {
         let _ = write!(text, ", modules_to_save {}", json!(config.modules_to_save));
     }
     text
+}
+
+/// How the matrices were masked in training.
+fn masks(settings: &MatrixDropoutSettings) -> String {
+    let MatrixDropoutSettings { p, scale, seed } = settings;
+    let scale = json!(scale);
+    let scale = scale.as_str().unwrap_or_default();
+    format!(", lora_matrix_dropout {p} (scale {scale}, seed {seed})")
 }
 
 fn shape(config: &Value) -> serde_json::Map<String, Value> {

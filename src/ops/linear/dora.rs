@@ -154,28 +154,28 @@ fn scales_on_device(
     Ok(scales)
 }
 
-/// The output of the layer; gives `u = x' A^T` too.
+/// The output of the layer, of the scales that [`scales`] gives; gives `u = x' A^T` too.
 ///
 /// # Shapes
-/// `x: [N, in]`, `bias: [out]` -> `y: [N, out]`, `u: [N, R]`.
+/// `x: [N, in]`, `bias: [out]`, `scales: [2, out]` -> `y: [N, out]`, `u: [N, R]`.
 pub fn forward(
     x: &Tensor,
     weight: &Weight,
     bias: Option<&Tensor>,
     lora: Lora<'_>,
-    magnitude: Magnitude<'_>,
+    scales: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    let scales = scales(weight, lora, magnitude)?;
+    expect_dims(OP, "scales", scales, &[2, weight.out_features()])?;
     let Some(mask) = lora.mask else {
         let (y, u) = merged_product(x, weight, lora)?;
-        scale(&y, &scales, None, bias)?;
+        scale(&y, scales, None, bias)?;
         return Ok((y, u));
     };
     let (kept, dropped) = split(x, &mask, Part::Both)?;
     let base = dropped.map(|dropped| super::forward(&dropped, weight, None, None));
     let base = base.transpose()?.map(|(base, _)| base);
     let (y, u) = merged_product(&kept, weight, without_mask(lora))?;
-    scale(&y, &scales, base.as_ref(), bias)?;
+    scale(&y, scales, base.as_ref(), bias)?;
     Ok((y, u))
 }
 
