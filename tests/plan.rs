@@ -342,8 +342,8 @@ fn assert_planned(
 ) {
     let with = |key, value: &str| config(synthetic, &[keys, &[(key, value)]].concat());
     let trainer = Trainer::new(with("gradient_checkpointing", "true"), placement).unwrap();
-    let resident = trainer.plan().peak.total();
-    let mut limits = (1..2000).map(|n| resident - n * (resident / 2000));
+    let (resident, of_tensors) = (trainer.plan().peak.total(), tensors(trainer.plan()));
+    let mut limits = (1..2000).map(|n| resident - n * (of_tensors / 2000));
     let limit = limits.find(|&limit| {
         let config = with("vram_limit", &limit.to_string());
         Plan::within(trainer.workload(), &config, limit).is_ok_and(|plan| is_so(&plan))
