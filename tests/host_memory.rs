@@ -120,31 +120,42 @@ placement_test!(
 );
 
 placement_test!(
-    where_the_embedding_lies_and_what_is_dequantized_at_a_time_changes_no_bit,
+    where_embedding_and_head_lie_and_what_is_dequantized_at_a_time_changes_no_bit,
     |placement| {
-        let run = synthetic(&SHAPE);
-        let outputs = |placement: &Placement| {
-            let decoder = decoder(&run, placement);
-            let mut outputs = gradients(&decoder, [ActivationPolicy::Recompute; LAYERS]);
-            outputs.extend(floats(&decoder.logits(sequences(&IDS)).unwrap()));
-            let mut cache = KvCache::new(&decoder, 8).unwrap();
-            outputs.extend(floats(&decoder.decode(&IDS, &mut cache).unwrap()));
-            outputs.extend(floats(&decoder.decode(&[9], &mut cache).unwrap()));
-            outputs
+        let tied = Shape {
+            tie_word_embeddings: true,
+            ..SHAPE
         };
-        let expected = outputs(placement);
-        for residence in [
-            Residence {
-                embedding: Some(Side::Host),
-                ..Residence::DEVICE
-            },
-            Residence {
-                dequantized: Dequantized::Weight,
-                ..Residence::DEVICE
-            },
-        ] {
-            let found = outputs(&residing(placement, residence));
-            assert!(found == expected, "{residence:?}");
+        for shape in [SHAPE, tied] {
+            let run = synthetic(&shape);
+            let outputs = |placement: &Placement| {
+                let decoder = decoder(&run, placement);
+                let mut outputs = gradients(&decoder, [ActivationPolicy::Recompute; LAYERS]);
+                outputs.extend(floats(&decoder.logits(sequences(&IDS)).unwrap()));
+                let mut cache = KvCache::new(&decoder, 8).unwrap();
+                outputs.extend(floats(&decoder.decode(&IDS, &mut cache).unwrap()));
+                outputs.extend(floats(&decoder.decode(&[9], &mut cache).unwrap()));
+                outputs
+            };
+            let expected = outputs(placement);
+            for residence in [
+                Residence {
+                    embedding: Some(Side::Host),
+                    ..Residence::DEVICE
+                },
+                Residence {
+                    embedding: Some(Side::Host),
+                    head: Some(Side::Host),
+                    ..Residence::DEVICE
+                },
+                Residence {
+                    dequantized: Dequantized::Weight,
+                    ..Residence::DEVICE
+                },
+            ] {
+                let found = outputs(&residing(placement, residence));
+                assert!(found == expected, "{residence:?}");
+            }
         }
     }
 );

@@ -316,22 +316,42 @@ fn through_kernels() {
     assert_within_3_percent("mixed policies, peak", measured.peak, tensors(plan));
     // Limits below: first the inputs of blocks wait in host memory, with the embedding; then weights are streamed too, through
     // fewer slots than there are blocks.
-    let resident = peaks[1];
-    let below = |is_so: &dyn Fn(&Plan) -> bool| {
-        let limits = (1..1000).map(|kib| resident - 1024 * kib);
-        let mut plans = limits.map(|limit| {
-            let plan = Plan::within(trainer.workload(), trainer.config(), limit);
-            (limit, plan.ok())
-        });
-        let (limit, _) = plans
-            .find(|(_, plan)| plan.as_ref().is_some_and(is_so))
-            .unwrap();
-        let keys = [("vram_limit", &*limit.to_string())];
-        let (trainer, measured) = measure(config(&synthetic, &keys), &placement);
-        assert!(is_so(trainer.plan()));
-        let what = format!("{:?}", trainer.plan().residence);
-        assert_within_3_percent(&what, measured.peak, tensors(trainer.plan()));
-    };
+    let below = |is_so: &dyn Fn(&Plan) -> bool| assert_planned(&synthetic, &[], &placement, is_so);
     below(&|plan| plan.offloaded_blocks() > 1 && plan.residence.embedding == Some(Side::Host));
     below(&|plan| plan.residence.weights != Residency::Resident);
+    // A head that takes more than the parts of it that visit the device.
+    let large_head = Shape {
+        hidden_size: 512,
+        vocab_size: 32_000,
+        ..SHAPE
+    };
+    let synthetic = SyntheticRun::create(&large_head, 2, 8, QuantizeOptions::default()).unwrap();
+    let keys = [("max_seq_len", "8"), ("lora_target_modules", "q_proj")];
+    assert_planned(&synthetic, &keys, &placement, &|plan| {
+        plan.residence.head == Some(Side::Host) && plan.residence.weights == Residency::Resident
+    });
+}
+
+/// Holds the plan against what is allocated under the highest limit below that of a run with everything on the device for
+/// which the plan is so.
+fn assert_planned(
+    synthetic: &SyntheticRun,
+    keys: &[(&str, &str)],
+    placement: &Placement,
+    is_so: &dyn Fn(&Plan) -> bool,
+) {
+    let with = |key, value: &str| config(synthetic, &[keys, &[(key, value)]].concat());
+    let trainer = Trainer::new(with("gradient_checkpointing", "true"), placement).unwrap();
+    let (resident, of_tensors) = (trainer.plan().peak.total(), tensors(trainer.plan()));
+    let mut limits = (1..2000).map(|n| resident - n * (of_tensors / 2000));
+    let limit = limits.find(|&limit| {
+        let config = with("vram_limit", &limit.to_string());
+        Plan::within(trainer.workload(), &config, limit).is_ok_and(|plan| is_so(&plan))
+    });
+    drop(trainer);
+    let limit = limit.expect("the limits end").to_string();
+    let (trainer, measured) = measure(with("vram_limit", &limit), placement);
+    assert!(is_so(trainer.plan()));
+    let what = format!("{:?}", trainer.plan().residence);
+    assert_within_3_percent(&what, measured.peak, tensors(trainer.plan()));
 }

@@ -25,7 +25,7 @@ fn workload(shape: Shape, r: usize, batch: LongestBatch) -> Workload {
 }
 
 /// What fits: how many blocks keep their activations, then what is not on the device: `w` the dequantized block (one weight
-/// at a time), `e` the embedding, `o` the inputs of so many blocks, `s` the weights (streamed). Else the longest micro-batch.
+/// at a time), `e` the embedding, `h` the head, `o` the inputs of so many blocks, `s` the weights (streamed). Else the longest micro-batch.
 fn verdict(workload: &Workload, limit: u64) -> String {
     let Ok(plan) = Plan::fitting(workload, limit) else {
         return match workload.longest_that_fits(limit) {
@@ -38,6 +38,7 @@ fn verdict(workload: &Workload, limit: u64) -> String {
     let elsewhere = [
         (residence.dequantized == Dequantized::Weight, "w"),
         (residence.embedding == Some(Side::Host), "e"),
+        (residence.head == Some(Side::Host), "h"),
         (residence.weights != Residency::Resident, "s"),
     ];
     let elsewhere = elsewhere.iter().filter(|(is_so, _)| *is_so);

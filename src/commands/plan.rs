@@ -236,6 +236,7 @@ impl<'a> Report<'a> {
                 "host_bytes": {
                     "activations": plan.host.activations,
                     "optimizer": plan.host.optimizer,
+                    "head": plan.host.head,
                 },
                 "not_on_the_device": super::on_the_host(plan),
                 "tokens_per_second_at_most": tflops.map(|tflops| self.tokens_per_second(plan, tflops)),

@@ -13,13 +13,13 @@ use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
 use super::parameters::{Parameters, Trainable};
 use super::vocabulary::{ModuleToSave, Vocabulary};
-use crate::device::{Placement, Residence};
+use crate::device::{Placement, Residence, Side};
 use crate::ops::attention::{Segment, Segments};
 use crate::ops::host_memory::HostMemory;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::rope::{Positions, RopeTable};
-use crate::ops::table::Table;
+use crate::ops::table::{PagedTable, Table};
 use crate::ops::weight::{BlockStream, Direction, Entered};
 use crate::ops::{embedding, rms_norm};
 use crate::quant::QuantizeOptions;
@@ -80,7 +80,10 @@ impl Decoder {
         } else {
             ModuleToSave::Head
         };
+        let is_paged = placement.uses_kernels() && head == Some(Side::Host);
         let head = loader.vocabulary(of_head, head)?;
+        let paged = is_paged.then(|| PagedTable::new(&head, &placement.device));
+        let paged = paged.transpose()?.map(Arc::new);
         let embedding = match is_tied && head.is_on_device() {
             true => head.clone(),
             false => loader.vocabulary(ModuleToSave::Embedding, embedding)?,
@@ -100,7 +103,10 @@ impl Decoder {
             placement: placement.clone(),
             embedding: Vocabulary::frozen(embedding),
             blocks,
-            head: Vocabulary::frozen(head),
+            head: Vocabulary {
+                paged,
+                ..Vocabulary::frozen(head)
+            },
             config,
         })
     }

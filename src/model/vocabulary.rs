@@ -3,11 +3,13 @@
 //! A trained one begins as a copy of the base's. Where the base ties the two, they part by that, as in PEFT: the other stays
 //! what it was.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use super::config::DecoderConfig;
 use super::parameters::Trainable;
-use crate::ops::table::Table;
+use crate::ops::table::{PagedTable, Table};
 use crate::ops::weight::Weight;
 use crate::store::AdapterConfig;
 use crate::{Error, Result};
@@ -41,6 +43,8 @@ impl ModuleToSave {
 pub struct Vocabulary {
     /// That of the base.
     pub frozen: Weight,
+    /// The same for kernels, where only parts of it are on the device.
+    pub paged: Option<Arc<PagedTable>>,
     /// What takes its place.
     pub trained: Option<Trainable>,
 }
@@ -49,15 +53,17 @@ impl Vocabulary {
     pub(super) fn frozen(weight: Weight) -> Self {
         Self {
             frozen: weight,
+            paged: None,
             trained: None,
         }
     }
 
     /// What forward and backward read.
     pub fn table(&self) -> Table<'_> {
-        match &self.trained {
-            Some(trained) => Table::Trained(&trained.value),
-            None => Table::Frozen(&self.frozen),
+        match (&self.trained, &self.paged) {
+            (Some(trained), _) => Table::Trained(&trained.value),
+            (None, Some(paged)) => Table::Paged(paged),
+            (None, None) => Table::Frozen(&self.frozen),
         }
     }
 

@@ -157,12 +157,11 @@ pub fn backward<'a>(
 /// The logits of every row in f32, `[N, V]`.
 pub fn logits<'a>(x: &Tensor, head: impl std::convert::Into<Table<'a>>) -> Result<Tensor> {
     let head = head.into();
-    if let Some(launcher) = Launcher::of(OP, x)? {
-        return kernels::logits(&launcher, x, &head.dense(&launcher)?);
-    }
-    let (words, d) = head.dims()?;
-    let n = x.dim(0)?;
+    let ((words, d), n) = (head.dims()?, x.dim(0)?);
     expect_dims(OP, "x", x, &[n, d])?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        return kernels::logits(&launcher, x, head);
+    }
     let (x, head) = (read(OP, x)?, head.on_cpu(OP)?);
     let x = Mat::new(&x, n, d);
     cpu::build((n, words), |logits| {

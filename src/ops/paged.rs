@@ -4,7 +4,7 @@
 //! of them goes back while they work on the next.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -28,6 +28,8 @@ struct Memory {
     pinned: Box<dyn PinnedMemory>,
     /// Copies that write elements of it.
     written: Vec<(Range<usize>, Marker)>,
+    /// The last copy that reads it.
+    read: Option<Marker>,
 }
 
 impl std::fmt::Debug for PagedTensor {
@@ -48,6 +50,7 @@ impl PagedTensor {
         let memory = Mutex::new(Memory {
             pinned,
             written: Vec::new(),
+            read: None,
         });
         Ok(Self {
             memory,
@@ -60,6 +63,11 @@ impl PagedTensor {
         self.dtype
     }
 
+    /// The device that it visits.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Lends the bytes of some elements, once no copy writes them any more.
     ///
     /// # Errors
@@ -69,7 +77,7 @@ impl PagedTensor {
         elements: Range<usize>,
         work: impl FnOnce(&mut [u8]) -> R,
     ) -> Result<R> {
-        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut memory = self.memory();
         let launcher = Launcher::on(OP, &self.device)?;
         let overlaps = |(range, _): &mut (Range<usize>, Marker)| {
             range.start < elements.end && elements.start < range.end
@@ -80,6 +88,10 @@ impl PagedTensor {
         let size = self.dtype.size_in_bytes();
         let bytes = &mut memory.pinned.bytes_mut()[elements.start * size..elements.end * size];
         Ok(work(bytes))
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -92,9 +104,10 @@ impl Drop for PagedTensor {
         let Ok(launcher) = Launcher::on(OP, &self.device) else {
             return;
         };
-        for (_, written) in memory.written.drain(..) {
+        let written = memory.written.drain(..).map(|(_, written)| written);
+        for copy in written.chain(memory.read.take()) {
             // A device that fails here has lost the copy with everything else.
-            let _ = launcher.runtime().wait_on_host(&written);
+            let _ = launcher.runtime().wait_on_host(&copy);
         }
     }
 }
@@ -165,6 +178,7 @@ impl Pager {
                 // SAFETY: the slot is free from `left` on, and whoever wants the bytes next waits for what this visit writes.
                 unsafe { launcher.runtime().copy(bytes, to, slot.left.as_ref()) }
             })??;
+            tensor.memory().read = Some(copied.clone());
             arrived = Some(copied);
             tensors.push(here);
         }
@@ -188,9 +202,21 @@ impl Pager {
                 // SAFETY: nothing else writes the slot or reads the bytes before this copy is through: see `fetch`, `with_bytes`.
                 unsafe { launcher.runtime().copy_back(from, bytes, Some(&done)) }
             })??;
-            let mut memory = tensor.memory.lock().unwrap_or_else(PoisonError::into_inner);
-            memory.written.push((elements.clone(), copied.clone()));
+            let written = (elements.clone(), copied.clone());
+            tensor.memory().written.push(written);
             self.slots[visit.slot].left = Some(copied);
+        }
+        Ok(())
+    }
+
+    /// Ends a visit that was only read; kernels that are queued later may not use it any more.
+    ///
+    /// # Errors
+    /// What the device's driver reports.
+    pub fn release(&mut self, visit: Visit) -> Result<()> {
+        if let Some(tensor) = visit.tensors.first() {
+            let launcher = Launcher::on(OP, tensor.device())?;
+            self.slots[visit.slot].left = Some(launcher.runtime().mark()?);
         }
         Ok(())
     }

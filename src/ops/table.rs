@@ -1,5 +1,7 @@
 //! A matrix with a row for each word of a vocabulary, that of the embedding or of the head: frozen, or trained.
 
+mod paged;
+
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
@@ -8,13 +10,17 @@ use super::cpu::{Read, read};
 use super::gemm::{Mat, Rhs, Window};
 use super::launcher::Launcher;
 use super::weight::Weight;
-use crate::Result;
 use crate::quant::FrozenWeight;
+use crate::{Error, Result};
+
+pub use paged::PagedTable;
 
 /// The rows of all words, `[V, D]`.
 #[derive(Debug, Clone, Copy)]
 pub enum Table<'a> {
     Frozen(&'a Weight),
+    /// Frozen, for kernels, but on the host.
+    Paged(&'a PagedTable),
     /// As the optimizer leaves it: f32 on the CPU, bf16 for kernels.
     Trained(&'a Tensor),
 }
@@ -30,6 +36,7 @@ impl<'a> Table<'a> {
     pub(super) fn dims(self) -> Result<(usize, usize)> {
         match self {
             Self::Frozen(weight) => Ok((weight.out_features(), weight.in_features())),
+            Self::Paged(table) => Ok(table.dims()),
             Self::Trained(values) => Ok(values.dims2()?),
         }
     }
@@ -38,15 +45,37 @@ impl<'a> Table<'a> {
     pub(super) fn device(self) -> Option<&'a Device> {
         match self {
             Self::Frozen(weight) => weight.device(),
+            Self::Paged(table) => Some(table.device()),
             Self::Trained(values) => Launcher::of("table", values).ok()?.map(|_| values.device()),
         }
     }
 
-    /// What kernels read, in bf16.
+    /// What kernels read, in bf16, where all of it is on the device.
     pub(super) fn dense(self, launcher: &Launcher) -> Result<Tensor> {
         match self {
             Self::Frozen(weight) => weight.dense(launcher),
+            Self::Paged(_) => Err(on_the_host("table")),
             Self::Trained(values) => Ok(values.clone()),
+        }
+    }
+
+    /// Whether only a part of it is on the device at a time.
+    pub(super) fn is_paged(self) -> bool {
+        matches!(self, Self::Paged(_))
+    }
+
+    /// Gives `f` the rows of some words after others, in order and in bf16: all at once where they are on the device.
+    pub(super) fn for_each_part(
+        self,
+        launcher: &Launcher,
+        mut f: impl FnMut(Range<usize>, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        match self {
+            Self::Paged(table) => table.for_each_visit(f),
+            Self::Frozen(_) | Self::Trained(_) => {
+                let rows = self.dense(launcher)?;
+                f(0..rows.dim(0)?, &rows)
+            }
         }
     }
 
@@ -54,6 +83,7 @@ impl<'a> Table<'a> {
     pub(super) fn on_cpu(self, op: &'static str) -> Result<CpuTable<'a>> {
         Ok(match self {
             Self::Frozen(weight) => CpuTable::Frozen(weight),
+            Self::Paged(_) => return Err(on_the_host(op)),
             Self::Trained(values) => {
                 let (words, width) = values.dims2()?;
                 CpuTable::Trained {
@@ -63,6 +93,14 @@ impl<'a> Table<'a> {
                 }
             }
         })
+    }
+}
+
+fn on_the_host(op: &'static str) -> Error {
+    Error::Shape {
+        op,
+        expected: "a table whose rows are all there".into(),
+        found: "one that visits the device in parts".into(),
     }
 }
 

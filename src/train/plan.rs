@@ -16,6 +16,7 @@ use crate::ops::adamw::moments_8bit::BLOCK_SIZE;
 use crate::ops::linear;
 use crate::ops::linear_cross_entropy;
 use crate::ops::paged;
+use crate::ops::table::PagedTable;
 use crate::ops::weight::{DenseCache, Weight};
 use crate::quant::BlockSizes;
 use crate::train::config::Optim;
@@ -271,11 +272,13 @@ pub struct HostFootprint {
     pub activations: u64,
     /// Moments and the lower halves of the masters.
     pub optimizer: u64,
+    /// The head.
+    pub head: u64,
 }
 
 impl HostFootprint {
     pub fn total(&self) -> u64 {
-        self.activations + self.optimizer
+        self.activations + self.optimizer + self.head
     }
 }
 
@@ -307,6 +310,7 @@ impl Plan {
         plan.host = HostFootprint {
             activations: (inputs * bytes) as u64,
             optimizer: workload.host_optimizer_bytes(),
+            head: workload.host_head_bytes(),
         };
         plan
     }
@@ -372,7 +376,7 @@ impl Workload {
         lasting
     }
 
-    /// Embedding and head of the base, where they are on the device.
+    /// Embedding and head of the base, where they are on the device, or what of the head is there at a time.
     fn vocabulary_bytes(&self) -> u64 {
         let Residence {
             embedding, head, ..
@@ -380,7 +384,30 @@ impl Workload {
         let on_device = |side| side == Some(Side::Device);
         let is_shared = self.model.tie_word_embeddings && on_device(head);
         let matrices = u64::from(on_device(embedding) && !is_shared) + u64::from(on_device(head));
-        matrices * 2 * self.vocabulary_values() as u64
+        let pages = if self.pages_head() {
+            self.head_page_bytes()
+        } else {
+            0
+        };
+        matrices * 2 * self.vocabulary_values() as u64 + pages
+    }
+
+    /// What a head takes of the device that comes there in parts.
+    fn head_page_bytes(&self) -> u64 {
+        PagedTable::slot_bytes(self.model.vocab_size, self.model.hidden_size)
+    }
+
+    /// Whether the head comes to the device in parts.
+    fn pages_head(&self) -> bool {
+        self.engine == Engine::Kernels && self.residence.head == Some(Side::Host)
+    }
+
+    /// Pinned memory of the host for such a head.
+    fn host_head_bytes(&self) -> u64 {
+        match self.pages_head() {
+            true => 2 * self.vocabulary_values() as u64,
+            false => 0,
+        }
     }
 
     /// Of the embedding or of the head.

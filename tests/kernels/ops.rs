@@ -14,7 +14,7 @@ use qlora::ops::linear::dora::{self, Magnitude};
 use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
-use qlora::ops::table::Table;
+use qlora::ops::table::{PagedTable, Table};
 use qlora::ops::weight::{DenseCache, Weight};
 use qlora::ops::{embedding, gated_act, residual, rms_norm};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
@@ -511,6 +511,8 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         let trained = place(&head, at);
         let values: Vec<bf16> = f64s(&head).into_iter().map(bf16::from_f64).collect();
         let dense = FrozenWeight::Dense(DenseTensor::from_bf16(vec![vocab, d], &values));
+        // More visits than slots.
+        let paged = PagedTable::visiting(&dense, vocab.div_ceil(5), &at.device).unwrap();
         let cache = DenseCache::new(&[], &at.device).unwrap();
         let head = Weight::on_device(dense, &cache.into()).unwrap();
         let x = place(&x, at);
@@ -534,6 +536,15 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         assert_eq!(found, rows);
         let again = lce::forward(&x, &head, &labels).unwrap().read().unwrap();
         assert_eq!(again, losses);
+        let of_paged = lce::backward(&x, Table::Paged(&paged), &labels, 0.25, None).unwrap();
+        assert_eq!(of_paged.0.read().unwrap(), losses);
+        assert_close("dx of a paged head", &of_paged.1, &want.grads[0].exact, 0.01);
+        let again = lce::forward(&x, Table::Paged(&paged), &labels).unwrap();
+        assert_eq!(again.read().unwrap(), losses);
+        assert_eq!(
+            f64s(&lce::logits(&x, Table::Paged(&paged)).unwrap()),
+            f64s(&lce::logits(&x, &head).unwrap())
+        );
         let logits: Vec<Vec<f32>> = lce::logits(&x, &head).unwrap().to_vec2().unwrap();
         for token in &losses {
             let row = &logits[token.row];

@@ -6,7 +6,7 @@ use super::{OP, TokenLoss};
 use crate::Result;
 use crate::device::{self, Gemm, Matrix};
 use crate::ops::embedding::{gather, scatter};
-use crate::ops::launcher::{Factor, Grid, Launcher, Operand};
+use crate::ops::launcher::{Grid, Launcher, Operand};
 use crate::ops::table::Table;
 
 /// Bytes of one chunk's logits, at most: enough rows for the products to fill a GPU.
@@ -43,10 +43,31 @@ impl DeviceLosses {
 }
 
 /// The logits of every row of `x: [N, D]` in f32, `[N, V]`.
-pub(super) fn logits(launcher: &Launcher, x: &Tensor, head: &Tensor) -> Result<Tensor> {
-    let logits = launcher.empty((x.dim(0)?, head.dim(0)?), DType::F32)?;
-    let factors = (Factor::new(x), Factor::transposed(head));
-    launcher.gemm(OP, factors, &logits, 1.0, 0.0)?;
+pub(super) fn logits(launcher: &Launcher, x: &Tensor, head: Table<'_>) -> Result<Tensor> {
+    let ((rows, d), (vocab, _)) = (x.dims2()?, head.dims()?);
+    let logits = launcher.empty((rows, vocab), DType::F32)?;
+    if rows == 0 {
+        return Ok(logits);
+    }
+    head.for_each_part(launcher, |words, part| {
+        let gemm = Gemm {
+            m: rows,
+            n: words.len(),
+            k: d,
+            a: whole(x)?,
+            b: Matrix {
+                is_transposed: true,
+                ..whole(part)?
+            },
+            c_address: device::address_mut(&logits)? + (4 * words.start) as u64,
+            c_row_stride: vocab,
+            c_dtype: DType::F32,
+            alpha: 1.0,
+            beta: 0.0,
+        };
+        // SAFETY: `x` and `part` are whole tensors with rows of d, and a row of logits has room for all words.
+        unsafe { launcher.raw_gemm(&gemm) }
+    })?;
     Ok(logits)
 }
 
@@ -58,10 +79,9 @@ pub(super) fn forward(
     rows: &[(usize, u32)],
 ) -> Result<DeviceLosses> {
     let rows = Rows::new(launcher, rows)?;
-    let head = head.dense(launcher)?;
-    for chunk in rows.chunks(head.dim(0)?)? {
+    for chunk in rows.chunks(head.dims()?.0)? {
         let x = gather(launcher, x, &chunk.ids)?;
-        chunk.forward(launcher, &logits(launcher, &x, &head)?)?;
+        chunk.forward(launcher, &logits(launcher, &x, head)?)?;
     }
     Ok(rows.losses)
 }
@@ -77,16 +97,15 @@ pub(super) fn backward(
 ) -> Result<(DeviceLosses, Tensor)> {
     let rows = Rows::new(launcher, rows)?;
     let dx = Tensor::zeros(x.shape(), DType::BF16, x.device())?;
-    let head = head.dense(launcher)?;
-    for chunk in rows.chunks(head.dim(0)?)? {
+    for chunk in rows.chunks(head.dims()?.0)? {
         let x = gather(launcher, x, &chunk.ids)?;
-        let logits = logits(launcher, &x, &head)?;
+        let logits = logits(launcher, &x, head)?;
         chunk.backward(launcher, &logits, d_loss)?;
         let dz = LogitsGrad(&logits);
         if let Some(d_head) = d_head {
             dz.head_backward(launcher, &x, d_head)?;
         }
-        let d_chunk = dz.hidden_backward(launcher, &head)?;
+        let d_chunk = dz.hidden_backward(launcher, head)?;
         scatter(launcher, &d_chunk, &chunk.ids, &dx)?;
     }
     Ok((rows.losses, dx))
@@ -176,26 +195,31 @@ impl Chunk {
 struct LogitsGrad<'a>(&'a Tensor);
 
 impl LogitsGrad<'_> {
-    /// `dx = dz W`.
-    fn hidden_backward(&self, launcher: &Launcher, head: &Tensor) -> Result<Tensor> {
-        let (rows, vocab) = self.0.dims2()?;
-        let d = head.dim(1)?;
-        let dx = launcher.empty((rows, d), DType::BF16)?;
-        let gemm = Gemm {
-            m: rows,
-            n: d,
-            k: vocab,
-            a: self.matrix(false)?,
-            b: whole(head)?,
-            c_address: device::address_mut(&dx)?,
-            c_row_stride: d,
-            c_dtype: DType::BF16,
-            alpha: 1.0,
-            beta: 0.0,
+    /// `dx = dz W`; the sum over the parts of a head is taken in f32, and rounded once.
+    fn hidden_backward(&self, launcher: &Launcher, head: Table<'_>) -> Result<Tensor> {
+        let (rows, (_, d)) = (self.0.dim(0)?, head.dims()?);
+        let c_dtype = match head.is_paged() {
+            true => DType::F32,
+            false => DType::BF16,
         };
-        // SAFETY: a row of f32 has room for two rows of bf16, and the other two matrices are whole tensors.
-        unsafe { launcher.raw_gemm(&gemm)? };
-        Ok(dx)
+        let dx = launcher.empty((rows, d), c_dtype)?;
+        head.for_each_part(launcher, |words, part| {
+            let gemm = Gemm {
+                m: rows,
+                n: d,
+                k: words.len(),
+                a: self.columns(words.start)?,
+                b: whole(part)?,
+                c_address: device::address_mut(&dx)?,
+                c_row_stride: d,
+                c_dtype,
+                alpha: 1.0,
+                beta: if words.start == 0 { 0.0 } else { 1.0 },
+            };
+            // SAFETY: a row of f32 has room for two rows of bf16, and the other two matrices are whole tensors.
+            unsafe { launcher.raw_gemm(&gemm) }
+        })?;
+        Ok(dx.to_dtype(DType::BF16)?)
     }
 
     /// Adds `dW = dz^T x` to `d_head`.
@@ -206,7 +230,10 @@ impl LogitsGrad<'_> {
             m: vocab,
             n: d,
             k: rows,
-            a: self.matrix(true)?,
+            a: Matrix {
+                is_transposed: true,
+                ..self.columns(0)?
+            },
             b: whole(x)?,
             c_address: device::address_mut(d_head)?,
             c_row_stride: d,
@@ -218,11 +245,12 @@ impl LogitsGrad<'_> {
         unsafe { launcher.raw_gemm(&gemm) }
     }
 
-    fn matrix(&self, is_transposed: bool) -> Result<Matrix> {
+    /// The gradient of the logits from word `first` on.
+    fn columns(&self, first: usize) -> Result<Matrix> {
         Ok(Matrix {
-            address: device::address(self.0)?,
+            address: device::address(self.0)? + (2 * first) as u64,
             row_stride: 2 * self.0.dim(1)?,
-            is_transposed,
+            is_transposed: false,
         })
     }
 }

@@ -72,7 +72,7 @@ impl Workload {
     }
 
     /// This, and the same with less on the device: what costs least to do without first.
-    fn with_less_and_less(self) -> [Self; 4] {
+    fn with_less_and_less(self) -> [Self; 5] {
         let residing = |residence: Residence, offloaded: usize| Self {
             residence,
             offloaded,
@@ -83,16 +83,25 @@ impl Workload {
             dequantized: Dequantized::Weight,
             ..all
         };
-        let least = Residence {
+        let without_embedding = Residence {
             embedding: all.embedding.map(|_| Side::Host),
             ..by_weight
         };
+        let least = match self.head_page_bytes() < 2 * self.vocabulary_values() as u64 {
+            true => Residence {
+                head: all.head.map(|_| Side::Host),
+                ..without_embedding
+            },
+            false => without_embedding,
+        };
+        // The highest block needs its input back at once.
+        let offloaded = self.model.num_layers.saturating_sub(1);
         [
             residing(all, 0),
             residing(by_weight, 0),
-            residing(least, 0),
-            // The highest block needs its input back at once.
-            residing(least, self.model.num_layers.saturating_sub(1)),
+            residing(without_embedding, 0),
+            residing(without_embedding, offloaded),
+            residing(least, offloaded),
         ]
     }
 

@@ -434,9 +434,12 @@ impl Step<'_> {
             Engine::Cpu => None,
             Engine::Kernels => Some(self.ledger.alloc(Item::LossChunk, logits)),
         };
+        // In f32 first, where it is a sum over parts of the head.
+        let sum = (self.workload.pages_head())
+            .then(|| self.ledger.alloc(Item::LossChunk, 4 * chunk * d as u64));
         let d_chunk = self.ledger.alloc(Item::LossChunk, hidden);
         self.ledger
-            .free([gathered, d_chunk].into_iter().chain(logits));
+            .free([gathered, d_chunk].into_iter().chain(logits).chain(sum));
         self.ledger.free(columns);
         (results, dx)
     }
