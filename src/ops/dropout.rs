@@ -10,6 +10,8 @@
 //! `cuda/dropout.cuh` makes the same masks.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 
 use std::array::from_fn;
@@ -128,7 +130,12 @@ impl Mask {
         #[cfg(target_arch = "x86_64")]
         if avx512::is_available() {
             // SAFETY: just checked.
-            return unsafe { avx512::put_kept::<avx512::Copied>(self, first, x, kept) };
+            return unsafe { avx512::put_kept::<false>(self, first, x, kept) };
+        }
+        #[cfg(target_arch = "x86_64")]
+        if avx2::is_available() {
+            // SAFETY: just checked.
+            return unsafe { avx2::put_kept::<false>(self, first, x, kept) };
         }
         self.put_kept(first, x, kept, |x, kept| *kept = x);
     }
@@ -139,7 +146,12 @@ impl Mask {
         #[cfg(target_arch = "x86_64")]
         if avx512::is_available() {
             // SAFETY: just checked.
-            return unsafe { avx512::put_kept::<avx512::Added>(self, first, x, sum) };
+            return unsafe { avx512::put_kept::<true>(self, first, x, sum) };
+        }
+        #[cfg(target_arch = "x86_64")]
+        if avx2::is_available() {
+            // SAFETY: just checked.
+            return unsafe { avx2::put_kept::<true>(self, first, x, sum) };
         }
         self.put_kept(first, x, sum, |x, sum| *sum += x);
     }
@@ -239,6 +251,13 @@ mod tests {
                 let mut portable = vec![f32::NAN; length];
                 mask.put_kept(first, &ones[..length], &mut portable, |x, kept| *kept = x);
                 assert_eq!(kept, portable);
+                #[cfg(target_arch = "x86_64")]
+                if avx2::is_available() {
+                    kept.fill(f32::NAN);
+                    // SAFETY: just checked.
+                    unsafe { avx2::put_kept::<false>(&mask, first, &ones[..length], &mut kept) };
+                    assert_eq!(kept, portable);
+                }
                 let mut sum = vec![2.0; length];
                 mask.add_kept(first, &ones[..length], &mut sum);
                 for i in 0..length {

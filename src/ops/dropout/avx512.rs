@@ -14,39 +14,17 @@ pub(super) fn is_available() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
 }
 
-/// What is done with the elements that are kept.
-pub(super) trait Kept {
-    /// From 16 elements of the input, zero where they are dropped, and 16 of the output, the new ones of the output.
-    fn put(x: __m512, out: __m512) -> __m512;
-}
-
-/// They are copied.
-pub(super) struct Copied;
-
-/// They are added.
-pub(super) struct Added;
-
-impl Kept for Copied {
-    #[inline(always)]
-    fn put(x: __m512, _: __m512) -> __m512 {
-        x
-    }
-}
-
-impl Kept for Added {
-    #[inline(always)]
-    fn put(x: __m512, out: __m512) -> __m512 {
-        // SAFETY: only called where `is_available` said so.
-        unsafe { _mm512_add_ps(out, x) }
-    }
-}
-
-/// Puts what `mask` keeps of `x`, whose first element is number `first`, into `out`.
+/// Puts what `mask` keeps of `x`, whose first element is number `first`, into `out`: copied, or with `ADD` added to what is there.
 ///
 /// # Safety
 /// [`is_available`], and `out` is as long as `x`.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) unsafe fn put_kept<K: Kept>(mask: &Mask, first: usize, x: &[f32], out: &mut [f32]) {
+pub(super) unsafe fn put_kept<const ADD: bool>(
+    mask: &Mask,
+    first: usize,
+    x: &[f32],
+    out: &mut [f32],
+) {
     let keys = round_keys(mask.key);
     let (mut call, mut skipped) = (first / PER_CALL, first % PER_CALL);
     let mut at = 0;
@@ -61,8 +39,10 @@ pub(super) unsafe fn put_kept<K: Kept>(mask: &Mask, first: usize, x: &[f32], out
             );
             // SAFETY: `there` leaves the elements of `x` and `out`.
             unsafe {
-                let kept = _mm512_maskz_loadu_ps((kept >> start) as u16 & there, x);
-                let put = K::put(kept, _mm512_maskz_loadu_ps(there, out));
+                let mut put = _mm512_maskz_loadu_ps((kept >> start) as u16 & there, x);
+                if ADD {
+                    put = _mm512_add_ps(_mm512_maskz_loadu_ps(there, out), put);
+                }
                 _mm512_mask_storeu_ps(out, there, put);
             }
         }
