@@ -6,6 +6,7 @@
 //! ```
 
 mod mlp;
+mod order;
 
 use candle_core::Tensor;
 
@@ -163,6 +164,7 @@ impl Block {
         layout: &Layout<'_>,
         policy: ActivationPolicy,
     ) -> Result<(Tensor, Saved)> {
+        let _order = self.announce_forward();
         let (mut activations, h) = self.attend(x, layout)?;
         let dropout = layout.dropout;
         match policy {
@@ -213,6 +215,7 @@ impl Block {
         layout: &Layout<'_>,
         cache: &mut LayerCache,
     ) -> Result<Tensor> {
+        let _order = self.announce_forward();
         let qkv = self.attention_inputs(x, layout)?;
         let (k, v) = cache.append(&qkv.k, &qkv.v)?;
         let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
@@ -257,6 +260,7 @@ impl Block {
         layout: &Layout<'_>,
         input: InputGrad,
     ) -> Result<Option<Tensor>> {
+        let _order = self.announce_backward(&saved, input);
         let activations = match saved {
             Saved::Kept(activations) => *activations,
             Saved::Input(x) => self.attend(&x, layout)?.0,
