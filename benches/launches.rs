@@ -44,6 +44,11 @@ impl Runtime for Idle {
         self.note()
     }
 
+    unsafe fn launch_aside(&self, _: &Launch<'_>, _: &Marker) -> Result<Marker> {
+        self.note()?;
+        Ok(Marker(Arc::new(())))
+    }
+
     unsafe fn gemm(&self, _: &Gemm) -> Result<()> {
         self.note()
     }
@@ -57,7 +62,7 @@ impl Runtime for Idle {
     }
 
     fn mark(&self) -> Result<Marker> {
-        not_asked_for()
+        Ok(Marker(Arc::new(())))
     }
 
     unsafe fn copy(&self, _: &[u8], _: u64, _: Option<&Marker>) -> Result<Marker> {
@@ -69,7 +74,7 @@ impl Runtime for Idle {
     }
 
     fn wait(&self, _: &Marker) -> Result<()> {
-        not_asked_for()
+        Ok(())
     }
 
     fn wait_on_host(&self, _: &Marker) -> Result<()> {

@@ -116,7 +116,7 @@ const CASES: [(&str, &[(&str, &str)]); 4] = [
 
 /// A row for each name, a column for each case, and the sum of what is queued.
 fn table(title: &str, columns: &[&BTreeMap<String, isize>]) -> String {
-    const BESIDE_KERNELS: [&str; 3] = ["allocation", "upload", "read"];
+    const BESIDE_KERNELS: [&str; 4] = ["allocation", "upload", "read", "wait for a launch aside"];
     let mut table = format!("{title:<40}");
     for (case, _) in CASES {
         write!(table, "{case:>20}").unwrap();

@@ -78,6 +78,11 @@ impl Runtime for Uncounted {
         uncounted(|| unsafe { EmulatedRuntime.launch(launch) })
     }
 
+    unsafe fn launch_aside(&self, launch: &Launch<'_>, after: &Marker) -> Result<Marker> {
+        // SAFETY: as the caller promises.
+        uncounted(|| unsafe { EmulatedRuntime.launch_aside(launch, after) })
+    }
+
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {
         // SAFETY: as the caller promises.
         uncounted(|| unsafe { EmulatedRuntime.gemm(gemm) })
@@ -106,7 +111,8 @@ impl Runtime for Uncounted {
     }
 
     fn wait(&self, marker: &Marker) -> Result<()> {
-        EmulatedRuntime.wait(marker)
+        // A launch aside runs when it is waited for.
+        uncounted(|| EmulatedRuntime.wait(marker))
     }
 
     fn wait_on_host(&self, marker: &Marker) -> Result<()> {

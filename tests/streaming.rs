@@ -245,7 +245,7 @@ fn the_emulator_refuses_a_copy_over_what_a_launch_may_still_read() {
     let (from, mut to) = (vec![7u8; 64], vec![0u8; 64]);
     let address = to.as_mut_ptr() as u64;
     let before = mark();
-    note_launch(&[qlora::device::Argument::Address(address + 16)]);
+    note_launch(&[address + 16..address + 17]).unwrap();
     assert!(queue(&from, address, None).is_err());
     assert!(queue(&from, address, Some(&before)).is_err());
     let copy = queue(&from, address, Some(&mark())).unwrap();
@@ -253,6 +253,6 @@ fn the_emulator_refuses_a_copy_over_what_a_launch_may_still_read() {
         to.iter().all(|&byte| byte == 0),
         "done before it was waited for"
     );
-    reach(&copy);
+    reach(&copy).unwrap();
     assert_eq!(to, from);
 }

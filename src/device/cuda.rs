@@ -76,7 +76,7 @@ fn describe_error(error: DriverError) -> String {
     format!("{:?}", error.0)
 }
 
-/// Our kernels and cuBLAS on candle's stream, and copies on another.
+/// Our kernels and cuBLAS on candle's stream, copies and kernels beside them on others.
 #[derive(Debug)]
 struct CudaRuntime {
     context: Arc<CudaContext>,
@@ -84,6 +84,8 @@ struct CudaRuntime {
     /// To the device, and from it: the bus takes both at a time.
     copies: Arc<CudaStream>,
     copies_back: Arc<CudaStream>,
+    /// Kernels beside those of `stream`. Both have the lowest priority, which is what a stream has that asks for none.
+    aside: Arc<CudaStream>,
     blas: Arc<CudaBlas>,
     modules: Vec<Arc<CudaModule>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
@@ -115,18 +117,19 @@ impl CudaRuntime {
         let multiprocessors = context
             .attribute(count)
             .map_err(|e| failed("counting processors", e))?;
-        let copies = || {
+        let stream_for = |what: &str| {
             context
                 .new_stream()
-                .map_err(|e| failed("the stream for copies", e))
+                .map_err(|e| failed(&format!("the stream for {what}"), e))
         };
         Ok(Self {
             pool: MemoryPool::of_device()?,
             blas: device.cublas_handle(),
             functions: Mutex::default(),
             multiprocessors: multiprocessors as u32,
-            copies: copies()?,
-            copies_back: copies()?,
+            copies: stream_for("copies")?,
+            copies_back: stream_for("copies")?,
+            aside: stream_for("kernels beside others")?,
             context,
             stream,
             modules,
@@ -160,12 +163,14 @@ impl CudaRuntime {
         functions.insert(kernel.to_string(), function.clone());
         Ok(function)
     }
-}
 
-impl Runtime for CudaRuntime {
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+    /// Queues a kernel in `stream`.
+    ///
+    /// # Safety
+    /// As for [`Runtime::launch`].
+    unsafe fn launch_in(&self, stream: &CudaStream, launch: &Launch<'_>) -> Result<()> {
         let function = self.function(launch.kernel, launch.shared_bytes)?;
-        let mut builder = self.stream.launch_builder(&function);
+        let mut builder = stream.launch_builder(&function);
         for argument in launch.arguments {
             match argument {
                 Argument::Address(value) => builder.arg(value),
@@ -184,6 +189,24 @@ impl Runtime for CudaRuntime {
         let outcome = unsafe { builder.launch(config) };
         outcome.map_err(|e| failed(launch.kernel, e))?;
         Ok(())
+    }
+}
+
+impl Runtime for CudaRuntime {
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_in(&self.stream, launch) }
+    }
+
+    unsafe fn launch_aside(&self, launch: &Launch<'_>, after: &Marker) -> Result<Marker> {
+        let waited = self.aside.wait(event(after));
+        waited.map_err(|e| failed(launch.kernel, e))?;
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_in(&self.aside, launch)? };
+        mark(&self.aside).inspect_err(|_| {
+            // Nobody can wait for it: it is over before its memory is given up.
+            let _ = self.aside.synchronize();
+        })
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {
@@ -286,7 +309,7 @@ impl Runtime for CudaRuntime {
 
     fn wait(&self, marker: &Marker) -> Result<()> {
         let waited = self.stream.wait(event(marker));
-        waited.map_err(|e| failed("waiting for a copy", e))
+        waited.map_err(|e| failed("waiting for another queue", e))
     }
 
     fn wait_on_host(&self, marker: &Marker) -> Result<()> {

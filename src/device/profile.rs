@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::runtime::{DeviceMemory, Gemm, Launch, Marker, PinnedMemory, Runtime};
 use crate::Result;
 
-/// The kind of what is neither a kernel nor a product: kernels that wait for copies.
+/// The kind of what is neither a kernel nor a product: kernels that wait for copies. For a kernel that is launched aside none
+/// waits: it is timed by itself, as the others are.
 pub const COPIES: &str = "copies";
 /// The kind of matrix products.
 pub const PRODUCTS: &str = "products";
@@ -46,6 +47,20 @@ impl Runtime for Profiler {
         let kind = launch.kernel.split('_').next().unwrap_or_default();
         // SAFETY: as the caller promises.
         self.timed(kind, || unsafe { self.inner.launch(launch) })
+    }
+
+    unsafe fn launch_aside(&self, launch: &Launch<'_>, after: &Marker) -> Result<Marker> {
+        let kind = launch.kernel.split('_').next().unwrap_or_default();
+        let mut done = None;
+        self.timed(kind, || {
+            // SAFETY: as the caller promises.
+            let marker = unsafe { self.inner.launch_aside(launch, after)? };
+            // One thing at a time: what is timed next begins after it.
+            self.inner.wait(&marker)?;
+            done = Some(marker);
+            Ok(())
+        })?;
+        done.map_or_else(|| self.inner.mark(), Ok)
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {

@@ -87,13 +87,20 @@ pub trait PinnedMemory: Send {
     fn bytes_mut(&mut self) -> &mut [u8];
 }
 
-/// A device that runs kernels in the order they are launched, and copies beside them.
+/// A device that runs kernels in the order they are launched, and copies and single kernels beside them.
 pub trait Runtime: Debug + Send + Sync {
     /// Queues a kernel.
     ///
     /// # Safety
     /// The arguments are those of the kernel, and its addresses cover what it reads and writes.
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+
+    /// Queues a kernel beside the others, which begins once `after` is reached. Such kernels run in their order.
+    ///
+    /// # Safety
+    /// As for [`launch`](Self::launch); what it reads stays as it is, and nothing else uses what it writes, from `after` on
+    /// until the marker is reached.
+    unsafe fn launch_aside(&self, launch: &Launch<'_>, after: &Marker) -> Result<Marker>;
 
     /// Queues a matrix product.
     ///

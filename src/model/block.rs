@@ -6,6 +6,7 @@
 //! ```
 
 mod mlp;
+mod order;
 
 use std::borrow::Cow;
 use std::sync::OnceLock;
@@ -180,6 +181,7 @@ impl Block {
         layout: &Layout<'_>,
         policy: ActivationPolicy,
     ) -> Result<(Tensor, Saved)> {
+        let _order = self.announce_forward();
         let (mut activations, h) = self.attend(x, layout)?;
         let dropout = layout.dropout;
         match policy {
@@ -230,6 +232,7 @@ impl Block {
         layout: &Layout<'_>,
         cache: &mut CachedRows,
     ) -> Result<Tensor> {
+        let _order = self.announce_forward();
         let qkv = self.attention_inputs(x, layout)?;
         let (k, v) = cache.append(&qkv.k, &qkv.v)?;
         let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
@@ -274,6 +277,7 @@ impl Block {
         layout: &Layout<'_>,
         input: InputGrad,
     ) -> Result<Option<Tensor>> {
+        let _order = self.announce_backward(&saved, input);
         let activations = match saved {
             Saved::Kept(activations) => *activations,
             Saved::Input(x) => self.attend(&x, layout)?.0,

@@ -221,6 +221,12 @@ impl LoraLinear {
         Ok(dx)
     }
 
+    /// Whether [`backward_adapter`](Self::backward_adapter) reads the frozen weight.
+    pub(super) fn gradients_need_weight(&self) -> bool {
+        let lora = self.lora.as_ref();
+        lora.is_some_and(|lora| lora.magnitude.is_some())
+    }
+
     /// Adds to the adapter's gradients alone.
     pub fn backward_adapter(
         &self,

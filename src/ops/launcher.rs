@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Shape, Tensor, WithDType};
 
-use crate::device::{self, Argument, Gemm, Launch, Matrix, Runtime};
+use crate::device::{self, Argument, Gemm, Launch, Marker, Matrix, Runtime};
 use crate::{Error, Result};
 
 /// Threads of a block, in kernels that do not say otherwise.
@@ -57,6 +57,10 @@ impl Grid {
             shared_bytes,
             ..self
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.blocks.contains(&0)
     }
 }
 
@@ -185,32 +189,34 @@ impl Launcher {
         grid: Grid,
         operands: &[Operand<'_>],
     ) -> Result<()> {
-        let [x, y] = grid.blocks;
-        if x * y == 0 {
+        if grid.is_empty() {
             return Ok(());
         }
-        let arguments: Vec<Argument> = operands
-            .iter()
-            .map(|operand| {
-                Ok(match *operand {
-                    Operand::Read(t) => Argument::Address(device::address(t)?),
-                    Operand::Write(t) => Argument::Address(device::address_mut(t)?),
-                    Operand::Null => Argument::Address(0),
-                    Operand::U32(value) => Argument::U32(as_u32(kernel, value)?),
-                    Operand::U64(value) => Argument::U64(value as u64),
-                    Operand::F32(value) => Argument::F32(value),
-                })
-            })
-            .collect::<Result<_>>()?;
-        let launch = Launch {
-            kernel,
-            grid: [as_u32(kernel, x)?, as_u32(kernel, y)?],
-            threads: grid.threads,
-            shared_bytes: as_u32(kernel, grid.shared_bytes)?,
-            arguments: &arguments,
-        };
-        // SAFETY: as the caller promises.
-        unsafe { self.runtime.launch(&launch) }
+        with_launch(kernel, grid, operands, |launch| {
+            // SAFETY: as the caller promises.
+            unsafe { self.runtime.launch(launch) }
+        })
+    }
+
+    /// Queues a kernel beside the others, once `after` is reached.
+    ///
+    /// # Safety
+    /// As for [`launch`](Self::launch); its tensors live, what it reads stays as it is, and nothing else uses what it writes,
+    /// until the kernels have been made to wait for the marker.
+    pub(super) unsafe fn launch_aside(
+        &self,
+        kernel: &str,
+        grid: Grid,
+        operands: &[Operand<'_>],
+        after: &Marker,
+    ) -> Result<Marker> {
+        if grid.is_empty() {
+            return Ok(after.clone());
+        }
+        with_launch(kernel, grid, operands, |launch| {
+            // SAFETY: as the caller promises.
+            unsafe { self.runtime.launch_aside(launch, after) }
+        })
     }
 
     /// `c = alpha a b`, or with `beta` 1 the same added to `c`; sums in f32.
@@ -261,6 +267,36 @@ impl Launcher {
         // SAFETY: as the caller promises.
         unsafe { self.runtime.gemm(gemm) }
     }
+}
+
+/// Gives `queue` the launch of a kernel with these arguments.
+fn with_launch<R>(
+    kernel: &str,
+    grid: Grid,
+    operands: &[Operand<'_>],
+    queue: impl FnOnce(&Launch<'_>) -> Result<R>,
+) -> Result<R> {
+    let arguments: Vec<Argument> = operands
+        .iter()
+        .map(|operand| {
+            Ok(match *operand {
+                Operand::Read(t) => Argument::Address(device::address(t)?),
+                Operand::Write(t) => Argument::Address(device::address_mut(t)?),
+                Operand::Null => Argument::Address(0),
+                Operand::U32(value) => Argument::U32(as_u32(kernel, value)?),
+                Operand::U64(value) => Argument::U64(value as u64),
+                Operand::F32(value) => Argument::F32(value),
+            })
+        })
+        .collect::<Result<_>>()?;
+    let [x, y] = grid.blocks;
+    queue(&Launch {
+        kernel,
+        grid: [as_u32(kernel, x)?, as_u32(kernel, y)?],
+        threads: grid.threads,
+        shared_bytes: as_u32(kernel, grid.shared_bytes)?,
+        arguments: &arguments,
+    })
 }
 
 fn as_u32(kernel: &str, value: usize) -> Result<u32> {

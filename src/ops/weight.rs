@@ -1,37 +1,36 @@
 //! A frozen weight where its operations run: in the memory map for the CPU, its parts copied to the device for kernels.
 //!
-//! On a device a 4-bit weight is dequantized to bf16 in front of the product that needs it, into a scratch buffer that is
-//! allocated once and shared by all weights of a model. The buffer keeps what was dequantized last, so that a block that
-//! fits is dequantized once for recompute and backward together; where memory is short it holds one weight.
+//! On a device a 4-bit weight is dequantized to bf16 in front of the product that needs it, or beside the product before
+//! that one, into the scratch buffer that is a [`DenseCache`].
 
+mod dense_cache;
 mod stream;
 
-use std::collections::VecDeque;
-use std::ops::{Deref, Range};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Deref;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
 use super::launcher::{Launcher, Operand};
+use crate::device::Marker;
 use crate::quant::{Absmax, BlockSizes, DenseTensor, FrozenWeight, Params4bit, dynamic_map};
 use crate::{Error, Result};
 
+pub use dense_cache::{Announced, DenseCache};
 pub use stream::{BlockBytes, BlockStream, Direction, Entered, Slots};
 
 const OP: &str = "weight";
+const KERNEL: &str = "nf4_dequantize_bf16";
 /// Elements that a thread of the dequantizing kernel takes at a time.
 const PER_THREAD: usize = 32;
-/// Weights begin at multiples of this many elements of the scratch buffer: 256 bytes.
-const ALIGNMENT: usize = 128;
 
 /// A frozen weight, `[out, in]`. It reads as its [`FrozenWeight`] on the host.
 #[derive(Debug, Clone)]
 pub struct Weight {
     host: FrozenWeight,
-    on_device: Option<Arc<DeviceWeight>>,
+    on_device: Option<DeviceWeight>,
 }
 
 impl From<FrozenWeight> for Weight {
@@ -52,11 +51,11 @@ impl Deref for Weight {
 }
 
 /// The parts of a weight on the device.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum DeviceWeight {
     /// bf16, `[out, in]`.
     Dense(Tensor),
-    Quantized(QuantizedParts),
+    Quantized(Arc<QuantizedParts>),
 }
 
 #[derive(Debug)]
@@ -88,12 +87,13 @@ impl Weight {
                 let shape = (host.out_features(), host.in_features());
                 let bytes =
                     |bytes: &Bytes| Ok(Tensor::from_slice(bytes, bytes.len(), cache.device())?);
-                DeviceWeight::Quantized(QuantizedParts::new(params, shape, cache, bytes)?)
+                let parts = QuantizedParts::new(params, shape, cache, bytes)?;
+                DeviceWeight::Quantized(Arc::new(parts))
             }
         };
         Ok(Self {
             host,
-            on_device: Some(Arc::new(parts)),
+            on_device: Some(parts),
         })
     }
 
@@ -118,7 +118,7 @@ impl Weight {
         let parts = QuantizedParts::new(params, shape, cache, |bytes| slots.place(bytes))?;
         Ok(Self {
             host,
-            on_device: Some(Arc::new(DeviceWeight::Quantized(parts))),
+            on_device: Some(DeviceWeight::Quantized(Arc::new(parts))),
         })
     }
 
@@ -146,7 +146,7 @@ impl Weight {
 
     /// The device that the weight was copied to.
     pub(super) fn device(&self) -> Option<&Device> {
-        match self.on_device.as_deref()? {
+        match self.on_device.as_ref()? {
             DeviceWeight::Dense(weight) => Some(weight.device()),
             DeviceWeight::Quantized(parts) => Some(parts.packed.device()),
         }
@@ -157,9 +157,9 @@ impl Weight {
     /// # Errors
     /// [`Error::Shape`] for a weight that was not copied there.
     pub(super) fn dense(&self, launcher: &Launcher) -> Result<Tensor> {
-        match self.on_device.as_deref() {
+        match self.on_device.as_ref() {
             Some(DeviceWeight::Dense(weight)) => Ok(weight.clone()),
-            Some(DeviceWeight::Quantized(parts)) => parts.dense(launcher),
+            Some(DeviceWeight::Quantized(parts)) => parts.cache.dense(parts, launcher),
             None => Err(Error::Shape {
                 op: OP,
                 expected: "a weight on the device".into(),
@@ -207,7 +207,7 @@ impl QuantizedParts {
             }
         };
         Ok(Self {
-            id: cache.next_id.fetch_add(1, Ordering::Relaxed),
+            id: cache.next_id(),
             packed,
             codes,
             absmax,
@@ -221,19 +221,34 @@ impl QuantizedParts {
         })
     }
 
-    fn dense(&self, launcher: &Launcher) -> Result<Tensor> {
-        let elements = self.shape.0 * self.shape.1;
-        let (range, is_there) = self.cache.place(self.id, elements)?;
-        let dense = self.cache.buffer.narrow(0, range.start, elements)?;
-        if !is_there {
-            self.dequantize(launcher, &dense)?;
-        }
-        Ok(dense.reshape(self.shape)?)
+    fn elements(&self) -> usize {
+        self.shape.0 * self.shape.1
     }
 
+    /// Dequantizes into `out`, in front of what is queued next.
     fn dequantize(&self, launcher: &Launcher, out: &Tensor) -> Result<()> {
-        let elements = out.elem_count();
-        let operands = [
+        let grid = launcher.grid_stride(self.elements(), PER_THREAD);
+        // SAFETY: a valid weight has the codes and scales of all its elements, and `out` has as many.
+        unsafe { launcher.launch(KERNEL, grid, &self.operands(out)) }
+    }
+
+    /// Dequantizes into `out` beside what is queued next, once `after` is reached.
+    ///
+    /// # Safety
+    /// The weight and `out` live, and nothing else uses `out`, until the kernels have been made to wait for the marker.
+    unsafe fn dequantize_aside(
+        &self,
+        launcher: &Launcher,
+        out: &Tensor,
+        after: &Marker,
+    ) -> Result<Marker> {
+        let grid = launcher.grid_stride(self.elements(), PER_THREAD);
+        // SAFETY: as above, and as the caller promises; nothing writes the parts of a weight while it is in use.
+        unsafe { launcher.launch_aside(KERNEL, grid, &self.operands(out), after) }
+    }
+
+    fn operands<'a>(&'a self, out: &'a Tensor) -> [Operand<'a>; 10] {
+        [
             Operand::Read(&self.packed),
             self.codes.as_ref().map_or(Operand::Null, Operand::Read),
             Operand::Read(&self.absmax),
@@ -242,117 +257,8 @@ impl QuantizedParts {
             Operand::F32(self.offset),
             Operand::U32(self.block_size.ilog2() as usize),
             Operand::U32(self.nested_block_size),
-            Operand::U64(elements),
+            Operand::U64(self.elements()),
             Operand::Write(out),
-        ];
-        let grid = launcher.grid_stride(elements, PER_THREAD);
-        // SAFETY: a valid weight has the codes and scales of all its elements.
-        unsafe { launcher.launch("nf4_dequantize_bf16", grid, &operands) }
-    }
-}
-
-/// The scratch buffer that 4-bit weights are dequantized into, a ring of the weights used last.
-#[derive(Debug)]
-pub struct DenseCache {
-    /// bf16, flat.
-    buffer: Tensor,
-    held: Mutex<Held>,
-    next_id: AtomicUsize,
-}
-
-/// What lies in the ring, the oldest first.
-#[derive(Debug, Default)]
-struct Held {
-    weights: VecDeque<(usize, Range<usize>)>,
-    next: usize,
-}
-
-impl DenseCache {
-    /// Room for weights of these numbers of elements on `device` at a time.
-    pub fn new(weights: &[usize], device: &Device) -> Result<Self> {
-        Ok(Self {
-            buffer: Tensor::zeros(Self::capacity(weights), DType::BF16, device)?,
-            held: Mutex::default(),
-            next_id: AtomicUsize::new(0),
-        })
-    }
-
-    /// Elements that such a buffer has.
-    pub fn capacity(weights: &[usize]) -> usize {
-        weights.iter().map(|n| n.next_multiple_of(ALIGNMENT)).sum()
-    }
-
-    fn device(&self) -> &Device {
-        self.buffer.device()
-    }
-
-    /// Where weight `id` lies, and whether it is there already; otherwise the place is its own from now on.
-    fn place(&self, id: usize, elements: usize) -> Result<(Range<usize>, bool)> {
-        let capacity = self.buffer.elem_count();
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.place(id, elements.next_multiple_of(ALIGNMENT), capacity)
-            .ok_or_else(|| Error::Shape {
-                op: OP,
-                expected: format!("weights of at most {capacity} elements"),
-                found: elements.to_string(),
-            })
-    }
-}
-
-impl Held {
-    fn place(
-        &mut self,
-        id: usize,
-        elements: usize,
-        capacity: usize,
-    ) -> Option<(Range<usize>, bool)> {
-        if let Some((_, range)) = self.weights.iter().find(|(held, _)| *held == id) {
-            return Some((range.clone(), true));
-        }
-        if elements > capacity {
-            return None;
-        }
-        let start = if self.next + elements <= capacity {
-            self.next
-        } else {
-            0
-        };
-        let range = start..start + elements;
-        self.weights
-            .retain(|(_, other)| other.end <= range.start || range.end <= other.start);
-        self.weights.push_back((id, range.clone()));
-        self.next = range.end;
-        Some((range, false))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn weights_that_fit_together_stay() {
-        let mut held = Held::default();
-        assert_eq!(held.place(0, 40, 100), Some((0..40, false)));
-        assert_eq!(held.place(1, 60, 100), Some((40..100, false)));
-        assert_eq!(held.place(0, 40, 100), Some((0..40, true)));
-        assert_eq!(held.place(1, 60, 100), Some((40..100, true)));
-    }
-
-    #[test]
-    fn a_weight_takes_the_place_of_those_it_overlaps() {
-        let mut held = Held::default();
-        held.place(0, 40, 100);
-        held.place(1, 50, 100);
-        assert_eq!(held.place(2, 30, 100), Some((0..30, false)));
-        assert_eq!(held.place(1, 50, 100), Some((40..90, true)));
-        assert_eq!(held.place(0, 40, 100), Some((30..70, false)));
-        assert_eq!(held.place(2, 30, 100), Some((0..30, true)));
-        assert_eq!(held.place(1, 50, 100), Some((0..50, false)));
-    }
-
-    #[test]
-    fn a_weight_larger_than_the_buffer_is_refused() {
-        assert_eq!(Held::default().place(0, 101, 100), None);
+        ]
     }
 }

@@ -8,6 +8,7 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,6 +22,7 @@ use qlora_emulator::Order;
 
 thread_local! {
     static ORDER: Cell<Order> = const { Cell::new(Order::Forward) };
+    static ONE_QUEUE: Cell<bool> = const { Cell::new(false) };
     static REQUESTS: RefCell<Requests> = const { RefCell::new(Requests::new()) };
 }
 
@@ -47,6 +49,14 @@ pub fn use_order(order: Order) {
     ORDER.set(order);
 }
 
+/// Launches aside by this thread run where they are queued while it does `work`.
+pub fn on_one_queue<R>(work: impl FnOnce() -> R) -> R {
+    ONE_QUEUE.set(true);
+    let result = work();
+    ONE_QUEUE.set(false);
+    result
+}
+
 /// Every order that tests go through.
 pub const ORDERS: [Order; 4] = [
     Order::Forward,
@@ -64,39 +74,55 @@ pub fn placement() -> Placement {
 impl Runtime for EmulatedRuntime {
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         note(launch.kernel);
-        let known = qlora_emulator::find(launch.kernel);
-        let threads = known.map(|kernel| kernel.threads);
-        assert_eq!(threads, Some(launch.threads), "{}", launch.kernel);
-        let arguments: Vec<*const c_void> = launch
-            .arguments
-            .iter()
-            .map(|argument| match argument {
-                Argument::Address(value) => std::ptr::from_ref(value).cast(),
-                Argument::U32(value) => std::ptr::from_ref(value).cast(),
-                Argument::U64(value) => std::ptr::from_ref(value).cast(),
-                Argument::F32(value) => std::ptr::from_ref(value).cast(),
-            })
-            .collect();
-        copies::note_launch(launch.arguments);
-        let [x, y] = launch.grid;
-        let emulated = qlora_emulator::Launch {
-            kernel: launch.kernel,
-            grid: [x, y, 1],
-            shared_bytes: launch.shared_bytes as usize,
-            order: ORDER.get(),
-            watch: None,
-            without: None,
-            mutant: None,
-        };
+        let mut uses = copies::addresses(launch.arguments);
+        uses.extend(written(launch));
+        copies::note_launch(&uses)?;
         // SAFETY: as the caller promises.
-        let outcome = unsafe { qlora_emulator::launch(&emulated, &arguments) };
-        let outcome = outcome.map_err(|fault| Error::Train(fault.to_string()));
-        outcome.map(|_| ())
+        unsafe { run(launch) }
+    }
+
+    unsafe fn launch_aside(&self, launch: &Launch<'_>, after: &Marker) -> Result<Marker> {
+        if ONE_QUEUE.get() {
+            // SAFETY: as the caller promises.
+            unsafe { self.launch(launch)? };
+            return self.mark();
+        }
+        note(&format!("{} aside", launch.kernel));
+        let written = written(launch);
+        let written = written.unwrap_or_else(|| panic!("what does {} write?", launch.kernel));
+        let uses = copies::addresses(launch.arguments).into_iter();
+        let uses = uses.map(|address| address.start).collect();
+        let (kernel, arguments) = (launch.kernel.to_string(), launch.arguments.to_vec());
+        let Launch {
+            grid,
+            threads,
+            shared_bytes,
+            ..
+        } = *launch;
+        let work = move || {
+            let launch = Launch {
+                kernel: &kernel,
+                grid,
+                threads,
+                shared_bytes,
+                arguments: &arguments,
+            };
+            // SAFETY: as the caller promises, until this was waited for.
+            unsafe { run(&launch) }
+        };
+        copies::queue_aside((uses, written), after, Box::new(work))
     }
 
     unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {
         note("product");
         let Gemm { m, n, k, .. } = *gemm;
+        let c_row_stride = gemm.c_row_stride;
+        let c_bytes = (m.saturating_sub(1) * c_row_stride + n) * gemm.c_dtype.size_in_bytes();
+        copies::note_launch(&[
+            covered(&gemm.a, m, k),
+            covered(&gemm.b, k, n),
+            gemm.c_address..gemm.c_address + c_bytes as u64,
+        ])?;
         // SAFETY: the caller promises that the addresses cover the matrices.
         let (a, b) = unsafe { (rows(&gemm.a, m, k), columns(&gemm.b, k, n)) };
         for (i, a) in a.chunks_exact(k.max(1)).enumerate() {
@@ -135,15 +161,16 @@ impl Runtime for EmulatedRuntime {
     }
 
     fn wait(&self, marker: &Marker) -> Result<()> {
-        note("wait for a copy");
-        copies::reach(marker);
-        Ok(())
+        note(match copies::is_aside(marker) {
+            true => "wait for a launch aside",
+            false => "wait for a copy",
+        });
+        copies::reach(marker)
     }
 
     fn wait_on_host(&self, marker: &Marker) -> Result<()> {
         note("wait of the host");
-        copies::reach(marker);
-        Ok(())
+        copies::reach(marker)
     }
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
@@ -178,12 +205,66 @@ impl Runtime for EmulatedRuntime {
     }
 }
 
+/// Runs a kernel now.
+///
+/// # Safety
+/// As for [`Runtime::launch`].
+unsafe fn run(launch: &Launch<'_>) -> Result<()> {
+    let known = qlora_emulator::find(launch.kernel);
+    let threads = known.map(|kernel| kernel.threads);
+    assert_eq!(threads, Some(launch.threads), "{}", launch.kernel);
+    let arguments: Vec<*const c_void> = launch
+        .arguments
+        .iter()
+        .map(|argument| match argument {
+            Argument::Address(value) => std::ptr::from_ref(value).cast(),
+            Argument::U32(value) => std::ptr::from_ref(value).cast(),
+            Argument::U64(value) => std::ptr::from_ref(value).cast(),
+            Argument::F32(value) => std::ptr::from_ref(value).cast(),
+        })
+        .collect();
+    let [x, y] = launch.grid;
+    let emulated = qlora_emulator::Launch {
+        kernel: launch.kernel,
+        grid: [x, y, 1],
+        shared_bytes: launch.shared_bytes as usize,
+        order: ORDER.get(),
+        watch: None,
+        without: None,
+        mutant: None,
+    };
+    // SAFETY: as the caller promises.
+    let outcome = unsafe { qlora_emulator::launch(&emulated, &arguments) };
+    let outcome = outcome.map_err(|fault| Error::Train(fault.to_string()));
+    outcome.map(|_| ())
+}
+
+/// What a kernel writes, of those that are launched aside.
+fn written(launch: &Launch<'_>) -> Option<Range<u64>> {
+    match (launch.kernel, launch.arguments) {
+        ("nf4_dequantize_bf16", [.., Argument::U64(elements), Argument::Address(out)]) => {
+            Some(*out..out + elements * size_of::<bf16>() as u64)
+        }
+        _ => None,
+    }
+}
+
 struct HostMemory(Vec<u8>);
 
 impl PinnedMemory for HostMemory {
     fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.0
     }
+}
+
+/// The memory of a matrix whose operand has so many rows and columns.
+fn covered(matrix: &Matrix, rows: usize, cols: usize) -> Range<u64> {
+    let (rows, cols) = match matrix.is_transposed {
+        true => (cols, rows),
+        false => (rows, cols),
+    };
+    let elements = rows.saturating_sub(1) * matrix.row_stride + cols;
+    matrix.address..matrix.address + (elements * size_of::<bf16>()) as u64
 }
 
 /// Element `(i, j)` of the operand.

@@ -260,6 +260,7 @@ impl Drop for Entered<'_> {
     fn drop(&mut self) {
         let mut slots = self.stream.shared.lock();
         let count = slots.len();
+        // What the block announced has ended, so that nothing reads the slot aside any more.
         // A device that cannot mark its place any more fails at the next thing that is asked of it.
         slots[self.block % count].left = self.stream.runtime.mark().ok();
     }
