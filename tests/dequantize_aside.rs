@@ -339,7 +339,7 @@ fn where_one_weight_has_room_nothing_is_dequantized_ahead() {
 
 /// What the other tests lean on: the emulator does not let a kernel pass that races with one aside.
 mod the_emulator_refuses {
-    use super::copies::{mark, note_launch, queue_aside, reach};
+    use super::copies::{byte, mark, note_launch, queue_aside, reach};
     use std::ops::Range;
 
     use super::*;
@@ -365,7 +365,7 @@ mod the_emulator_refuses {
         let bytes = [0; 64];
         let memory = memory(&bytes);
         let before = mark();
-        note_launch(&[memory.start + 16..memory.start + 17]).unwrap();
+        note_launch(&[byte(memory.start + 16)]).unwrap();
         assert!(aside(&memory, &before).is_err());
         let done = aside(&memory, &mark()).unwrap();
         reach(&done).unwrap();
@@ -376,8 +376,8 @@ mod the_emulator_refuses {
         let bytes = [0; 64];
         let memory = memory(&bytes);
         let done = aside(&memory, &mark()).unwrap();
-        let inside = [memory.start + 16..memory.start + 17];
-        note_launch(&[memory.end..memory.end + 1]).unwrap();
+        let inside = [byte(memory.start + 16)];
+        note_launch(&[byte(memory.end)]).unwrap();
         assert!(note_launch(&inside).is_err());
         reach(&done).unwrap();
         note_launch(&inside).unwrap();

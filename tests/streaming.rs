@@ -241,11 +241,11 @@ placement_test!(
 /// What the other tests lean on: the emulator does not let a wrong order of copies and launches pass.
 #[test]
 fn the_emulator_refuses_a_copy_over_what_a_launch_may_still_read() {
-    use emulated::copies::{mark, note_launch, queue, reach};
+    use emulated::copies::{byte, mark, note_launch, queue, reach};
     let (from, mut to) = (vec![7u8; 64], vec![0u8; 64]);
     let address = to.as_mut_ptr() as u64;
     let before = mark();
-    note_launch(&[address + 16..address + 17]).unwrap();
+    note_launch(&[byte(address + 16)]).unwrap();
     assert!(queue(&from, address, None).is_err());
     assert!(queue(&from, address, Some(&before)).is_err());
     let copy = queue(&from, address, Some(&mark())).unwrap();

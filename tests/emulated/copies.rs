@@ -23,17 +23,17 @@ struct Queue {
 }
 
 /// A launch aside that nobody waited for yet.
-pub struct Aside {
+struct Aside {
     /// The addresses that it was given.
-    pub uses: Vec<u64>,
-    pub writes: Range<u64>,
-    pub work: Box<dyn FnOnce() -> Result<()> + Send>,
-    pub place: AsidePlace,
+    uses: Vec<u64>,
+    writes: Range<u64>,
+    work: Box<dyn FnOnce() -> Result<()> + Send>,
+    place: AsidePlace,
 }
 
 /// Each test has a queue aside of its own: they run in threads of one process.
 #[derive(Clone, Copy)]
-pub struct AsidePlace {
+struct AsidePlace {
     thread: ThreadId,
     number: u64,
     /// The launch that it comes after.
@@ -94,10 +94,15 @@ impl Queue {
     }
 }
 
-/// The addresses among `arguments`, as ranges of one byte: how far a launch reads or writes they do not say.
+/// One byte of memory.
+pub fn byte(address: u64) -> Range<u64> {
+    address..address + 1
+}
+
+/// The addresses among `arguments`, a byte each: how far a launch reads or writes they do not say.
 pub fn addresses(arguments: &[Argument]) -> Vec<Range<u64>> {
     let addresses = arguments.iter().filter_map(|argument| match argument {
-        Argument::Address(address) => Some(*address..address + 1),
+        Argument::Address(address) => Some(byte(*address)),
         _ => None,
     });
     addresses.collect()
@@ -119,7 +124,7 @@ pub fn note_launch(uses: &[Range<u64>]) -> Result<()> {
     })
 }
 
-/// Queues a launch aside; its number is still to be given.
+/// Queues a launch aside, which is given the addresses `uses` and writes `writes`.
 pub fn queue_aside(
     (uses, writes): (Vec<u64>, Range<u64>),
     after: &Marker,
@@ -280,7 +285,7 @@ fn launch_up_to(marked: AsidePlace) -> Result<()> {
         let due: Vec<Aside> = due;
         // What is marked from now on comes after it.
         for aside in &due {
-            let uses = aside.uses.iter().map(|&address| address..address + 1);
+            let uses = aside.uses.iter().map(|&address| byte(address));
             queue.note(uses.chain([aside.writes.clone()]));
         }
         due
