@@ -7,6 +7,7 @@ use std::hint::black_box;
 use candle_core::{DType, Device, Tensor};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
+use qlora::ops::dropout::Dropout;
 use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::philox::Uniform;
 use qlora::ops::weight::Weight;
@@ -89,6 +90,21 @@ fn linears(c: &mut Criterion) {
         group.bench_function(format!("backward_lora {d_in}x{d_out}"), |bench| {
             bench.iter(|| linear::backward_lora(black_box(&dy), &x, &u, lora, grad).unwrap());
         });
+        // A step of the layer, without and with dropout.
+        let masked = Lora {
+            mask: Dropout::new(0.05, 1, 0, 0).map(|dropout| dropout.mask(0, 0)),
+            ..lora
+        };
+        group.throughput(flops(3 * rank + 2 * base));
+        for (name, lora) in [("layer", lora), ("layer with dropout", masked)] {
+            group.bench_function(format!("{name} {d_in}x{d_out}"), |bench| {
+                bench.iter(|| {
+                    linear::forward(black_box(&x), &weight, None, Some(lora)).unwrap();
+                    let du = linear::backward_lora(&dy, &x, &u, lora, grad).unwrap();
+                    linear::backward_input(&dy, &weight, Some((&du, lora)), None).unwrap()
+                });
+            });
+        }
     }
     group.finish();
 }
