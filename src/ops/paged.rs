@@ -3,6 +3,7 @@
 //! A [`Pager`] has a few slots on the device. Parts are brought into one while kernels work on another, and what kernels made
 //! of them goes back while they work on the next.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -129,6 +130,13 @@ struct Slot {
     left: Option<Marker>,
 }
 
+/// What parts are visited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    Read,
+    Write,
+}
+
 /// Parts on the device, or on their way there.
 #[derive(Debug)]
 pub struct Visit {
@@ -158,6 +166,40 @@ impl Pager {
                 .collect(),
             next: 0,
         })
+    }
+
+    /// Brings one list of parts after another, each with a key, and gives `work` every visit in order, to be used by what it
+    /// queues, while the next ones come. What was visited to be written goes back then.
+    ///
+    /// # Errors
+    /// Those of `work`, and what the device's driver reports.
+    pub fn for_each<'a, K>(
+        &mut self,
+        purpose: Purpose,
+        to_come: impl IntoIterator<Item = (K, Vec<Part<'a>>)>,
+        mut work: impl FnMut(K, &[Tensor]) -> Result<()>,
+    ) -> Result<()> {
+        /// Visits on the device or on their way there, with a slot left for one on its way back.
+        const AHEAD: usize = SLOTS - 1;
+        let mut to_come = to_come.into_iter();
+        let mut visits = VecDeque::new();
+        loop {
+            while visits.len() < AHEAD
+                && let Some((key, parts)) = to_come.next()
+            {
+                let visit = self.fetch(&parts)?;
+                visits.push_back((key, parts, visit));
+            }
+            let Some((key, parts, visit)) = visits.pop_front() else {
+                return Ok(());
+            };
+            visit.begin()?;
+            work(key, &visit.tensors)?;
+            match purpose {
+                Purpose::Read => self.release(visit)?,
+                Purpose::Write => self.give_back(visit, &parts)?,
+            }
+        }
     }
 
     /// Begins to bring `parts` into the next slot.
@@ -213,7 +255,7 @@ impl Pager {
     ///
     /// # Errors
     /// What the device's driver reports.
-    pub fn release(&mut self, visit: Visit) -> Result<()> {
+    fn release(&mut self, visit: Visit) -> Result<()> {
         if let Some(tensor) = visit.tensors.first() {
             let launcher = Launcher::on(OP, tensor.device())?;
             self.slots[visit.slot].left = Some(launcher.runtime().mark()?);

@@ -2,7 +2,7 @@
 
 mod moments;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
@@ -12,7 +12,7 @@ use super::TrainConfig;
 use crate::device::Side;
 use crate::model::{Decoder, LowerHalves, Slot};
 use crate::ops::adamw::{self, AdamW, Weight};
-use crate::ops::paged::{self, PagedTensor, Pager};
+use crate::ops::paged::{PagedTensor, Pager, Purpose};
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
@@ -257,45 +257,28 @@ fn update_paged<'a>(
     flat: &Flat<'_>,
     update: impl Fn(&Group) -> AdamW,
 ) -> Result<()> {
-    /// Pages on the device or on their way there, with a slot left for one on its way back.
-    const AHEAD: usize = paged::SLOTS - 1;
-    let mut pages = groups.flat_map(|group| {
-        let starts = (0..group.range.len()).step_by(PAGE_ELEMENTS);
-        starts.map(move |start| (group, start..group.range.len().min(start + PAGE_ELEMENTS)))
-    });
     let in_flat = |group: &Group, page: &Range<usize>| {
         group.range.start + page.start..group.range.start + page.end
     };
-    let parts = |group: &'a Group, page: &Range<usize>| {
-        let mut parts = group.moments.paged_parts(page);
-        parts.push((low, in_flat(group, page)));
-        parts
-    };
-    let mut visits = VecDeque::new();
-    loop {
-        while visits.len() < AHEAD
-            && let Some((group, page)) = pages.next()
-        {
-            let visit = pager.fetch(&parts(group, &page))?;
-            visits.push_back((group, page, visit));
-        }
-        let Some((group, page, visit)) = visits.pop_front() else {
-            return Ok(());
-        };
-        visit.begin()?;
-        let (low, moments) = visit
-            .tensors
-            .split_last()
-            .expect("the lower halves are last");
+    let pages = groups.flat_map(|group| {
+        let starts = (0..group.range.len()).step_by(PAGE_ELEMENTS);
+        starts.map(move |start| {
+            let page = start..group.range.len().min(start + PAGE_ELEMENTS);
+            let mut parts = group.moments.paged_parts(&page);
+            parts.push((low, in_flat(group, &page)));
+            ((group, page), parts)
+        })
+    });
+    pager.for_each(Purpose::Write, pages, |(group, page), tensors| {
+        let (low, moments) = tensors.split_last().expect("the lower halves are last");
         let (value, grad) = flat.part(&in_flat(group, &page))?;
         let weight = Weight {
             value: &value,
             low: Some(low),
         };
         let update = update(group);
-        group.moments.update_with(&update, weight, &grad, moments)?;
-        pager.give_back(visit, &parts(group, &page))?;
-    }
+        group.moments.update_with(&update, weight, &grad, moments)
+    })
 }
 
 /// Moments of zero for the flat parameters, in as few groups as their kinds allow.

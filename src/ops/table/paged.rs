@@ -1,6 +1,5 @@
 //! A frozen table in host memory, of which some words at a time are on the device.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -8,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
-use super::super::paged::{self, PagedTensor, Pager, Visit};
+use super::super::paged::{self, PagedTensor, Pager, Purpose};
 use crate::Result;
 use crate::quant::FrozenWeight;
 
@@ -88,27 +87,17 @@ impl PagedTable {
         &self,
         mut f: impl FnMut(Range<usize>, &Tensor) -> Result<()>,
     ) -> Result<()> {
-        /// Visits on the device or on their way there, beside the one that is being used.
-        const AHEAD: usize = paged::SLOTS - 1;
         let mut pager = self.pager.lock().unwrap_or_else(PoisonError::into_inner);
         let starts = (0..self.words).step_by(self.together);
-        let mut to_come = starts.map(|start| start..self.words.min(start + self.together));
-        let mut visits: VecDeque<(Range<usize>, Visit)> = VecDeque::new();
-        loop {
-            while visits.len() < AHEAD
-                && let Some(words) = to_come.next()
-            {
-                let values = words.start * self.width..words.end * self.width;
-                visits.push_back((words, pager.fetch(&[(&self.values, values)])?));
-            }
-            let Some((words, visit)) = visits.pop_front() else {
-                return Ok(());
-            };
-            visit.begin()?;
-            let rows = visit.tensors[0].reshape((words.len(), self.width))?;
-            f(words, &rows)?;
-            pager.release(visit)?;
-        }
+        let visits = starts.map(|start| {
+            let words = start..self.words.min(start + self.together);
+            let values = words.start * self.width..words.end * self.width;
+            (words, vec![(&self.values, values)])
+        });
+        pager.for_each(Purpose::Read, visits, |words, tensors| {
+            let rows = tensors[0].reshape((words.len(), self.width))?;
+            f(words, &rows)
+        })
     }
 }
 
