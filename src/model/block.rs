@@ -163,8 +163,7 @@ impl Block {
     pub fn lasting(&self) -> Cow<'_, Self> {
         let mut block = Cow::Borrowed(self);
         for module in Module::ALL {
-            let lora = self.linear(module).lora.as_ref();
-            if lora.is_some_and(|lora| lora.magnitude.is_some()) {
+            if self.linear(module).has_magnitude() {
                 let lora = &mut block.to_mut().linear_mut(module).lora;
                 let magnitude = lora.as_mut().and_then(|lora| lora.magnitude.as_mut());
                 magnitude.expect("it has just been seen").lasting_scales = Some(OnceLock::new());

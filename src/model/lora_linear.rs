@@ -221,8 +221,8 @@ impl LoraLinear {
         Ok(dx)
     }
 
-    /// Whether [`backward_adapter`](Self::backward_adapter) reads the frozen weight.
-    pub(super) fn gradients_need_weight(&self) -> bool {
+    /// Whether its adapter is DoRA's.
+    pub(super) fn has_magnitude(&self) -> bool {
         let lora = self.lora.as_ref();
         lora.is_some_and(|lora| lora.magnitude.is_some())
     }

@@ -126,38 +126,32 @@ impl Mask {
 
     /// Copies `x`, whose first element is number `first`, to `kept`, with zeros for what is dropped.
     pub(super) fn keep(&self, first: usize, x: &[f32], kept: &mut [f32]) {
-        assert_eq!(x.len(), kept.len(), "a mask changes no size");
-        #[cfg(target_arch = "x86_64")]
-        if avx512::is_available() {
-            // SAFETY: just checked.
-            return unsafe { avx512::put_kept::<false>(self, first, x, kept) };
-        }
-        #[cfg(target_arch = "x86_64")]
-        if avx2::is_available() {
-            // SAFETY: just checked.
-            return unsafe { avx2::put_kept::<false>(self, first, x, kept) };
-        }
-        self.put_kept(first, x, kept, |x, kept| *kept = x);
+        self.put_kept::<false>(first, x, kept);
     }
 
     /// Adds to `sum` what is kept of `x`, whose first element is number `first`.
     pub(super) fn add_kept(&self, first: usize, x: &[f32], sum: &mut [f32]) {
-        assert_eq!(x.len(), sum.len(), "a mask changes no size");
+        self.put_kept::<true>(first, x, sum);
+    }
+
+    /// Puts what is kept of `x` into `out`: copied, or with `ADD` added to what is there.
+    fn put_kept<const ADD: bool>(&self, first: usize, x: &[f32], out: &mut [f32]) {
+        assert_eq!(x.len(), out.len(), "a mask changes no size");
         #[cfg(target_arch = "x86_64")]
         if avx512::is_available() {
             // SAFETY: just checked.
-            return unsafe { avx512::put_kept::<true>(self, first, x, sum) };
+            return unsafe { avx512::put_kept::<ADD>(self, first, x, out) };
         }
         #[cfg(target_arch = "x86_64")]
         if avx2::is_available() {
             // SAFETY: just checked.
-            return unsafe { avx2::put_kept::<true>(self, first, x, sum) };
+            return unsafe { avx2::put_kept::<ADD>(self, first, x, out) };
         }
-        self.put_kept(first, x, sum, |x, sum| *sum += x);
+        self.put_kept_anywhere::<ADD>(first, x, out);
     }
 
-    /// Gives `put` each of `x`, or 0 where it is dropped, and the one of `out`.
-    fn put_kept(&self, first: usize, x: &[f32], out: &mut [f32], put: impl Fn(f32, &mut f32)) {
+    /// The same on any processor.
+    fn put_kept_anywhere<const ADD: bool>(&self, first: usize, x: &[f32], out: &mut [f32]) {
         let mask = *self;
         vectorized(
             #[inline(always)]
@@ -171,7 +165,8 @@ impl Mask {
                     for (i, (x, out)) in x.chunks(16).zip(out.chunks_mut(16)).enumerate() {
                         let kept = (kept >> (16 * i)) as u16;
                         for (l, (&x, out)) in x.iter().zip(out).enumerate() {
-                            put(if kept & (1 << l) != 0 { x } else { 0.0 }, out);
+                            let put = if kept & (1 << l) != 0 { x } else { 0.0 };
+                            *out = if ADD { *out + put } else { put };
                         }
                     }
                     at += len;
@@ -249,7 +244,7 @@ mod tests {
                 let mut kept = vec![f32::NAN; length];
                 mask.keep(first, &ones[..length], &mut kept);
                 let mut portable = vec![f32::NAN; length];
-                mask.put_kept(first, &ones[..length], &mut portable, |x, kept| *kept = x);
+                mask.put_kept_anywhere::<false>(first, &ones[..length], &mut portable);
                 assert_eq!(kept, portable);
                 #[cfg(target_arch = "x86_64")]
                 if avx2::is_available() {

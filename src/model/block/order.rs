@@ -28,7 +28,8 @@ impl Block {
         let branches = [&self.q, &self.k, &self.v].into_iter();
         order.extend(branches.filter(|linear| match input {
             InputGrad::Needed => true,
-            InputGrad::Skip => linear.gradients_need_weight(),
+            // The gradients of DoRA's adapters read the weight, those of plain ones do not.
+            InputGrad::Skip => linear.has_magnitude(),
         }));
         announce(order)
     }
