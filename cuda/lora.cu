@@ -1,18 +1,19 @@
-// The adapter's products with its input x: [n, d], which is large beside everything else in them.
+// The products of adapters with their input x: [n, d], which is large beside everything else in them. Up to three adapters
+// read the same x, those of q_proj, k_proj and v_proj for one; each has a mask of its own.
 //
-//   lora_down    u = dropout(x) a^T              u: [n, r], a: [r, d]
-//   lora_grad_a  d_a += du^T dropout(x)          d_a: [r, d] in f32, du: [n, r]
-//   lora_up      dx += mask keep_scale (du a)
+//   lora_down    u_j = dropout_j(x) a_j^T        u: [n, adapters, r], a: [adapters, r, d]
+//   lora_grad_a  d_a_j += du_j^T dropout_j(x)    d_a: [adapters, r, d] in f32, du: [n, adapters, r]
+//   lora_up      dx += sum over j of mask_j keep_scale (du_j a_j)
 //
-// dropout(x) = mask keep_scale x, with the mask of dropout.cuh for element row d + col, the same in all three. keep_scale is
-// multiplied in f32, with the sums. A threshold of 0 keeps all.
+// dropout_j(x) = mask_j keep_scale x, with the mask of dropout.cuh for element row d + col, the same in all three. keep_scale
+// is multiplied in f32, with the sums. A threshold of 0 keeps all.
 //
-// Grids, with a block for 64 ranks (more ranks are for the next block, which finds x in the cache):
-//   lora_down    (ceil(n / 64) ceil(r / 64), splits): 64 rows a block, and its share of the d columns
-//   lora_grad_a  (ceil(d / 128) ceil(r / 64), splits): 128 columns a block, and its share of the n rows
-//   lora_up      (ceil(d / 128), ceil(n / 64)): 128 columns and 64 rows a block, all ranks
-// One split writes its result. More than one, for what would not fill a GPU, write theirs to partial: [splits, n, r] or
-// [splits, r, d] in f32, and lora_down_sum or lora_grad_a_sum adds them in order (any grid).
+// Grids, with a block for 64 ranks of an adapter (the others are for the next blocks, which find x in the cache):
+//   lora_down    (ceil(n / 64) adapters ceil(r / 64), splits): 64 rows a block, and its share of the d columns
+//   lora_grad_a  (ceil(d / 128) adapters ceil(r / 64), splits): 128 columns a block, and its share of the n rows
+//   lora_up      (ceil(d / 128), ceil(n / 64)): 128 columns and 64 rows a block, all ranks of all adapters
+// One split writes its result. More than one, for what would not fill a GPU, write theirs to partial: [splits, ..] of the
+// shape of the result in f32, and lora_down_sum or lora_grad_a_sum adds them in order (any grid).
 //
 // Bytes an element of x: 2 for lora_down and lora_grad_a, 4 for lora_up; the small matrices come from the cache. A lane
 // moves eight elements of x at a time, and masks them in registers.
@@ -38,6 +39,31 @@ struct Steps {
         const uint64_t all = steps;
         return {static_cast<unsigned>(all * blockIdx.y / gridDim.y),
                 static_cast<unsigned>(all * (blockIdx.y + 1) / gridDim.y)};
+    }
+};
+
+// The masks of the adapters: one key, and a stream for each.
+struct Masks {
+    uint2 key;
+    unsigned stream0;
+    unsigned stream1[3];
+    unsigned threshold;
+    float keep_scale;
+
+    __device__ __forceinline__ Dropout of(unsigned adapter) const {
+        const unsigned stream = adapter == 0 ? stream1[0] : adapter == 1 ? stream1[1] : stream1[2];
+        return {key, {stream0, stream}, threshold, keep_scale};
+    }
+};
+
+// The adapter that block `block` along the ranks of all adapters is for, and its first rank there.
+struct RankBlock {
+    unsigned adapter, first_rank, others;
+
+    static __device__ __forceinline__ RankBlock of(unsigned block, unsigned adapters, unsigned r) {
+        const unsigned of_one = div_up(r, RANKS);
+        const unsigned of_all = adapters * of_one;
+        return {block % of_all / of_one, block % of_one * RANKS, block / of_all};
     }
 };
 
@@ -187,9 +213,9 @@ __device__ __forceinline__ void add_slices(unsigned slice, unsigned warp_in_slic
 // two A fragments. So the columns are multiplied in another order than they lie, in x and in `a` alike, and x never passes
 // through shared memory. The slices are added up at the end.
 KERNEL(512, lora_down_bf16)
-(const bf16* __restrict__ x, const bf16* __restrict__ a, unsigned n, unsigned d, unsigned r, bf16* __restrict__ u,
- float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1, unsigned threshold,
- float keep_scale) {
+(const bf16* __restrict__ x, const bf16* __restrict__ a, unsigned n, unsigned d, unsigned r, unsigned adapters,
+ bf16* __restrict__ u, float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1_0,
+ unsigned stream1_1, unsigned stream1_2, unsigned threshold, float keep_scale) {
     constexpr unsigned ROWS = 64;
     constexpr unsigned ROW_WARPS = ROWS / 16;
     constexpr unsigned SLICES = 4;
@@ -203,17 +229,19 @@ KERNEL(512, lora_down_bf16)
     constexpr unsigned SLICE_ELEMENTS = RANKS * SLICE_COLS;
     SHARED(bf16, a_tiles, 2 * SLICES * SLICE_ELEMENTS);
 
-    const Dropout dropout = {{key0, key1}, {stream0, stream1}, threshold, keep_scale};
+    const RankBlock place = RankBlock::of(blockIdx.x, adapters, r);
+    const unsigned adapter = place.adapter;
+    const unsigned first_rank = place.first_rank;
+    const Masks masks = {{key0, key1}, stream0, {stream1_0, stream1_1, stream1_2}, threshold, keep_scale};
+    const Dropout dropout = masks.of(adapter);
     const Matrix x_matrix(x, n, d);
-    const Matrix a_matrix(a, r, d);
+    const Matrix a_matrix(a + static_cast<uint64_t>(adapter) * r * d, r, d);
     const Lane lane = Lane::current();
     const unsigned warp = threadIdx.x / WARP_LANES;
     const unsigned row_warp = warp % ROW_WARPS;
     const unsigned slice = warp / ROW_WARPS;
-    const unsigned rank_blocks = div_up(r, RANKS);
-    const unsigned first_rank = blockIdx.x % rank_blocks * RANKS;
     const unsigned rank_tiles = div_up(min(r - first_rank, RANKS), 8);
-    const unsigned row = blockIdx.x / rank_blocks * ROWS + row_warp * 16 + lane.g;
+    const unsigned row = place.others * ROWS + row_warp * 16 + lane.g;
     const Steps steps = Steps::of_split(div_up(d, STEP_COLS));
 
     const auto slice_col = [=](unsigned step) { return step * STEP_COLS + slice * SLICE_COLS; };
@@ -272,7 +300,8 @@ KERNEL(512, lora_down_bf16)
     if (slice != 0) {
         return;
     }
-    const SplitResult<bf16> result = {u, partial, static_cast<uint64_t>(n) * r};
+    const unsigned u_stride = adapters * r;
+    const SplitResult<bf16> result = {u, partial, static_cast<uint64_t>(n) * u_stride};
 #pragma unroll
     for (unsigned tile = 0; tile < RANK_TILES; tile++) {
 #pragma unroll
@@ -280,7 +309,7 @@ KERNEL(512, lora_down_bf16)
             const unsigned u_row = row + i / 2 * 8;
             const unsigned rank = first_rank + 8 * tile + 2 * lane.t + i % 2;
             if (u_row < n && rank < r) {
-                result.put(static_cast<uint64_t>(u_row) * r + rank, keep_scale * sums[tile][i]);
+                result.put(static_cast<uint64_t>(u_row) * u_stride + adapter * r + rank, keep_scale * sums[tile][i]);
             }
         }
     }
@@ -293,9 +322,9 @@ KERNEL(256, lora_down_sum_bf16)(float* __restrict__ partial, unsigned splits, ui
 // The columns of x are the rows of the product, x^T du. A thread brings two times eight elements of x a step through its
 // registers, where they are masked, to shared memory; from there a warp takes 32 columns, with every other 16 ranks.
 KERNEL(256, lora_grad_a_bf16)
-(const bf16* __restrict__ x, const bf16* __restrict__ du, unsigned n, unsigned d, unsigned r, float* __restrict__ d_a,
- float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1, unsigned threshold,
- float keep_scale) {
+(const bf16* __restrict__ x, const bf16* __restrict__ du, unsigned n, unsigned d, unsigned r, unsigned adapters,
+ float* __restrict__ d_a, float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1_0,
+ unsigned stream1_1, unsigned stream1_2, unsigned threshold, float keep_scale) {
     constexpr unsigned COLS = 128;
     constexpr unsigned STEP_ROWS = 32;
     constexpr unsigned COL_WARPS = 4;
@@ -308,17 +337,19 @@ KERNEL(256, lora_grad_a_bf16)
     SHARED(bf16, x_tiles, 2 * STEP_ROWS * X_STRIDE);
     SHARED(bf16, du_tiles, 2 * STEP_ROWS * DU_STRIDE);
 
-    const Dropout dropout = {{key0, key1}, {stream0, stream1}, threshold, keep_scale};
+    const RankBlock place = RankBlock::of(blockIdx.x, adapters, r);
+    const unsigned adapter = place.adapter;
+    const unsigned first_rank = place.first_rank;
+    const Masks masks = {{key0, key1}, stream0, {stream1_0, stream1_1, stream1_2}, threshold, keep_scale};
+    const Dropout dropout = masks.of(adapter);
     const Matrix x_matrix(x, n, d);
-    const Matrix du_matrix(du, n, r);
+    const Matrix du_matrix(du + adapter * r, n, r, adapters * r);
     const Lane lane = Lane::current();
     const unsigned warp = threadIdx.x / WARP_LANES;
     const unsigned warp_col = warp % COL_WARPS * 32;
     const unsigned rank_warp = warp / COL_WARPS;
-    const unsigned rank_blocks = div_up(r, RANKS);
-    const unsigned first_rank = blockIdx.x % rank_blocks * RANKS;
     const unsigned ranks = min(r - first_rank, RANKS);
-    const unsigned first_col = blockIdx.x / rank_blocks * COLS;
+    const unsigned first_col = place.others * COLS;
     const Steps steps = Steps::of_split(div_up(n, STEP_ROWS));
 
     // The eight elements of x that this thread brings: those from x_col on in the row x_row, and 16 rows below.
@@ -370,7 +401,7 @@ KERNEL(256, lora_grad_a_bf16)
         }
     }
 
-    const SplitResult<float> result = {d_a, partial, static_cast<uint64_t>(r) * d};
+    const SplitResult<float> result = {d_a, partial, static_cast<uint64_t>(adapters) * r * d};
 #pragma unroll
     for (unsigned m = 0; m < 2; m++) {
 #pragma unroll
@@ -380,7 +411,8 @@ KERNEL(256, lora_grad_a_bf16)
                 const unsigned col = first_col + warp_col + 16 * m + lane.g + i % 4 / 2 * 8;
                 const unsigned rank = first_rank + (j * RANK_WARPS + rank_warp) * 16 + i / 4 * 8 + 2 * lane.t + i % 2;
                 if (col < d && rank < r) {
-                    result.put(static_cast<uint64_t>(rank) * d + col, keep_scale * sums[m][j][i / 4][i % 4]);
+                    const uint64_t row = static_cast<uint64_t>(adapter) * r + rank;
+                    result.put(row * d + col, keep_scale * sums[m][j][i / 4][i % 4]);
                 }
             }
         }
@@ -395,8 +427,9 @@ KERNEL(256, lora_grad_a_sum_f32)(float* __restrict__ partial, unsigned splits, u
 // four matrix products, two neighbours each, are eight that lie together in dx: of 16 pairs, pair q is put in place
 // q % 4 * 4 + q / 4.
 KERNEL(256, lora_up_bf16)
-(const bf16* __restrict__ du, const bf16* __restrict__ a, unsigned n, unsigned d, unsigned r, bf16* __restrict__ dx,
- unsigned key0, unsigned key1, unsigned stream0, unsigned stream1, unsigned threshold, float keep_scale) {
+(const bf16* __restrict__ du, const bf16* __restrict__ a, unsigned n, unsigned d, unsigned r, unsigned adapters,
+ bf16* __restrict__ dx, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1_0, unsigned stream1_1,
+ unsigned stream1_2, unsigned threshold, float keep_scale) {
     constexpr unsigned ROWS = 64;
     constexpr unsigned COLS = 128;
     constexpr unsigned COL_WARPS = 4;
@@ -408,9 +441,7 @@ KERNEL(256, lora_up_bf16)
     SHARED(bf16, du_tile, ROWS * DU_STRIDE);
     SHARED(bf16, a_tile, RANKS * A_STRIDE);
 
-    const Dropout dropout = {{key0, key1}, {stream0, stream1}, threshold, keep_scale};
-    const Matrix du_matrix(du, n, r);
-    const Matrix a_matrix(a, r, d);
+    const Masks masks = {{key0, key1}, stream0, {stream1_0, stream1_1, stream1_2}, threshold, keep_scale};
     const Matrix dx_matrix(dx, n, d);
     const Lane lane = Lane::current();
     const unsigned warp = threadIdx.x / WARP_LANES;
@@ -419,7 +450,7 @@ KERNEL(256, lora_up_bf16)
     const unsigned first_row = blockIdx.y * ROWS;
     const unsigned first_col = blockIdx.x * COLS;
 
-    // What is in dx, [16 rows][8 rows]: on its way while the product is made.
+    // What is in dx, [16 rows][8 rows]: on its way while the first product is made.
     const unsigned row = first_row + warp_row + lane.g;
     const unsigned col = first_col + warp_col + 8 * lane.t;
     uint4 before[ROW_TILES][2];
@@ -429,32 +460,53 @@ KERNEL(256, lora_up_bf16)
         before[m][1] = dx_matrix.load(row + 16 * m + 8, col);
     }
 
-    float sums[ROW_TILES][4][4] = {};
-    for (unsigned first_rank = 0; first_rank < r; first_rank += RANKS) {
-        const unsigned ranks = min(div_up(r - first_rank, 16) * 16, RANKS);
-        __syncthreads();
+    // The sums of what is kept of the adapters' products, as `before`.
+    float kept[ROW_TILES][2][8] = {};
+#pragma unroll 1
+    for (unsigned adapter = 0; adapter < adapters; adapter++) {
+        const Dropout dropout = masks.of(adapter);
+        const Matrix du_matrix(du + adapter * r, n, r, adapters * r);
+        const Matrix a_matrix(a + static_cast<uint64_t>(adapter) * r * d, r, d);
+        float sums[ROW_TILES][4][4] = {};
+        for (unsigned first_rank = 0; first_rank < r; first_rank += RANKS) {
+            const unsigned ranks = min(div_up(r - first_rank, 16) * 16, RANKS);
+            __syncthreads();
 #pragma unroll
-        for (unsigned i = 0; i < ROWS * RANKS / 8; i += 256) {
-            const unsigned tile_row = (i + threadIdx.x) / (RANKS / 8);
-            const unsigned rank = threadIdx.x % (RANKS / 8) * 8;
-            if (rank < ranks) {
-                du_matrix.copy_async(du_tile + tile_row * DU_STRIDE + rank, first_row + tile_row, first_rank + rank);
+            for (unsigned i = 0; i < ROWS * RANKS / 8; i += 256) {
+                const unsigned tile_row = (i + threadIdx.x) / (RANKS / 8);
+                const unsigned rank = threadIdx.x % (RANKS / 8) * 8;
+                if (rank < ranks) {
+                    du_matrix.copy_async(du_tile + tile_row * DU_STRIDE + rank, first_row + tile_row, first_rank + rank);
+                }
+            }
+            copy_async_commit();
+            for (unsigned rank = threadIdx.x / (COLS / 8); rank < ranks; rank += 256 / (COLS / 8)) {
+                const unsigned tile_col = threadIdx.x % (COLS / 8) * 8;
+                const uint4 eight = a_matrix.load(first_rank + rank, first_col + tile_col);
+                bf16* const group = a_tile + rank * A_STRIDE + tile_col / 32 * 32;
+                unsigned* const pairs = reinterpret_cast<unsigned*>(group) + tile_col % 32 / 8;
+                pairs[0] = eight.x;
+                pairs[4] = eight.y;
+                pairs[8] = eight.z;
+                pairs[12] = eight.w;
+            }
+            copy_async_wait<0>();
+            __syncthreads();
+            multiply(du_tile + warp_row * DU_STRIDE, DU_STRIDE, a_tile + warp_col, A_STRIDE, ranks, sums);
+        }
+#pragma unroll
+        for (unsigned m = 0; m < ROW_TILES; m++) {
+#pragma unroll
+            for (unsigned half = 0; half < 2; half++) {
+                const uint4 mask = dropout.mask(dx_matrix.index(row + 16 * m + 8 * half, col));
+                const unsigned pairs[4] = {mask.x, mask.y, mask.z, mask.w};
+#pragma unroll
+                for (unsigned j = 0; j < 4; j++) {
+                    kept[m][half][2 * j] += pairs[j] & 0x0000ffffu ? sums[m][j][2 * half] : 0.0f;
+                    kept[m][half][2 * j + 1] += pairs[j] & 0xffff0000u ? sums[m][j][2 * half + 1] : 0.0f;
+                }
             }
         }
-        copy_async_commit();
-        for (unsigned rank = threadIdx.x / (COLS / 8); rank < ranks; rank += 256 / (COLS / 8)) {
-            const unsigned tile_col = threadIdx.x % (COLS / 8) * 8;
-            const uint4 eight = a_matrix.load(first_rank + rank, first_col + tile_col);
-            bf16* const group = a_tile + rank * A_STRIDE + tile_col / 32 * 32;
-            unsigned* const pairs = reinterpret_cast<unsigned*>(group) + tile_col % 32 / 8;
-            pairs[0] = eight.x;
-            pairs[4] = eight.y;
-            pairs[8] = eight.z;
-            pairs[12] = eight.w;
-        }
-        copy_async_wait<0>();
-        __syncthreads();
-        multiply(du_tile + warp_row * DU_STRIDE, DU_STRIDE, a_tile + warp_col, A_STRIDE, ranks, sums);
     }
 
 #pragma unroll
@@ -466,14 +518,11 @@ KERNEL(256, lora_up_bf16)
                 continue;
             }
             const uint64_t first = dx_matrix.index(dx_row, col);
-            const uint4 mask = dropout.mask(first);
-            const unsigned kept[4] = {mask.x, mask.y, mask.z, mask.w};
             float values[8];
             Bf16Vector<8>{before[m][half]}.widen(values);
 #pragma unroll
-            for (unsigned j = 0; j < 4; j++) {
-                values[2 * j] += kept[j] & 0x0000ffffu ? keep_scale * sums[m][j][2 * half] : 0.0f;
-                values[2 * j + 1] += kept[j] & 0xffff0000u ? keep_scale * sums[m][j][2 * half + 1] : 0.0f;
+            for (unsigned e = 0; e < 8; e++) {
+                values[e] += keep_scale * kept[m][half][e];
             }
             if (dx_matrix.vectorized) {
                 Bf16Vector<8>::round(values).store(dx + first);

@@ -4,17 +4,23 @@
 #include "bf16_vector.cuh"
 #include "tensor_core.cuh"
 
-// Row-major. Past its edges it is zero.
+// Row-major, with rows that begin `stride` elements apart. Past its edges it is zero.
 struct Matrix {
     const bf16* __restrict__ data;
-    unsigned rows, cols;
+    unsigned rows, cols, stride;
     bool vectorized;
 
-    __device__ __forceinline__ Matrix(const bf16* data, unsigned rows, unsigned cols)
-        : data(data), rows(rows), cols(cols), vectorized(cols % 8 == 0 && are_aligned(data)) {}
+    __device__ __forceinline__ Matrix(const bf16* data, unsigned rows, unsigned cols, unsigned stride)
+        : data(data),
+          rows(rows),
+          cols(cols),
+          stride(stride),
+          vectorized(cols % 8 == 0 && stride % 8 == 0 && are_aligned(data)) {}
+
+    __device__ __forceinline__ Matrix(const bf16* data, unsigned rows, unsigned cols) : Matrix(data, rows, cols, cols) {}
 
     __device__ __forceinline__ uint64_t index(unsigned row, unsigned col) const {
-        return static_cast<uint64_t>(row) * cols + col;
+        return static_cast<uint64_t>(row) * stride + col;
     }
 
     __device__ __forceinline__ uint4 load(unsigned row, unsigned col) const {

@@ -37,7 +37,7 @@ fn step(shape: &Shape, keys: &[(&str, &str)]) -> Requests {
     let keys: Vec<_> = [
         ("per_device_train_batch_size", "2"),
         ("gradient_accumulation_steps", "1"),
-        ("lora_r", "8"),
+        ("lora_r", "32"),
     ]
     .iter()
     .chain(keys)

@@ -13,15 +13,8 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Shape`] for a tensor that is not contiguous.
 pub fn address(t: &Tensor) -> Result<u64> {
-    let (storage, layout) = t.storage_and_layout();
-    let start = first_element(layout).ok_or_else(|| not_contiguous(t))?;
-    let base = match &*storage {
-        Storage::Cpu(storage) => host_address(storage),
-        Storage::Cuda(storage) => device_address(storage),
-        Storage::Metal(_) => None,
-    };
-    let base = base.ok_or_else(|| not_contiguous(t))?;
-    Ok(base + (start * t.dtype().size_in_bytes()) as u64)
+    expect_contiguous(t)?;
+    first_element(t)
 }
 
 /// The address of the first element of a contiguous tensor that a kernel writes.
@@ -29,11 +22,63 @@ pub fn address(t: &Tensor) -> Result<u64> {
 /// # Errors
 /// As [`address`].
 pub fn address_mut(t: &Tensor) -> Result<u64> {
+    expect_contiguous(t)?;
+    first_element_mut(t)
+}
+
+/// The address of the first element of a matrix that a product reads, and how many elements apart its rows begin.
+///
+/// # Errors
+/// [`Error::Shape`] for a tensor that is no matrix, or whose rows are not contiguous.
+pub fn matrix_address(t: &Tensor) -> Result<(u64, usize)> {
+    let row_stride = row_stride(t)?;
+    Ok((first_element(t)?, row_stride))
+}
+
+/// The same of a matrix that a product writes.
+///
+/// # Errors
+/// As [`matrix_address`].
+pub fn matrix_address_mut(t: &Tensor) -> Result<(u64, usize)> {
+    let row_stride = row_stride(t)?;
+    Ok((first_element_mut(t)?, row_stride))
+}
+
+fn expect_contiguous(t: &Tensor) -> Result<()> {
+    match t.is_contiguous() {
+        true => Ok(()),
+        false => Err(wrong_tensor(t, "a contiguous tensor of numbers")),
+    }
+}
+
+fn row_stride(t: &Tensor) -> Result<usize> {
+    match (t.dims(), t.stride()) {
+        // The strides of what has a single row or column say nothing.
+        (&[_, cols], _) if t.is_contiguous() => Ok(cols),
+        (_, &[row_stride, 1]) => Ok(row_stride),
+        _ => Err(wrong_tensor(t, "a matrix of contiguous rows")),
+    }
+}
+
+fn first_element(t: &Tensor) -> Result<u64> {
+    let (storage, layout) = t.storage_and_layout();
+    let base = match &*storage {
+        Storage::Cpu(storage) => host_address(storage),
+        Storage::Cuda(storage) => device_address(storage),
+        Storage::Metal(_) => None,
+    };
+    offset(t, base, layout)
+}
+
+fn first_element_mut(t: &Tensor) -> Result<u64> {
     let find = FindAddress::default();
     t.inplace_op1(&find)?;
-    let base = find.0.get().ok_or_else(|| not_contiguous(t))?;
-    let start = first_element(t.layout()).ok_or_else(|| not_contiguous(t))?;
-    Ok(base + (start * t.dtype().size_in_bytes()) as u64)
+    offset(t, find.0.get(), t.layout())
+}
+
+fn offset(t: &Tensor, base: Option<u64>, layout: &Layout) -> Result<u64> {
+    let base = base.ok_or_else(|| wrong_tensor(t, "a tensor of numbers"))?;
+    Ok(base + (layout.start_offset() * t.dtype().size_in_bytes()) as u64)
 }
 
 /// Asks for the data as something to be changed, which is what a kernel does with it.
@@ -56,14 +101,10 @@ impl InplaceOp1 for FindAddress {
     }
 }
 
-fn first_element(layout: &Layout) -> Option<usize> {
-    layout.contiguous_offsets().map(|(start, _)| start)
-}
-
-fn not_contiguous(t: &Tensor) -> Error {
+fn wrong_tensor(t: &Tensor, expected: &str) -> Error {
     Error::Shape {
         op: "address",
-        expected: "a contiguous tensor of numbers".into(),
+        expected: expected.into(),
         found: format!("{:?} {:?}", t.dtype(), t.layout()),
     }
 }

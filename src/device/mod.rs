@@ -9,7 +9,7 @@ mod runtime;
 
 use candle_core::{DType, Device};
 
-pub use address::{address, address_mut};
+pub use address::{address, address_mut, matrix_address, matrix_address_mut};
 pub use memory::{
     anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes, reset_peak_memory, will_need,
 };

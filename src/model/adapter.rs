@@ -1,15 +1,16 @@
 //! Adapters of a decoder: made new, taken from a PEFT adapter, and given back as one.
 
 use std::collections::BTreeMap;
+use std::mem::take;
 
 use candle_core::Tensor;
 
 use super::config::DecoderConfig;
 use super::decoder::Decoder;
 use super::init_lora_weights::InitLoraWeights;
-use super::lora_linear::{LoraPair, Magnitude};
+use super::lora_linear::{LoraPair, Magnitude, StackedA};
 use super::names::Module;
-use super::parameters::{NewParameter, NewValues, Parameters, Trainable};
+use super::parameters::{NewParameter, NewValues, Parameters, TRAINED_ALIGNMENT, Trainable};
 use super::vocabulary::ModuleToSave;
 use crate::ops::linear::dora;
 use crate::ops::philox::{Normal, Uniform};
@@ -26,6 +27,54 @@ struct Factors {
     a: Vec<f32>,
     b: Vec<f32>,
     magnitude: Option<NewMagnitude>,
+}
+
+impl Factors {
+    fn name(&self, part: &str) -> String {
+        tensor_name(self.layer, self.module, part)
+    }
+
+    fn reads_input_of(&self, other: &Self) -> bool {
+        self.layer == other.layer && self.module.with_same_input().contains(&other.module)
+    }
+
+    fn new_a(&mut self) -> NewParameter {
+        let values = take(&mut self.a);
+        NewParameter {
+            name: self.name(LORA_A),
+            shape: vec![self.r, values.len() / self.r],
+            values: NewValues::Given(values),
+        }
+    }
+
+    fn new_b(&mut self) -> NewParameter {
+        let values = take(&mut self.b);
+        NewParameter {
+            name: self.name(LORA_B),
+            shape: vec![values.len() / self.r, self.r],
+            values: NewValues::Given(values),
+        }
+    }
+
+    fn new_magnitude(&mut self) -> Option<NewParameter> {
+        let values = take(&mut self.magnitude.as_mut()?.values);
+        Some(NewParameter {
+            name: self.name(MAGNITUDE),
+            shape: vec![values.len()],
+            values: NewValues::Given(values),
+        })
+    }
+}
+
+/// Whether kernels make the products of the adapters together on the layers that read the same input as `module`, of width
+/// `d_in`: they are all there, of one rank, and each A begins where the one before ends.
+pub fn are_together(module: Module, rank: impl Fn(Module) -> usize, d_in: usize) -> bool {
+    let branches = module.with_same_input();
+    let r = rank(module);
+    branches.len() > 1
+        && r > 0
+        && branches.iter().all(|&branch| rank(branch) == r)
+        && (r * d_in).is_multiple_of(TRAINED_ALIGNMENT)
 }
 
 /// The magnitudes of DoRA, and the squared norms of the rows of the weight, both `[out]`.
@@ -233,7 +282,7 @@ impl Decoder {
     /// Takes any adapter off and puts this one on, in the order of the forward pass.
     fn put_adapter(
         &mut self,
-        factors: Vec<Factors>,
+        mut factors: Vec<Factors>,
         saved: [Option<FrozenWeight>; ModuleToSave::ALL.len()],
     ) -> Result<()> {
         let whole = |module: ModuleToSave, weight: FrozenWeight| NewParameter {
@@ -242,71 +291,77 @@ impl Decoder {
             values: NewValues::Of(weight),
         };
         let [embedding, head] = saved;
-        let (has_embedding, has_head) = (embedding.is_some(), head.is_some());
-        let mut places = Vec::with_capacity(factors.len());
+        let is_saved = [embedding.is_some(), head.is_some()];
         let mut tensors = Vec::with_capacity(2 * factors.len());
         tensors.extend(embedding.map(|weight| whole(ModuleToSave::Embedding, weight)));
-        for Factors {
-            layer,
-            module,
-            r,
-            scaling,
-            a,
-            b,
-            magnitude,
-        } in factors
-        {
-            let weight = &self.linear(layer, module).weight;
-            let (d_out, d_in) = (weight.out_features(), weight.in_features());
-            tensors.push(NewParameter {
-                name: tensor_name(layer, module, LORA_A),
-                shape: vec![r, d_in],
-                values: NewValues::Given(a),
-            });
-            tensors.push(NewParameter {
-                name: tensor_name(layer, module, LORA_B),
-                shape: vec![d_out, r],
-                values: NewValues::Given(b),
-            });
-            let weight_squares = magnitude.map(|magnitude| {
-                tensors.push(NewParameter {
-                    name: tensor_name(layer, module, MAGNITUDE),
-                    shape: vec![d_out],
-                    values: NewValues::Given(magnitude.values),
-                });
-                magnitude.weight_squares
-            });
-            places.push(((layer, module), scaling, weight_squares));
+        for branches in factors.chunk_by_mut(Factors::reads_input_of) {
+            // Side by side the A are one matrix.
+            tensors.extend(branches.iter_mut().map(Factors::new_a));
+            tensors.extend(branches.iter_mut().map(Factors::new_b));
+            tensors.extend(branches.iter_mut().filter_map(Factors::new_magnitude));
         }
         tensors.extend(head.map(|weight| whole(ModuleToSave::Head, weight)));
         let parameters = Parameters::new(tensors, self.placement())?;
-        let device = self.placement().device.clone();
-        let mut index = 0..;
-        let mut next = || parameters.trainable(index.next().expect("there is no last number"));
-        let embedding = has_embedding.then(&mut next).transpose()?;
-        let mut pairs = Vec::with_capacity(places.len());
-        for (place, scaling, weight_squares) in places {
-            let (a, b) = (next()?, next()?);
-            let magnitude = match weight_squares {
-                None => None,
-                Some(squares) => Some(Magnitude {
-                    trainable: next()?,
-                    weight_squares: Tensor::new(squares, &device)?,
-                    lasting_scales: None,
-                }),
-            };
-            let pair = LoraPair {
-                a,
-                b,
-                magnitude,
-                scaling,
-                place,
-            };
-            pairs.push((place, pair));
+        let mut pairs = Vec::with_capacity(factors.len());
+        for branches in factors.chunk_by(Factors::reads_input_of) {
+            let mut stack = self.stacked(branches, &parameters)?;
+            for factors in branches {
+                let part = |part| parameters.trainable(&factors.name(part));
+                let magnitude = match &factors.magnitude {
+                    None => None,
+                    Some(NewMagnitude { weight_squares, .. }) => Some(Magnitude {
+                        trainable: part(MAGNITUDE)?,
+                        weight_squares: Tensor::new(&weight_squares[..], &self.placement().device)?,
+                        lasting_scales: None,
+                    }),
+                };
+                let place = (factors.layer, factors.module);
+                let pair = LoraPair {
+                    a: part(LORA_A)?,
+                    b: part(LORA_B)?,
+                    magnitude,
+                    scaling: factors.scaling,
+                    place,
+                    stack: stack.take(),
+                };
+                pairs.push((place, pair));
+            }
         }
-        let head = has_head.then(&mut next).transpose()?;
-        self.set_parameters(parameters, pairs, [embedding, head]);
+        let mut saved = [None, None];
+        for ((module, is_saved), saved) in
+            ModuleToSave::ALL.into_iter().zip(is_saved).zip(&mut saved)
+        {
+            if is_saved {
+                *saved = Some(parameters.trainable(&module.tensor_name())?);
+            }
+        }
+        self.set_parameters(parameters, pairs, saved);
         Ok(())
+    }
+
+    /// The A of adapters whose products with their input are made together, if they are.
+    fn stacked(&self, branches: &[Factors], parameters: &Parameters) -> Result<Option<StackedA>> {
+        let [first, _, ..] = branches else {
+            return Ok(None);
+        };
+        let ranks = |module: Module| {
+            let of_module = branches.iter().find(|factors| factors.module == module);
+            of_module.map_or(0, |factors| factors.r)
+        };
+        let has_magnitude = branches.iter().any(|factors| factors.magnitude.is_some());
+        let d_in = self.linear(first.layer, first.module).weight.in_features();
+        if !self.placement().uses_kernels()
+            || has_magnitude
+            || !are_together(first.module, ranks, d_in)
+        {
+            return Ok(None);
+        }
+        let names: Vec<_> = branches
+            .iter()
+            .map(|factors| factors.name(LORA_A))
+            .collect();
+        let (value, grad) = parameters.together(&names)?;
+        Ok(Some(StackedA { value, grad }))
     }
 
     /// The adapters as a PEFT adapter, in f32.

@@ -15,6 +15,7 @@ use candle_core::Tensor;
 
 pub use mlp::MLP_TILE_ROWS;
 
+use super::branches::Branches;
 use super::kv_cache::CachedRows;
 use super::lora_dropout::LoraDropout;
 use super::lora_linear::LoraLinear;
@@ -153,6 +154,10 @@ impl Block {
         }
     }
 
+    fn qkv(&self) -> Branches<'_, 3> {
+        Branches([&self.q, &self.k, &self.v])
+    }
+
     pub(super) fn has_lora(&self) -> bool {
         Module::ALL
             .into_iter()
@@ -243,9 +248,7 @@ impl Block {
 
     fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
         let h = rms_norm::forward(x, &self.input_norm, self.eps)?;
-        let (q, u_q) = self.q.forward(&h, layout.dropout)?;
-        let (k, u_k) = self.k.forward(&h, layout.dropout)?;
-        let (v, u_v) = self.v.forward(&h, layout.dropout)?;
+        let [(q, u_q), (k, u_k), (v, u_v)] = self.qkv().forward(&h, layout.dropout)?;
         let (q, k, raw) = match &self.qk_norm {
             None => (q, k, None),
             Some((q_norm, k_norm)) => {
@@ -302,18 +305,11 @@ impl Block {
         let d_qkv = attention::backward(&d_out, operands, &attention, layout.segments, self.heads)?;
         drop((d_out, attention));
         let h = rms_norm::forward(&x, &self.input_norm, self.eps)?;
-        let [d_q, d_k, d_v] = self.rotary_backward(d_qkv, &qkv, layout)?;
-        let branches = [(&self.q, d_q), (&self.k, d_k), (&self.v, d_v)];
-        let mut d_h = None;
-        for ((linear, d_out), u) in branches.into_iter().zip(&qkv.u) {
-            match input {
-                InputGrad::Needed => {
-                    d_h = Some(linear.backward(&d_out, &h, u.as_ref(), dropout, d_h)?);
-                }
-                InputGrad::Skip => linear.backward_adapter(&d_out, &h, u.as_ref(), dropout)?,
-            }
-        }
-        let Some(d_h) = d_h else { return Ok(None) };
+        let d_qkv = self.rotary_backward(d_qkv, &qkv, layout)?;
+        let u = qkv.u.each_ref().map(Option::as_ref);
+        let Some(d_h) = self.qkv().backward(d_qkv, &h, u, dropout, input)? else {
+            return Ok(None);
+        };
         rms_norm::backward(&d_h, &x, &self.input_norm, self.eps, &d_residual)?;
         Ok(Some(d_residual))
     }

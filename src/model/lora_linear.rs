@@ -8,7 +8,7 @@ use super::lora_dropout::LoraDropout;
 use super::names::Module;
 use super::parameters::Trainable;
 use crate::ops::dropout::Mask;
-use crate::ops::linear::{self, Lora, LoraGrad, dora};
+use crate::ops::linear::{self, Branch, Lora, LoraGrad, dora};
 use crate::ops::matrix_dropout::{self, FactorMasks};
 use crate::ops::weight::Weight;
 use crate::{Error, Result};
@@ -56,16 +56,27 @@ pub struct LoraPair {
     pub scaling: f64,
     /// The layer and module it sits on, which have dropout masks of their own.
     pub place: (usize, Module),
+    /// Of the first of several adapters whose products with their input kernels make together.
+    pub stack: Option<StackedA>,
+}
+
+/// The A of all adapters on layers that read the same input, one after another.
+#[derive(Debug, Clone)]
+pub struct StackedA {
+    /// `[J R, in]`.
+    pub value: Tensor,
+    /// f32.
+    pub grad: Tensor,
 }
 
 /// An adapter as one instance of a micro-batch has it.
-struct Factors<'a> {
+pub(super) struct Factors<'a> {
     pair: &'a LoraPair,
     /// Those of the pair, or masked copies of them.
     a: Tensor,
     b: Tensor,
     masks: Option<FactorMasks>,
-    mask: Option<Mask>,
+    pub(super) mask: Option<Mask>,
     scaling: f32,
 }
 
@@ -74,7 +85,7 @@ impl LoraPair {
     ///
     /// # Errors
     /// [`Error::Config`] for dropout on the matrices of an adapter of DoRA's.
-    fn factors(&self, dropout: LoraDropout) -> Result<Factors<'_>> {
+    pub(super) fn factors(&self, dropout: LoraDropout) -> Result<Factors<'_>> {
         let (layer, module) = (self.place.0, self.place.1 as usize);
         let masks = dropout.matrices;
         if self.magnitude.is_some() && masks.is_some() {
@@ -98,12 +109,23 @@ impl LoraPair {
 }
 
 impl Factors<'_> {
-    fn lora(&self) -> Lora<'_> {
+    pub(super) fn lora(&self) -> Lora<'_> {
         Lora {
             a: &self.a,
             b: &self.b,
             scaling: self.scaling,
             mask: self.mask,
+        }
+    }
+
+    /// What backward through a stack of adapters takes of this one.
+    pub(super) fn branch<'a>(&'a self, dy: &'a Tensor, u: &'a Tensor) -> Branch<'a> {
+        Branch {
+            dy,
+            u,
+            b: &self.b,
+            scaling: self.scaling,
+            d_b: &self.pair.b.grad,
         }
     }
 

@@ -3,6 +3,7 @@
 mod adapter;
 mod approximation;
 mod block;
+mod branches;
 mod config;
 mod decoder;
 mod init_lora_weights;
@@ -18,7 +19,7 @@ mod rope_frequencies;
 mod training_pass;
 mod vocabulary;
 
-pub use adapter::RankAndScaling;
+pub use adapter::{RankAndScaling, are_together};
 pub use approximation::{ApproximationError, LoraFactors};
 pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, MLP_TILE_ROWS, Saved};
 pub use config::*;
@@ -28,7 +29,7 @@ pub use initialize::{InitializeOptions, InitializingQuantizer};
 pub use kv_cache::KvCache;
 pub use load::block_sizes;
 pub use lora_dropout::LoraDropout;
-pub use lora_linear::{LoraLinear, LoraPair, Magnitude};
+pub use lora_linear::{LoraLinear, LoraPair, Magnitude, StackedA};
 pub use names::Module;
 pub use parameters::{LowerHalves, Parameters, Slot, TRAINED_ALIGNMENT, Trainable};
 pub use training_pass::{MicroBatch, Regularization};

@@ -23,6 +23,16 @@ impl Module {
         Self::Down,
     ];
 
+    /// The modules that read the same input as this one, with itself.
+    pub fn with_same_input(self) -> &'static [Self] {
+        match self {
+            Self::Q | Self::K | Self::V => &[Self::Q, Self::K, Self::V],
+            Self::O => &[Self::O],
+            Self::Gate | Self::Up => &[Self::Gate, Self::Up],
+            Self::Down => &[Self::Down],
+        }
+    }
+
     /// The name that `target_modules` lists.
     pub fn name(self) -> &'static str {
         match self {

@@ -215,14 +215,40 @@ impl Parameters {
         })
     }
 
-    /// Views of the tensor number `index`.
-    pub(super) fn trainable(&self, index: usize) -> Result<Trainable> {
-        let slot = &self.slots[index];
+    fn slot(&self, name: &str) -> &Slot {
+        let slot = self.slots.iter().find(|slot| slot.name == name);
+        slot.unwrap_or_else(|| panic!("{name} is trained"))
+    }
+
+    /// Views of a tensor that is there.
+    pub(super) fn trainable(&self, name: &str) -> Result<Trainable> {
+        let slot = self.slot(name);
         Ok(Trainable {
             value: slot.view(&self.values)?,
             low: self.low.as_ref().map(|low| low.of(slot)).transpose()?,
             grad: slot.view(&self.grads)?,
         })
+    }
+
+    /// The values and the gradients of matrices that lie one right after another, as those of one: `[rows of all, cols]`.
+    pub(super) fn together(&self, names: &[String]) -> Result<(Tensor, Tensor)> {
+        let slots: Vec<&Slot> = names.iter().map(|name| self.slot(name)).collect();
+        for pair in slots.windows(2) {
+            let gap = pair[0].range.end..pair[1].range.start;
+            assert!(
+                gap.start == gap.end,
+                "there is a gap before {}",
+                pair[1].name
+            );
+        }
+        let (first, last) = (slots[0], slots[slots.len() - 1]);
+        let rows = slots.iter().map(|slot| slot.shape[0]).sum();
+        let all = Slot {
+            name: first.name.clone(),
+            shape: vec![rows, first.shape[1]],
+            range: first.range.start..last.range.end,
+        };
+        Ok((all.view(&self.values)?, all.view(&self.grads)?))
     }
 
     /// The flat values, `[n]`: f32, or the upper halves in bf16.
@@ -240,7 +266,7 @@ impl Parameters {
         &self.grads
     }
 
-    /// Where each tensor lies, in the order of the forward pass.
+    /// Where each tensor lies: in the order of the forward pass, of layers that read the same input all A before all B.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
     }

@@ -64,7 +64,7 @@ impl Grid {
     }
 }
 
-/// A matrix of a product: a tensor, or its transpose.
+/// A matrix of a product: a tensor whose rows are contiguous, or its transpose.
 #[derive(Clone, Copy)]
 pub(super) struct Factor<'a> {
     tensor: &'a Tensor,
@@ -98,9 +98,10 @@ impl<'a> Factor<'a> {
 
     fn matrix(&self, op: &'static str) -> Result<Matrix> {
         expect_dtype(op, self.tensor, DType::BF16)?;
+        let (address, row_stride) = device::matrix_address(self.tensor)?;
         Ok(Matrix {
-            address: device::address(self.tensor)?,
-            row_stride: self.tensor.dim(1)?,
+            address,
+            row_stride,
             is_transposed: self.is_transposed,
         })
     }
@@ -222,7 +223,7 @@ impl Launcher {
     /// `c = alpha a b`, or with `beta` 1 the same added to `c`; sums in f32.
     ///
     /// # Shapes
-    /// `a: [m, k]`, `b: [k, n]` in bf16, `c: [m, n]` in bf16 or f32.
+    /// `a: [m, k]`, `b: [k, n]` in bf16, `c: [m, n]` in bf16 or f32, with contiguous rows.
     pub(super) fn gemm(
         &self,
         op: &'static str,
@@ -243,19 +244,21 @@ impl Launcher {
         if m * n == 0 {
             return Ok(());
         }
+        let (a, b) = (a.matrix(op)?, b.matrix(op)?);
+        let (c_address, c_row_stride) = device::matrix_address_mut(c)?;
         let gemm = Gemm {
             m,
             n,
             k,
-            a: a.matrix(op)?,
-            b: b.matrix(op)?,
-            c_address: device::address_mut(c)?,
-            c_row_stride: n,
+            a,
+            b,
+            c_address,
+            c_row_stride,
             c_dtype: c.dtype(),
             alpha,
             beta,
         };
-        // SAFETY: the tensors are contiguous and have just been found to have these shapes.
+        // SAFETY: the tensors have just been found to have these shapes and strides.
         unsafe { self.runtime.gemm(&gemm) }
     }
 

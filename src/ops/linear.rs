@@ -9,6 +9,7 @@
 
 mod adapter;
 pub mod dora;
+mod kernels;
 mod masked;
 
 use candle_core::{DType, Tensor};
@@ -24,6 +25,7 @@ use crate::Result;
 use masked::Masked;
 
 pub use adapter::{add_adapter, add_adapter_backward};
+pub use kernels::{Branch, Stack, dropout_scratch_bytes};
 
 const OP: &str = "linear";
 
@@ -48,6 +50,17 @@ pub struct Lora<'a> {
     pub mask: Option<Mask>,
 }
 
+impl Lora<'_> {
+    /// By itself, for the kernels.
+    fn stack(&self) -> Stack<'_> {
+        Stack {
+            a: self.a,
+            adapters: 1,
+            masks: self.mask.as_slice(),
+        }
+    }
+}
+
 /// Where an adapter's gradients are added, shaped as its factors.
 #[derive(Clone, Copy)]
 pub struct LoraGrad<'a> {
@@ -65,27 +78,42 @@ pub fn forward(
     bias: Option<&Tensor>,
     lora: Option<Lora<'_>>,
 ) -> Result<(Tensor, Option<Tensor>)> {
+    let u = lora.map(|lora| down_project(x, lora)).transpose()?;
+    let y = forward_with_u(x, weight, bias, lora.zip(u.as_ref()))?;
+    Ok((y, u))
+}
+
+/// The `y` of [`forward`], for the adapter's `u`.
+///
+/// # Shapes
+/// `x: [N, in]`, `bias: [out]`, `u: [N, R]` -> `y: [N, out]`.
+pub fn forward_with_u(
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+    lora: Option<(Lora<'_>, &Tensor)>,
+) -> Result<Tensor> {
     let _span = tracing::trace_span!("linear").entered();
     let (n, d_in) = x.dims2()?;
     let d_out = weight.out_features();
     expect_dims(OP, "x", x, &[n, weight.in_features()])?;
-    if let Some(lora) = &lora {
+    if let Some((lora, u)) = &lora {
         expect_factors(lora, d_in, d_out)?;
+        expect_dims(OP, "u", u, &[n, lora.a.dim(0)?])?;
     }
     if let Some(launcher) = Launcher::of(OP, x)? {
         return forward_on_device(&launcher, x, weight, bias, lora);
     }
-    let u = lora.map(|lora| down_project(x, lora)).transpose()?;
     let x = read(OP, x)?;
     let x = Mat::new(&x, n, d_in);
-    let lora_data = match (&lora, &u) {
-        (Some(lora), Some(u)) => Some((
+    let lora_data = match lora {
+        Some((lora, u)) => Some((
             read(OP, u)?,
             read(OP, lora.b)?,
             lora.b.dims2()?.1,
             lora.scaling,
         )),
-        _ => None,
+        None => None,
     };
     let bias = bias.map(|bias| read(OP, bias)).transpose()?;
     let fill = |y: Shared<'_>| {
@@ -117,9 +145,7 @@ pub fn forward(
         });
     };
     // SAFETY: the first product overwrites every tile.
-    let y = unsafe { cpu::build_uninit((n, d_out), |y| fill(Shared::uninit(y)))? };
-    drop(lora_data);
-    Ok((y, u))
+    unsafe { cpu::build_uninit((n, d_out), |y| fill(Shared::uninit(y))) }
 }
 
 fn expect_factors(lora: &Lora<'_>, d_in: usize, d_out: usize) -> Result<()> {
@@ -133,8 +159,8 @@ fn forward_on_device(
     x: &Tensor,
     weight: &Weight,
     bias: Option<&Tensor>,
-    lora: Option<Lora<'_>>,
-) -> Result<(Tensor, Option<Tensor>)> {
+    lora: Option<(Lora<'_>, &Tensor)>,
+) -> Result<Tensor> {
     let (n, d_out) = (x.dim(0)?, weight.out_features());
     let y = launcher.empty((n, d_out), DType::BF16)?;
     let w = weight.dense(launcher)?;
@@ -150,11 +176,11 @@ fn forward_on_device(
         // SAFETY: y has rows of d_out elements, the bias has one.
         unsafe { launcher.launch("linear_add_bias_bf16", Grid::blocks(n, 1), &operands)? };
     }
-    let Some(lora) = lora else {
-        return Ok((y, None));
-    };
-    let u = adapter::add_adapter_on_device(launcher, x, lora, &y)?;
-    Ok((y, Some(u)))
+    if let Some((lora, u)) = lora {
+        let factors = (Factor::new(u), Factor::transposed(lora.b));
+        launcher.gemm(OP, factors, &y, lora.scaling, 1.0)?;
+    }
+    Ok(y)
 }
 
 /// `u = x' A^T`.
@@ -167,15 +193,7 @@ pub fn down_project(x: &Tensor, lora: Lora<'_>) -> Result<Tensor> {
     let r = lora.a.dim(0)?;
     expect_dims(OP, "lora_a", lora.a, &[r, d_in])?;
     if let Some(launcher) = Launcher::of(OP, x)? {
-        return match &lora.mask {
-            Some(mask) => masked::down_project_on_device(&launcher, x, lora.a, mask),
-            None => {
-                let u = launcher.empty((n, r), DType::BF16)?;
-                let factors = (Factor::new(x), Factor::transposed(lora.a));
-                launcher.gemm(OP, factors, &u, 1.0, 0.0)?;
-                Ok(u)
-            }
-        };
+        return lora.stack().down(&launcher, x);
     }
     let (x, a) = (read(OP, x)?, read(OP, lora.a)?);
     let a = Mat::new(&a, r, d_in);
@@ -186,11 +204,6 @@ pub fn down_project(x: &Tensor, lora: Lora<'_>) -> Result<Tensor> {
         }
         None => matmul_by_rows(u, Into::Overwrite, Mat::new(&x, n, d_in), a.t(), 1.0),
     })
-}
-
-/// Bytes that kernels take besides their results for an adapter with dropout: in forward, and in [`backward_lora`].
-pub fn dropout_scratch_bytes(n: usize, d_in: usize, r: usize) -> [u64; 2] {
-    masked::partial_bytes(n, d_in, r)
 }
 
 /// Adds the gradients of an adapter's factors and gives `du = scaling dy B: [N, R]`.
@@ -215,16 +228,15 @@ pub fn backward_lora(
     expect_dims(OP, "d_lora_b", grad.d_b, &[d_out, r])?;
     if let Some(launcher) = Launcher::of(OP, dy)? {
         let du = launcher.empty((n, r), DType::BF16)?;
-        let (dy, by_row) = (Factor::new(dy), Factor::transposed(dy));
-        launcher.gemm(OP, (dy, Factor::new(lora.b)), &du, lora.scaling, 0.0)?;
-        launcher.gemm(OP, (by_row, Factor::new(u)), grad.d_b, lora.scaling, 1.0)?;
-        match &lora.mask {
-            Some(mask) => masked::add_grad_a_on_device(&launcher, x, &du, mask, grad.d_a)?,
-            None => {
-                let factors = (Factor::transposed(&du), Factor::new(x));
-                launcher.gemm(OP, factors, grad.d_a, 1.0, 1.0)?;
-            }
-        }
+        let branch = Branch {
+            dy,
+            u,
+            b: lora.b,
+            scaling: lora.scaling,
+            d_b: grad.d_b,
+        };
+        branch.backward(&launcher, &du)?;
+        lora.stack().add_grad_a(&launcher, x, &du, grad.d_a)?;
         return Ok(du);
     }
     let (dy, x, u, b) = (read(OP, dy)?, read(OP, x)?, read(OP, u)?, read(OP, lora.b)?);
@@ -368,7 +380,7 @@ fn backward_input_on_device(
     let w = weight.dense(launcher)?;
     launcher.gemm(OP, (Factor::new(dy), Factor::new(&w)), &dx, 1.0, beta)?;
     if let Some((du, lora)) = lora {
-        adapter::add_adapter_backward_on_device(launcher, du, lora, &dx)?;
+        lora.stack().add_up(launcher, du, &dx)?;
     }
     Ok(dx)
 }

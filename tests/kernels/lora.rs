@@ -7,18 +7,19 @@ use crate::device_under_test::{Arg, Buffer, DeviceUnderTest, assert_kernel_close
 use crate::kernel_test;
 use crate::random_values::{exact, random_bf16, round};
 
-/// `x: [n, d]` with an adapter of rank `r`; the launches that allow it split their sums into `splits`.
+/// `x: [n, d]` with adapters of rank `r`; the launches that allow it split their sums into `splits`.
 #[derive(Clone, Copy)]
 struct Case {
     n: usize,
     d: usize,
     r: usize,
+    adapters: usize,
     splits: usize,
 }
 
 /// One row, the usual ranks and odd ones, rows that 16-byte accesses can and cannot take, several blocks in each direction,
-/// and more splits than there is work for.
-const CASES: [Case; 8] = [
+/// more splits than there is work for, and several adapters, whose ranks do and do not fill blocks and accesses.
+const CASES: [Case; 12] = [
     case(1, 8, 1, 1),
     case(42, 136, 16, 1),
     case(130, 264, 64, 2),
@@ -27,23 +28,33 @@ const CASES: [Case; 8] = [
     case(67, 131, 17, 2),
     case(3, 24, 8, 5),
     case(33, 128, 130, 1),
+    case(67, 136, 16, 2).of(3),
+    case(42, 264, 72, 1).of(2),
+    case(21, 37, 3, 2).of(3),
+    case(5, 24, 130, 1).of(2),
 ];
 
 const fn case(n: usize, d: usize, r: usize, splits: usize) -> Case {
-    Case { n, d, r, splits }
+    Case {
+        n,
+        d,
+        r,
+        adapters: 1,
+        splits,
+    }
 }
 
-/// The last arguments of each kernel.
+/// The last arguments of each kernel: the second word of the stream is that of each adapter.
 #[derive(Clone, Copy)]
 struct Dropout {
     key: [u32; 2],
-    stream: [u32; 2],
+    stream: (u32, [u32; 3]),
     threshold: u32,
 }
 
 const NO_DROPOUT: Dropout = Dropout {
     key: [1, 2],
-    stream: [3, 4],
+    stream: (3, [4, 9, 5]),
     threshold: 0,
 };
 
@@ -58,23 +69,23 @@ impl Dropout {
         65_536.0 / (65_536 - self.threshold) as f32
     }
 
-    /// The 16 random bits of an element.
-    fn number(&self, element: usize) -> u32 {
+    /// The 16 random bits of an element for one of the adapters.
+    fn number(&self, adapter: usize, element: usize) -> u32 {
         let call = (element / 8) as u64;
         let counter = [
             call as u32,
             (call >> 32) as u32,
-            self.stream[0],
-            self.stream[1],
+            self.stream.0,
+            self.stream.1[adapter],
         ];
         let word = philox(self.key, counter)[element % 8 / 2];
         word >> (16 * (element % 2)) & 0xffff
     }
 
-    /// 0 or the scale of each element.
-    fn factors(&self, elements: usize) -> Vec<f32> {
+    /// 0 or the scale of each element for one of the adapters.
+    fn factors(&self, adapter: usize, elements: usize) -> Vec<f32> {
         let factor = |element| {
-            if self.number(element) >= self.threshold {
+            if self.number(adapter, element) >= self.threshold {
                 self.keep_scale()
             } else {
                 0.0
@@ -83,12 +94,15 @@ impl Dropout {
         (0..elements).map(factor).collect()
     }
 
-    fn args(&self) -> [Arg<'static>; 6] {
+    fn args(&self) -> [Arg<'static>; 8] {
+        let (first, [q, k, v]) = self.stream;
         [
             Arg::U32(self.key[0]),
             Arg::U32(self.key[1]),
-            Arg::U32(self.stream[0]),
-            Arg::U32(self.stream[1]),
+            Arg::U32(first),
+            Arg::U32(q),
+            Arg::U32(k),
+            Arg::U32(v),
             Arg::U32(self.threshold),
             Arg::F32(self.keep_scale()),
         ]
@@ -96,8 +110,17 @@ impl Dropout {
 }
 
 impl Case {
-    fn sizes(&self) -> [Arg<'static>; 3] {
-        [self.n, self.d, self.r].map(|size| Arg::U32(size as u32))
+    const fn of(self, adapters: usize) -> Self {
+        Self { adapters, ..self }
+    }
+
+    fn sizes(&self) -> [Arg<'static>; 4] {
+        [self.n, self.d, self.r, self.adapters].map(|size| Arg::U32(size as u32))
+    }
+
+    /// Ranks of all adapters together.
+    fn ranks(&self) -> usize {
+        self.adapters * self.r
     }
 
     fn x(&self) -> Vec<bf16> {
@@ -105,11 +128,11 @@ impl Case {
     }
 
     fn a(&self) -> Vec<bf16> {
-        random_bf16(2, self.r * self.d)
+        random_bf16(2, self.ranks() * self.d)
     }
 
     fn du(&self) -> Vec<bf16> {
-        random_bf16(3, self.n * self.r)
+        random_bf16(3, self.n * self.ranks())
     }
 
     /// Room for the sums of each split of a result, and what takes its place where there is one split.
@@ -148,9 +171,10 @@ impl Case {
         dropout: Dropout,
     ) -> Vec<bf16> {
         let (x, a) = (device.upload(x), device.upload(a));
-        let u = device.poisoned::<bf16>(self.n * self.r);
-        let partial = self.partial(device, self.n * self.r);
-        let blocks = self.n.div_ceil(64) * self.r.div_ceil(64);
+        let count = self.n * self.ranks();
+        let u = device.poisoned::<bf16>(count);
+        let partial = self.partial(device, count);
+        let blocks = self.n.div_ceil(64) * self.adapters * self.r.div_ceil(64);
         let mut args = vec![Arg::Buffer(&x), Arg::Buffer(&a)];
         args.extend(self.sizes());
         args.extend([Arg::Buffer(&u), or_null(&partial)]);
@@ -161,7 +185,7 @@ impl Case {
             0,
             &args,
         );
-        self.sum_splits(device, "lora_down_sum_bf16", &partial, &u, self.n * self.r);
+        self.sum_splits(device, "lora_down_sum_bf16", &partial, &u, count);
         device.download(&u)
     }
 
@@ -174,9 +198,10 @@ impl Case {
         dropout: Dropout,
     ) -> Vec<f32> {
         let (x, du) = (device.upload(x), device.upload(du));
-        let d_a = device.upload(&vec![before; self.r * self.d]);
-        let partial = self.partial(device, self.r * self.d);
-        let blocks = self.d.div_ceil(128) * self.r.div_ceil(64);
+        let count = self.ranks() * self.d;
+        let d_a = device.upload(&vec![before; count]);
+        let partial = self.partial(device, count);
+        let blocks = self.d.div_ceil(128) * self.adapters * self.r.div_ceil(64);
         let mut args = vec![Arg::Buffer(&x), Arg::Buffer(&du)];
         args.extend(self.sizes());
         args.extend([Arg::Buffer(&d_a), or_null(&partial)]);
@@ -187,13 +212,7 @@ impl Case {
             0,
             &args,
         );
-        self.sum_splits(
-            device,
-            "lora_grad_a_sum_f32",
-            &partial,
-            &d_a,
-            self.r * self.d,
-        );
+        self.sum_splits(device, "lora_grad_a_sum_f32", &partial, &d_a, count);
         device.download(&d_a)
     }
 
@@ -241,12 +260,14 @@ fn product(
         .unzip()
 }
 
-fn dropped(x: &[bf16], dropout: Dropout) -> Vec<f32> {
-    let factors = dropout.factors(x.len());
-    x.iter()
-        .zip(factors)
-        .map(|(x, factor)| x.to_f32() * factor)
-        .collect()
+/// What dropout leaves of `x` for each adapter.
+fn dropped(x: &[bf16], case: Case, dropout: Dropout) -> Vec<Vec<f32>> {
+    let for_adapter = |adapter| {
+        let factors = dropout.factors(adapter, x.len());
+        let kept = x.iter().zip(factors);
+        kept.map(|(x, factor)| x.to_f32() * factor).collect()
+    };
+    (0..case.adapters).map(for_adapter).collect()
 }
 
 kernel_test!(down_multiplies_what_dropout_leaves_of_x, |device| {
@@ -254,14 +275,20 @@ kernel_test!(down_multiplies_what_dropout_leaves_of_x, |device| {
         let Case { n, d, r, .. } = case;
         for dropout in [NO_DROPOUT, DROPOUT] {
             let (x, a) = (case.x(), case.a());
-            let kept = dropped(&x, dropout);
-            let (u, _) = product(
-                [n, d, r],
-                |i, k| kept[i * d + k],
-                |k, j| a[j * d + k].to_f32(),
-            );
+            let kept = dropped(&x, case, dropout);
+            // The ranks of the adapters are the columns of u, one adapter after another.
+            let (mut u, mut rounded) = (Vec::new(), Vec::new());
+            for row in 0..n {
+                for (adapter, kept) in kept.iter().enumerate() {
+                    let a = &a[adapter * r * d..];
+                    let x = &kept[row * d..];
+                    let (row, _) = product([1, d, r], |_, k| x[k], |k, j| a[j * d + k].to_f32());
+                    rounded.extend(round(&row));
+                    u.extend(row);
+                }
+            }
             let got = case.down(device, &x, &a, dropout);
-            assert_kernel_close("u", &got, &u, &round(&u));
+            assert_kernel_close("u", &got, &u, &rounded);
         }
     }
 });
@@ -273,14 +300,14 @@ kernel_test!(
             let Case { n, d, r, .. } = case;
             for dropout in [NO_DROPOUT, DROPOUT] {
                 let (x, du) = (case.x(), case.du());
-                let kept = dropped(&x, dropout);
-                let (mut d_a, mut low_precision) = product(
-                    [r, n, d],
-                    |i, k| du[k * r + i].to_f32(),
-                    |k, j| kept[k * d + j],
-                );
-                d_a.iter_mut().for_each(|d_a| *d_a += 0.25);
-                low_precision.iter_mut().for_each(|d_a| *d_a += 0.25);
+                let (mut d_a, mut low_precision) = (Vec::new(), Vec::new());
+                for (adapter, kept) in dropped(&x, case, dropout).iter().enumerate() {
+                    let du = |k: usize, i: usize| du[k * case.ranks() + adapter * r + i];
+                    let (exact, low) =
+                        product([r, n, d], |i, k| du(k, i).to_f32(), |k, j| kept[k * d + j]);
+                    d_a.extend(exact.iter().map(|d_a| d_a + 0.25));
+                    low_precision.extend(low.iter().map(|d_a| d_a + 0.25));
+                }
                 let got = case.grad_a(device, &x, &du, 0.25, dropout);
                 assert_kernel_close("d_a", &got, &d_a, &low_precision);
             }
@@ -288,21 +315,25 @@ kernel_test!(
     }
 );
 
-kernel_test!(up_adds_what_dropout_leaves_of_the_product, |device| {
+kernel_test!(up_adds_what_dropout_leaves_of_the_products, |device| {
     for case in CASES {
         let Case { n, d, r, .. } = case;
         for dropout in [NO_DROPOUT, DROPOUT] {
             let (du, a, before) = (case.du(), case.a(), random_bf16(4, n * d));
-            let (product, _) = product(
-                [n, r, d],
-                |i, k| du[i * r + k].to_f32(),
-                |k, j| a[k * d + j].to_f32(),
-            );
-            let factors = exact(&dropout.factors(n * d));
-            let added = exact(&before).into_iter().zip(product).zip(factors);
-            let dx: Vec<f64> = added
-                .map(|((before, product), factor)| before + factor * product)
-                .collect();
+            let mut dx = exact(&before);
+            for adapter in 0..case.adapters {
+                let du = |i: usize, k: usize| du[i * case.ranks() + adapter * r + k];
+                let a = &a[adapter * r * d..];
+                let (product, _) = product(
+                    [n, r, d],
+                    |i, k| du(i, k).to_f32(),
+                    |k, j| a[k * d + j].to_f32(),
+                );
+                let factors = exact(&dropout.factors(adapter, n * d));
+                for ((dx, product), factor) in dx.iter_mut().zip(product).zip(factors) {
+                    *dx += factor * product;
+                }
+            }
             let got = case.up(device, &du, &a, &before, dropout);
             assert_kernel_close("dx", &got, &dx, &round(&dx));
         }
@@ -326,12 +357,12 @@ kernel_test!(the_three_kernels_drop_what_philox_says, |device| {
     // does not start at the first of eight numbers.
     for ((n, d), just_kept) in [((40, 72), 29), ((40, 72), 30), ((21, 37), 50)] {
         let dropout = Dropout {
-            threshold: DROPOUT.number(just_kept),
+            threshold: DROPOUT.number(0, just_kept),
             ..DROPOUT
         };
         let of_rank = |r| case(n, d, r, 1);
         let ones = |count| vec![bf16::ONE; count];
-        let factors = dropout.factors(n * d);
+        let factors = dropout.factors(0, n * d);
         let shown_by_down = of_rank(d).down(device, &ones(n * d), &identity(d), dropout);
         assert_eq!(shown_by_down, round(&factors), "down, [{n}, {d}]");
         let shown_by_grad_a = of_rank(n).grad_a(device, &ones(n * d), &identity(n), 0.0, dropout);
@@ -362,10 +393,10 @@ kernel_test!(a_tenth_is_dropped_where_a_tenth_is_asked_for, |device| {
 });
 
 kernel_test!(without_dropout_the_random_numbers_have_no_part, |device| {
-    let case = CASES[1];
+    let case = CASES[1].of(3);
     let other_numbers = Dropout {
         key: [7, 8],
-        stream: [9, 10],
+        stream: (9, [10, 11, 12]),
         ..NO_DROPOUT
     };
     let (x, a, du) = (case.x(), case.a(), case.du());

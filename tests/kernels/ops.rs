@@ -11,7 +11,7 @@ use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segments};
 use qlora::ops::dropout::Dropout;
 use qlora::ops::linear::dora::{self, Magnitude};
-use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
+use qlora::ops::linear::{self, Branch, Lora, LoraGrad, ReferenceLora, Stack};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
 use qlora::ops::table::{PagedTable, Table};
@@ -304,6 +304,88 @@ placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
             low: double(&want.grads[0].low),
         };
         want.assert_close("dx added to dx", &twice);
+    }
+});
+
+placement_test!(in_every_order a_stack_of_adapters_equals_its_reference, |at| {
+    let mut numbers = Random::new("stack");
+    let dropout = Dropout::new(0.4, 1, 2, 3).unwrap();
+    for (n, d_in, widths, r, is_masked) in [
+        (37, 80, vec![130, 40, 24], 4, false),
+        (5, 42, vec![30, 9, 21], 3, true),
+        (70, 136, vec![40, 7], 72, true),
+    ] {
+        let adapters = widths.len();
+        let masks: Vec<_> = (0..adapters).map(|module| dropout.mask(4, module)).collect();
+        let masks = if is_masked { masks } else { Vec::new() };
+        let factors: Vec<_> = masks.iter().map(|mask| mask.reference(n, d_in).unwrap()).collect();
+        let x = random(&mut numbers, &[n, d_in]);
+        let dy = random(&mut numbers, &[n, widths.iter().sum()]);
+        let (weights, ws): (Vec<_>, Vec<_>) = widths
+            .iter()
+            .map(|&d_out| quantized(&random(&mut numbers, &[d_out, d_in]), at))
+            .unzip();
+        let a = random(&mut numbers, &[adapters * r, d_in]);
+        let b: Vec<_> = widths.iter().map(|&d_out| random(&mut numbers, &[d_out, r])).collect();
+        let inputs: Vec<_> = [&x, &a].into_iter().chain(&b).cloned().collect();
+        let want = expected(&mut numbers, &inputs, &dy, |t| {
+            let outputs = ws.iter().enumerate().map(|(i, w)| {
+                let factors = factors.get(i).map(|factors| like(factors, &t[0]));
+                let lora = ReferenceLora {
+                    a: &t[1].narrow(0, i * r, r).unwrap(),
+                    b: &t[2 + i],
+                    scaling: 0.5,
+                    dropout: factors.as_ref(),
+                };
+                linear::reference(&t[0], &like(w, &t[0]), None, Some(lora)).unwrap()
+            });
+            Tensor::cat(&outputs.collect::<Vec<_>>(), 1).unwrap()
+        });
+        let mut first = 0;
+        let dys: Vec<_> = widths
+            .iter()
+            .map(|&width| {
+                first += width;
+                place(&dy.narrow(1, first - width, width).unwrap(), at)
+            })
+            .collect();
+        let (x, a) = (place(&x, at), place(&a, at));
+        let b: Vec<_> = b.iter().map(|b| place(b, at)).collect();
+        let stack = Stack { a: &a, adapters, masks: &masks };
+        let us = stack.down_project(&x).unwrap();
+        let outputs = us.iter().enumerate().map(|(i, u)| {
+            let lora = Lora {
+                a: &a.narrow(0, i * r, r).unwrap(),
+                b: &b[i],
+                scaling: 0.5,
+                mask: masks.get(i).copied(),
+            };
+            linear::forward_with_u(&x, &weights[i], None, Some((lora, u))).unwrap()
+        });
+        let outputs: Vec<_> = outputs.collect();
+        want.output.assert_close("y", &Tensor::cat(&outputs, 1).unwrap());
+        let zeros = |t: &Tensor| Tensor::zeros(t.shape(), DType::F32, t.device()).unwrap();
+        let (d_a, d_b): (_, Vec<_>) = (zeros(&a), b.iter().map(zeros).collect());
+        let branches: Vec<_> = (0..adapters)
+            .map(|i| Branch {
+                dy: &dys[i],
+                u: &us[i],
+                b: &b[i],
+                scaling: 0.5,
+                d_b: &d_b[i],
+            })
+            .collect();
+        let du = stack.backward(&branches, &x, &d_a).unwrap();
+        let dx = dys.iter().zip(&weights).fold(None, |dx, (dy, weight)| {
+            Some(linear::backward_input(dy, weight, None, dx).unwrap())
+        });
+        let dx = dx.unwrap();
+        stack.add_input_grad(&du, &dx).unwrap();
+        want.grads[0].assert_close("dx", &dx);
+        want.grads[1].assert_close("dA", &d_a);
+        for (want, d_b) in want.grads[2..].iter().zip(&d_b) {
+            want.assert_close("dB", d_b);
+        }
     }
 });
 

@@ -182,7 +182,7 @@ fn in_lora() {
         &[
             lora::down_multiplies_what_dropout_leaves_of_x::body,
             lora::grad_a_adds_the_product_with_what_dropout_leaves_of_x::body,
-            lora::up_adds_what_dropout_leaves_of_the_product::body,
+            lora::up_adds_what_dropout_leaves_of_the_products::body,
         ],
     );
 }

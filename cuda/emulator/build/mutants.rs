@@ -121,4 +121,11 @@ pub const MUTANTS: &[Mutant] = &[
         text: "return row < rows && col < cols ? data",
         replacement: "return row < rows ? data",
     },
+    Mutant {
+        name: "drops the same for each adapter",
+        kernel_file: "lora.cu",
+        source: "lora.cu",
+        text: "adapter == 0 ? stream1[0] : adapter == 1 ? stream1[1] : stream1[2];",
+        replacement: "stream1[0];",
+    },
 ];

@@ -7,9 +7,10 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::Block;
+use super::{Block, InputGrad};
 use crate::Result;
 use crate::model::LoraDropout;
+use crate::model::branches::Branches;
 use crate::ops::{gated_act, residual, rms_norm};
 
 /// Tokens of a tile: enough for its products to run at full speed. A constant, so that the gradients of an adapter, which are
@@ -119,8 +120,7 @@ impl Block {
 
     /// Gate and up of a tile, without the `u` of `down_proj`, and the input of that.
     fn gated(&self, h: Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
-        let (gate, u_gate) = self.gate.forward(&h, dropout)?;
-        let (up, u_up) = self.up.forward(&h, dropout)?;
+        let [(gate, u_gate), (up, u_up)] = self.gate_up().forward(&h, dropout)?;
         drop(h);
         let act = gated_act::forward(&gate, &up)?;
         let tile = Tile {
@@ -146,11 +146,19 @@ impl Block {
         drop(act);
         gated_act::backward(&d_act, &tile.gate, &tile.up)?;
         drop(d_act);
-        let (d_gate, d_up) = (tile.gate, tile.up);
+        let d_gate_up = [tile.gate, tile.up];
         let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
-        let (u_gate, u_up) = (tile.u_gate.as_ref(), tile.u_up.as_ref());
-        let d_h = self.gate.backward(&d_gate, &h, u_gate, dropout, None)?;
-        let d_h = self.up.backward(&d_up, &h, u_up, dropout, Some(d_h))?;
-        rms_norm::backward(&d_h, mid, &self.post_attention_norm, self.eps, d_mid)
+        let u = [tile.u_gate.as_ref(), tile.u_up.as_ref()];
+        let d_h = self
+            .gate_up()
+            .backward(d_gate_up, &h, u, dropout, InputGrad::Needed)?;
+        match d_h {
+            Some(d_h) => rms_norm::backward(&d_h, mid, &self.post_attention_norm, self.eps, d_mid),
+            None => Ok(()),
+        }
+    }
+
+    fn gate_up(&self) -> Branches<'_, 2> {
+        Branches([&self.gate, &self.up])
     }
 }

@@ -16,10 +16,12 @@ pub fn add_adapter(x: &Tensor, lora: Lora<'_>, y: &Tensor) -> Result<Tensor> {
     let ((n, d_in), d_out) = (x.dims2()?, y.dim(1)?);
     expect_dims(OP, "y", y, &[n, d_out])?;
     expect_factors(&lora, d_in, d_out)?;
-    if let Some(launcher) = Launcher::of(OP, x)? {
-        return add_adapter_on_device(&launcher, x, lora, y);
-    }
     let u = down_project(x, lora)?;
+    if let Some(launcher) = Launcher::of(OP, x)? {
+        let factors = (Factor::new(&u), Factor::transposed(lora.b));
+        launcher.gemm(OP, factors, y, lora.scaling, 1.0)?;
+        return Ok(u);
+    }
     let (u_data, b) = (read(OP, &u)?, read(OP, lora.b)?);
     let r = lora.b.dim(1)?;
     cpu::write(OP, y, |y| {
@@ -41,18 +43,6 @@ pub fn add_adapter(x: &Tensor, lora: Lora<'_>, y: &Tensor) -> Result<Tensor> {
     Ok(u)
 }
 
-pub(super) fn add_adapter_on_device(
-    launcher: &Launcher,
-    x: &Tensor,
-    lora: Lora<'_>,
-    y: &Tensor,
-) -> Result<Tensor> {
-    let u = down_project(x, lora)?;
-    let factors = (Factor::new(&u), Factor::transposed(lora.b));
-    launcher.gemm(OP, factors, y, lora.scaling, 1.0)?;
-    Ok(u)
-}
-
 /// `dx += du A`, masked and scaled as the adapter's input was.
 ///
 /// # Shapes
@@ -62,7 +52,7 @@ pub fn add_adapter_backward(du: &Tensor, lora: Lora<'_>, dx: &Tensor) -> Result<
     expect_dims(OP, "dx", dx, &[n, d_in])?;
     expect_dims(OP, "lora_a", lora.a, &[r, d_in])?;
     if let Some(launcher) = Launcher::of(OP, du)? {
-        return add_adapter_backward_on_device(&launcher, du, lora, dx);
+        return lora.stack().add_up(&launcher, du, dx);
     }
     let (du, a) = (read(OP, du)?, read(OP, lora.a)?);
     let (du, a) = (Mat::new(&du, n, r), Mat::new(&a, r, d_in));
@@ -80,19 +70,4 @@ pub fn add_adapter_backward(du: &Tensor, lora: Lora<'_>, dx: &Tensor) -> Result<
             }
         });
     })
-}
-
-pub(super) fn add_adapter_backward_on_device(
-    launcher: &Launcher,
-    du: &Tensor,
-    lora: Lora<'_>,
-    dx: &Tensor,
-) -> Result<()> {
-    match &lora.mask {
-        Some(mask) => masked::add_up_project_on_device(launcher, du, lora.a, mask, dx),
-        None => {
-            let factors = (Factor::new(du), Factor::new(lora.a));
-            launcher.gemm(OP, factors, dx, 1.0, 1.0)
-        }
-    }
 }

@@ -12,6 +12,8 @@
 //!
 //! Source: arXiv:2402.09353, section 4.3 for the norm; `DoraLinearLayer` of PEFT 0.21.
 
+use std::slice::from_ref;
+
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -20,7 +22,7 @@ use super::super::dropout::Mask;
 use super::super::gemm::{Into, Mat, matmul_by_rows};
 use super::super::launcher::{Factor, Grid, Launcher, Operand};
 use super::super::weight::Weight;
-use super::masked::{mask_operands, splits};
+use super::kernels::{mask_operands, splits};
 use super::{Lora, LoraGrad};
 use crate::Result;
 use crate::quant::FrozenWeight;
@@ -380,7 +382,7 @@ fn split(x: &Tensor, mask: &Mask, part: Part) -> Result<(Tensor, Option<Tensor>)
             Operand::Write(&kept),
             dropped.as_ref().map_or(Operand::Null, Operand::Write),
         ];
-        operands.extend(mask_operands(mask));
+        operands.extend(mask_operands(from_ref(mask), 1));
         let grid = launcher.grid_stride(count, PER_THREAD);
         // SAFETY: the tensors have `count` elements each.
         unsafe { launcher.launch("dora_split_bf16", grid, &operands)? };
@@ -420,7 +422,7 @@ fn join(d_kept: Tensor, d_dropped: &Tensor, mask: &Mask, sum: Option<Tensor>) ->
             Operand::U32(sum.is_some().into()),
             Operand::Write(dx),
         ];
-        operands.extend(mask_operands(mask));
+        operands.extend(mask_operands(from_ref(mask), 1));
         let grid = launcher.grid_stride(n * d, PER_THREAD);
         // SAFETY: the tensors have n * d elements each.
         unsafe { launcher.launch("dora_join_bf16", grid, &operands)? };

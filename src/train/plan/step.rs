@@ -7,7 +7,7 @@
 mod dora;
 
 use super::{Engine, Footprint, Item, Workload};
-use crate::model::{ActivationPolicy, MLP_TILE_ROWS, Module};
+use crate::model::{ActivationPolicy, MLP_TILE_ROWS, Module, are_together};
 use crate::ops::linear;
 
 /// Memory in use, and how it was made up when it was largest.
@@ -64,8 +64,8 @@ struct Saved {
     activations: Option<Activations>,
 }
 
-/// Gate and up with the `u` of each, and that of down.
-type Tile = [Held; 5];
+/// Gate and up, and the `u` of each and of down.
+type Tile = [Vec<Held>; 2];
 
 /// The most that forward and backward of one micro-batch hold at a time, with one policy for each block.
 pub(super) fn peak(workload: &Workload, policies: &[ActivationPolicy]) -> Footprint {
@@ -177,6 +177,36 @@ impl Step<'_> {
         self.ledger.alloc(Item::Working, 4 * values)
     }
 
+    /// `Branches::forward` of the layers that read the same input as `module`: their outputs for so many rows, and the `u` of
+    /// their adapters.
+    fn branches(&mut self, layer: usize, module: Module, rows: usize) -> [Vec<Held>; 2] {
+        let branches = module.with_same_input();
+        if !self.is_together(layer, module) {
+            let linears = branches
+                .iter()
+                .map(|&branch| self.linear(layer, branch, rows));
+            let (outputs, us) = linears.map(|[y, u]| (y, u)).unzip();
+            return [outputs, us];
+        }
+        let us = self.rank_values_of(layer, branches, rows);
+        self.dropout_scratch(layer, module, rows, (branches.len(), 0));
+        let outputs = branches.iter().map(|&branch| {
+            let (d_out, _) = self.workload.model.linear_shape(branch);
+            self.tile_values(rows, Item::Working, d_out)
+        });
+        [outputs.collect(), us]
+    }
+
+    /// Whether the products of the adapters on those layers are made together.
+    fn is_together(&self, layer: usize, module: Module) -> bool {
+        let (_, d_in) = self.workload.model.linear_shape(module);
+        let rank = |module| self.workload.rank(layer, module);
+        self.workload.engine == Engine::Kernels
+            && self.workload.instances.is_none()
+            && !self.workload.dora
+            && are_together(module, rank, d_in)
+    }
+
     /// The output of a linear layer for so many rows, and the adapter's `u`.
     fn linear(&mut self, layer: usize, module: Module, rows: usize) -> [Held; 2] {
         let (d_out, _) = self.workload.model.linear_shape(module);
@@ -192,7 +222,7 @@ impl Step<'_> {
         let instances = self.instances_of(rows);
         let copies = self.factor_values(layer, module, self.workload.value_bytes());
         let u = self.rank_values(layer, module, rows);
-        self.dropout_scratch(layer, module, rows / instances, 0);
+        self.dropout_scratch(layer, module, rows / instances, (1, 0));
         self.ledger.free(copies);
         if instances > 1 {
             // Those of the instances are put together.
@@ -218,15 +248,50 @@ impl Step<'_> {
         Some(self.ledger.alloc(Item::Working, values * value_bytes))
     }
 
-    /// What kernels take besides their results where there is dropout: in forward (0) or backward (1).
-    fn dropout_scratch(&mut self, layer: usize, module: Module, rows: usize, direction: usize) {
+    /// What kernels take besides their results where there is dropout, for so many adapters together: in forward (0) or
+    /// backward (1).
+    fn dropout_scratch(
+        &mut self,
+        layer: usize,
+        module: Module,
+        rows: usize,
+        (adapters, direction): (usize, usize),
+    ) {
         let r = self.workload.rank(layer, module);
         if self.workload.dropout && self.workload.engine == Engine::Kernels && r > 0 {
             let (_, d_in) = self.workload.model.linear_shape(module);
-            let bytes = linear::dropout_scratch_bytes(rows, d_in, r)[direction];
+            let bytes = linear::dropout_scratch_bytes(rows, d_in, (adapters, r))[direction];
             let partial = self.ledger.alloc(Item::Working, bytes);
             self.ledger.free([partial]);
         }
+    }
+
+    /// `Branches::backward` of the layers that read the same input as `module`, each of whose `d_outs` is dropped after its last
+    /// use: the gradient of the input, where it is needed.
+    fn branches_backward(
+        &mut self,
+        layer: usize,
+        module: Module,
+        rows: usize,
+        d_outs: Vec<Held>,
+        skips_input: bool,
+    ) -> Option<Held> {
+        let (_, d_in) = self.workload.model.linear_shape(module);
+        let branches = module.with_same_input();
+        if !self.is_together(layer, module) {
+            let mut dx = None;
+            for (&branch, d_out) in branches.iter().zip(d_outs) {
+                let width = (!skips_input && dx.is_none()).then_some(d_in);
+                dx = self.linear_backward(layer, branch, rows, width).or(dx);
+                self.ledger.free([d_out]);
+            }
+            return dx;
+        }
+        let du = self.rank_values_of(layer, branches, rows);
+        self.dropout_scratch(layer, module, rows, (branches.len(), 1));
+        let dx = (!skips_input).then(|| self.tile_values(rows, Item::Working, d_in));
+        self.ledger.free(d_outs.into_iter().chain(du));
+        dx
     }
 
     /// `LoraLinear::backward` for so many rows: the gradient of the input, where a new tensor of this width is made for it.
@@ -249,7 +314,7 @@ impl Step<'_> {
         let copies = self.factor_values(layer, module, self.workload.value_bytes());
         let gradients = self.factor_values(layer, module, 4);
         let du = self.rank_values(layer, module, rows / instances);
-        self.dropout_scratch(layer, module, rows / instances, 1);
+        self.dropout_scratch(layer, module, rows / instances, (1, 1));
         self.ledger.free(gradients);
         let dx = first.or_else(|| dx.map(|width| self.tile_values(rows, Item::Working, width)));
         self.ledger.free([du].into_iter().chain(copies));
@@ -259,6 +324,13 @@ impl Step<'_> {
     /// `u` or its gradient, `[rows, R]`.
     fn rank_values(&mut self, layer: usize, module: Module, rows: usize) -> Held {
         self.tile_values(rows, Item::Working, self.workload.rank(layer, module))
+    }
+
+    fn rank_values_of(&mut self, layer: usize, modules: &[Module], rows: usize) -> Vec<Held> {
+        let modules = modules.iter();
+        modules
+            .map(|&module| self.rank_values(layer, module, rows))
+            .collect()
     }
 
     fn save(
@@ -297,10 +369,13 @@ impl Step<'_> {
         } = activations;
         let mut keep = |tensor| self.ledger.rename(tensor, Item::Activations);
         Activations {
+            mlp: mlp.map(|tiles| {
+                let mut kept = |part: Vec<Held>| part.into_iter().map(&mut keep).collect();
+                tiles.into_iter().map(|tile| tile.map(&mut kept)).collect()
+            }),
             qkv: qkv.into_iter().map(&mut keep).collect(),
             attention: attention.map(&mut keep),
             mid: keep(mid),
-            mlp: mlp.map(|tiles| tiles.into_iter().map(|tile| tile.map(&mut keep)).collect()),
             u_o: keep(u_o),
         }
     }
@@ -319,7 +394,8 @@ impl Step<'_> {
         self.ledger.free(qkv);
         self.ledger.free(attention);
         self.ledger.free([mid, u_o]);
-        self.ledger.free(mlp.into_iter().flatten().flatten());
+        self.ledger
+            .free(mlp.into_iter().flatten().flatten().flatten());
     }
 
     /// `Block::forward`: the output, and what backward reads beside the input where that is kept.
@@ -349,10 +425,8 @@ impl Step<'_> {
         let d = model.hidden_size;
         let (queries, keys) = self.workload.head_widths();
         let h = self.values(Item::Working, d);
-        let mut qkv = Vec::new();
-        for module in [Module::Q, Module::K, Module::V] {
-            qkv.extend(self.linear(layer, module, *rows));
-        }
+        let [mut qkv, us] = self.branches(layer, Module::Q, *rows);
+        qkv.extend(us);
         if model.qk_norm {
             qkv.extend([queries, keys].map(|width| self.values(Item::Working, width)));
         }
@@ -393,15 +467,17 @@ impl Step<'_> {
         let Workload { model, rows, .. } = self.workload;
         let (mut kept, mut whole) = (Vec::new(), None);
         for tile_rows in self.tiles() {
-            let [gate, u_gate] = self.linear(layer, Module::Gate, tile_rows);
-            let [up, u_up] = self.linear(layer, Module::Up, tile_rows);
+            let [gate_up, mut us] = self.branches(layer, Module::Gate, tile_rows);
             let act = self.tile_values(tile_rows, Item::Working, model.intermediate_size);
             let [y, u_down] = self.linear(layer, Module::Down, tile_rows);
             self.ledger.free([act]);
-            let tile = [gate, u_gate, up, u_up, u_down];
+            us.push(u_down);
+            let tile = [gate_up, us];
             match policy {
                 ActivationPolicy::Keep => kept.push(tile),
-                ActivationPolicy::Recompute | ActivationPolicy::Offload => self.ledger.free(tile),
+                ActivationPolicy::Recompute | ActivationPolicy::Offload => {
+                    self.ledger.free(tile.into_iter().flatten());
+                }
             }
             if tile_rows == *rows {
                 return (y, kept);
@@ -473,12 +549,7 @@ impl Step<'_> {
             self.ledger.free([d_qkv[0], d_qkv[1]]);
             d_qkv = [d_raw[0], d_raw[1], d_qkv[2]];
         }
-        let mut d_h = None;
-        for (module, d_out) in [Module::Q, Module::K, Module::V].into_iter().zip(d_qkv) {
-            let width = (!skips_input && d_h.is_none()).then_some(d);
-            d_h = self.linear_backward(layer, module, *rows, width).or(d_h);
-            self.ledger.free([d_out]);
-        }
+        let d_h = self.branches_backward(layer, Module::Q, *rows, d_qkv.to_vec(), skips_input);
         self.ledger.free(d_h);
         self.ledger.free([h, u_o]);
         self.ledger.free(saved.x);
@@ -497,10 +568,9 @@ impl Step<'_> {
             let d_act = self.linear_backward(layer, Module::Down, rows, Some(f));
             self.ledger.free([act].into_iter().chain(d_act));
             let h = self.tile_values(rows, Item::Working, d);
-            let d_h = self.linear_backward(layer, Module::Gate, rows, Some(d));
-            let none = self.linear_backward(layer, Module::Up, rows, None);
-            self.ledger.free([h].into_iter().chain(d_h).chain(none));
-            self.ledger.free(tile);
+            let [d_gate_up, us] = tile;
+            let d_h = self.branches_backward(layer, Module::Gate, rows, d_gate_up, false);
+            self.ledger.free([h].into_iter().chain(d_h).chain(us));
         }
     }
 
@@ -508,11 +578,11 @@ impl Step<'_> {
     fn tile_again(&mut self, layer: usize, rows: usize) -> (Tile, Held) {
         let model = &self.workload.model;
         let h = self.tile_values(rows, Item::Working, model.hidden_size);
-        let [gate, u_gate] = self.linear(layer, Module::Gate, rows);
-        let [up, u_up] = self.linear(layer, Module::Up, rows);
+        let [gate_up, mut us] = self.branches(layer, Module::Gate, rows);
         self.ledger.free([h]);
         let act = self.tile_values(rows, Item::Working, model.intermediate_size);
         let u_down = self.down_project(layer, Module::Down, rows);
-        ([gate, u_gate, up, u_up, u_down], act)
+        us.push(u_down);
+        ([gate_up, us], act)
     }
 }

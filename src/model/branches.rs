@@ -1,0 +1,118 @@
+//! The linear layers of a block that read the same input: q_proj, k_proj and v_proj, or gate_proj and up_proj.
+//!
+//! Where kernels compute, the products of their adapters with that input are made together, which launches less and reads it
+//! once. That takes adapters of one rank on all of them, without dropout on their matrices and without DoRA.
+
+use candle_core::Tensor;
+
+use super::block::InputGrad;
+use super::lora_dropout::LoraDropout;
+use super::lora_linear::{Factors, LoraLinear, StackedA};
+use crate::Result;
+use crate::ops::dropout::Mask;
+use crate::ops::linear::{self, Stack};
+
+pub(super) struct Branches<'a, const J: usize>(pub(super) [&'a LoraLinear; J]);
+
+/// The adapters of all branches.
+struct Together<'a> {
+    factors: Vec<Factors<'a>>,
+    a: &'a StackedA,
+    masks: Vec<Mask>,
+}
+
+impl Together<'_> {
+    fn stack(&self) -> Stack<'_> {
+        Stack {
+            a: &self.a.value,
+            adapters: self.factors.len(),
+            masks: &self.masks,
+        }
+    }
+}
+
+impl<'a, const J: usize> Branches<'a, J> {
+    /// The outputs and the `u` of [`LoraLinear::forward`] for each layer.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        dropout: LoraDropout,
+    ) -> Result<[(Tensor, Option<Tensor>); J]> {
+        let Some(together) = self.together(dropout)? else {
+            return each(self.0, |layer| layer.forward(x, dropout));
+        };
+        let mut adapters = together
+            .stack()
+            .down_project(x)?
+            .into_iter()
+            .zip(&together.factors);
+        each(self.0, |layer| {
+            let (u, factors) = adapters.next().expect("each branch has an adapter");
+            let adapter = Some((factors.lora(), &u));
+            let y = linear::forward_with_u(x, &layer.weight, layer.bias.as_ref(), adapter)?;
+            Ok((y, Some(u)))
+        })
+    }
+
+    /// Adds to the adapters' gradients; gives the sum of the gradients of the input if it is needed.
+    ///
+    /// # Shapes
+    /// `d_outs: [N, out]`, each dropped after its last use, `x: [N, in]`.
+    pub(super) fn backward(
+        &self,
+        d_outs: [Tensor; J],
+        x: &Tensor,
+        us: [Option<&Tensor>; J],
+        dropout: LoraDropout,
+        input: InputGrad,
+    ) -> Result<Option<Tensor>> {
+        let mut dx = None;
+        let Some(together) = self.together(dropout)? else {
+            for ((layer, d_out), u) in self.0.into_iter().zip(d_outs).zip(us) {
+                match input {
+                    InputGrad::Needed => dx = Some(layer.backward(&d_out, x, u, dropout, dx)?),
+                    InputGrad::Skip => layer.backward_adapter(&d_out, x, u, dropout)?,
+                }
+            }
+            return Ok(dx);
+        };
+        let branches = together.factors.iter().zip(&d_outs).zip(us);
+        let branches: Vec<_> = branches
+            .map(|((factors, dy), u)| factors.branch(dy, u.expect("each branch has an adapter")))
+            .collect();
+        let du = together.stack().backward(&branches, x, &together.a.grad)?;
+        if input == InputGrad::Skip {
+            return Ok(None);
+        }
+        for (layer, d_out) in self.0.into_iter().zip(d_outs) {
+            dx = Some(linear::backward_input(&d_out, &layer.weight, None, dx)?);
+        }
+        if let Some(dx) = &dx {
+            together.stack().add_input_grad(&du, dx)?;
+        }
+        Ok(dx)
+    }
+
+    /// The adapters, if their products are made together.
+    fn together(&self, dropout: LoraDropout) -> Result<Option<Together<'a>>> {
+        let first = self.0[0].lora.as_ref();
+        let stack = first.and_then(|lora| lora.stack.as_ref());
+        let Some(a) = stack.filter(|_| dropout.matrices.is_none()) else {
+            return Ok(None);
+        };
+        let adapters = self.0.into_iter().filter_map(|layer| layer.lora.as_ref());
+        let factors: Vec<_> = adapters
+            .map(|lora| lora.factors(dropout))
+            .collect::<Result<_>>()?;
+        let masks = factors.iter().filter_map(|factors| factors.mask).collect();
+        Ok(Some(Together { factors, a, masks }))
+    }
+}
+
+/// `f` of each, in order.
+fn each<T, U, const J: usize>(all: [T; J], f: impl FnMut(T) -> Result<U>) -> Result<[U; J]> {
+    let results: Vec<U> = all.into_iter().map(f).collect::<Result<_>>()?;
+    Ok(results
+        .try_into()
+        .unwrap_or_else(|_| unreachable!("there is one of each")))
+}
