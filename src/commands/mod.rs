@@ -85,6 +85,8 @@ pub fn keep_freed_memory() {
         // The largest threshold glibc takes.
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        // The heaps of other threads are given back as soon as they are empty, whatever the thresholds.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 

@@ -15,6 +15,7 @@ mod avx2;
 mod avx512;
 
 use std::array::from_fn;
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
@@ -134,6 +135,17 @@ impl Mask {
         self.put_kept::<true>(first, x, sum);
     }
 
+    /// Sets to zero what is dropped of `x`, whose first element is number `first`.
+    pub(super) fn zero_dropped(&self, first: usize, x: &mut [f32]) {
+        const COPIED: usize = 256;
+        let mut copy = [0.0; COPIED];
+        for (number, x) in x.chunks_mut(COPIED).enumerate() {
+            let copy = &mut copy[..x.len()];
+            copy.copy_from_slice(x);
+            self.keep(first + number * COPIED, copy, x);
+        }
+    }
+
     /// Puts what is kept of `x` into `out`: copied, or with `ADD` added to what is there.
     fn put_kept<const ADD: bool>(&self, first: usize, x: &[f32], out: &mut [f32]) {
         assert_eq!(x.len(), out.len(), "a mask changes no size");
@@ -156,12 +168,9 @@ impl Mask {
         vectorized(
             #[inline(always)]
             move || {
-                let (mut call, mut skipped) = (first / PER_CALL, first % PER_CALL);
-                let mut at = 0;
-                while at < x.len() {
-                    let len = (CHUNK - skipped).min(x.len() - at);
-                    let kept = mask.bits(call as u64) >> skipped;
-                    let (x, out) = (&x[at..at + len], &mut out[at..at + len]);
+                for (call, skipped, part) in chunks::<CHUNK>(first, x.len()) {
+                    let kept = mask.bits(call) >> skipped;
+                    let (x, out) = (&x[part.clone()], &mut out[part]);
                     for (i, (x, out)) in x.chunks(16).zip(out.chunks_mut(16)).enumerate() {
                         let kept = (kept >> (16 * i)) as u16;
                         for (l, (&x, out)) in x.iter().zip(out).enumerate() {
@@ -169,9 +178,6 @@ impl Mask {
                             *out = if ADD { *out + put } else { put };
                         }
                     }
-                    at += len;
-                    call += LANES;
-                    skipped = 0;
                 }
             },
         );
@@ -221,6 +227,25 @@ impl Mask {
     }
 }
 
+/// The parts of `len` elements, the first of them number `first`, whose random numbers come from the same calls, `CHUNK`
+/// numbers each: the first call, how many of its numbers are skipped, and the elements.
+#[inline(always)]
+fn chunks<const CHUNK: usize>(
+    first: usize,
+    len: usize,
+) -> impl Iterator<Item = (u64, usize, Range<usize>)> {
+    let (call, skipped) = (first / PER_CALL, first % PER_CALL);
+    (0..(skipped + len).div_ceil(CHUNK)).map(
+        #[inline(always)]
+        move |number| {
+            let start = number * CHUNK;
+            let part = start.saturating_sub(skipped)..len.min(start + CHUNK - skipped);
+            let skipped = skipped.saturating_sub(start);
+            ((call + start / PER_CALL) as u64, skipped, part)
+        },
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -253,6 +278,9 @@ mod tests {
                     unsafe { avx2::put_kept::<false>(&mask, first, &ones[..length], &mut kept) };
                     assert_eq!(kept, portable);
                 }
+                kept.fill(1.0);
+                mask.zero_dropped(first, &mut kept);
+                assert_eq!(kept, portable);
                 let mut sum = vec![2.0; length];
                 mask.add_kept(first, &ones[..length], &mut sum);
                 for i in 0..length {

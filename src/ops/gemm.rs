@@ -108,6 +108,20 @@ impl<'a> MatMut<'a> {
         }
     }
 
+    /// A range of rows.
+    pub(super) fn rows(&mut self, rows: Range<usize>) -> MatMut<'_> {
+        assert!(
+            rows.start <= rows.end && rows.end <= self.rows,
+            "rows outside the matrix"
+        );
+        MatMut {
+            data: self.data.wrapping_add(rows.start * self.row_stride),
+            rows: rows.len(),
+            lifetime: PhantomData,
+            ..*self
+        }
+    }
+
     pub(super) fn row(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row outside the matrix");
         // SAFETY: the constructors checked that every row lies in the data, which is exclusively ours.

@@ -345,9 +345,16 @@ pub fn backward_input(
                 factor: 1.0,
             });
             let terms: Vec<_> = [base].into_iter().chain(in_one).collect();
-            matmul_sum(&mut tile, into, &terms);
-            if let Some((du, a, Some(mask))) = adapter {
-                masked::add_up_project(du, a, *mask, ins, &mut tile);
+            match (adapter, into) {
+                (Some((du, a, Some(mask))), Into::Overwrite) => {
+                    masked::up_project(du, a, *mask, ins, &mut tile);
+                    matmul_sum(&mut tile, Into::Add, &terms);
+                }
+                (Some((du, a, Some(mask))), Into::Add) => {
+                    matmul_sum(&mut tile, Into::Add, &terms);
+                    masked::add_up_project(du, a, *mask, ins, &mut tile);
+                }
+                _ => matmul_sum(&mut tile, into, &terms),
             }
         });
     };

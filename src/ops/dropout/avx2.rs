@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::super::philox::{MULTIPLIERS, round_keys};
-use super::{Mask, PER_CALL};
+use super::{Mask, PER_CALL, chunks};
 
 /// Elements that are masked at a time.
 const CHUNK: usize = 8 * PER_CALL;
@@ -26,12 +26,10 @@ pub(super) unsafe fn put_kept<const ADD: bool>(
     out: &mut [f32],
 ) {
     let keys = round_keys(mask.key);
-    let (mut call, mut skipped) = (first / PER_CALL, first % PER_CALL);
-    let mut at = 0;
-    while at < x.len() {
-        let len = (CHUNK - skipped).min(x.len() - at);
-        let kept = bits(mask, &keys, call as u64) >> skipped;
-        let (x, out) = (&x[at..at + len], &mut out[at..at + len]);
+    for (call, skipped, part) in chunks::<CHUNK>(first, x.len()) {
+        let kept = bits(mask, &keys, call) >> skipped;
+        let (x, out) = (&x[part.clone()], &mut out[part]);
+        let len = x.len();
         let whole = len - len % LANES;
         for start in (0..whole).step_by(LANES) {
             // SAFETY: `x` and `out` have `whole` elements.
@@ -49,9 +47,6 @@ pub(super) unsafe fn put_kept<const ADD: bool>(
             let put = if kept >> i & 1 == 1 { x[i] } else { 0.0 };
             out[i] = if ADD { out[i] + put } else { put };
         }
-        at += len;
-        call += CHUNK / PER_CALL;
-        skipped = 0;
     }
 }
 

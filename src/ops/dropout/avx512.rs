@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::super::philox::{MULTIPLIERS, round_keys};
-use super::{Mask, PER_CALL};
+use super::{Mask, PER_CALL, chunks};
 
 /// Elements that are masked at a time.
 const CHUNK: usize = 8 * PER_CALL;
@@ -26,29 +26,27 @@ pub(super) unsafe fn put_kept<const ADD: bool>(
     out: &mut [f32],
 ) {
     let keys = round_keys(mask.key);
-    let (mut call, mut skipped) = (first / PER_CALL, first % PER_CALL);
-    let mut at = 0;
-    while at < x.len() {
-        let len = (CHUNK - skipped).min(x.len() - at);
-        let kept = bits(mask, &keys, call as u64) >> skipped;
-        for start in (0..len).step_by(LANES) {
-            let there = u16::MAX >> (LANES - LANES.min(len - start));
-            let (x, out) = (
-                x.as_ptr().wrapping_add(at + start),
-                out.as_mut_ptr().wrapping_add(at + start),
-            );
-            // SAFETY: `there` leaves the elements of `x` and `out`.
+    for (call, skipped, part) in chunks::<CHUNK>(first, x.len()) {
+        let kept = bits(mask, &keys, call) >> skipped;
+        let (x, out) = (&x[part.clone()], &mut out[part]);
+        let (vectors, rest) = x.as_chunks::<LANES>();
+        let (out_vectors, out_rest) = out.as_chunks_mut::<LANES>();
+        for (i, (x, out)) in vectors.iter().zip(out_vectors).enumerate() {
+            let (x, out) = (x.as_ptr(), out.as_mut_ptr());
+            // SAFETY: both have so many elements.
             unsafe {
-                let mut put = _mm512_maskz_loadu_ps((kept >> start) as u16 & there, x);
+                let mut put = _mm512_maskz_loadu_ps((kept >> (i * LANES)) as u16, x);
                 if ADD {
-                    put = _mm512_add_ps(_mm512_maskz_loadu_ps(there, out), put);
+                    put = _mm512_add_ps(_mm512_loadu_ps(out), put);
                 }
-                _mm512_mask_storeu_ps(out, there, put);
+                _mm512_storeu_ps(out, put);
             }
         }
-        at += len;
-        call += CHUNK / PER_CALL;
-        skipped = 0;
+        let kept = kept >> (vectors.len() * LANES % CHUNK);
+        for (i, (&x, out)) in rest.iter().zip(out_rest).enumerate() {
+            let put = if kept >> i & 1 == 1 { x } else { 0.0 };
+            *out = if ADD { *out + put } else { put };
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::super::dropout::Mask;
 use super::super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul};
+use super::super::simd::prefetch;
 use super::tile_width;
 
 /// Rows, and at most as many columns, of a block that is masked: 256 KiB, a part of the L2 cache.
@@ -49,8 +50,9 @@ impl Masked<'_> {
     fn read(&self, rows: Range<usize>, cols: Range<usize>, block: &mut [f32]) {
         for (row, block) in rows.zip(block.chunks_exact_mut(cols.len())) {
             let first = row * self.cols + cols.start;
-            let x = &self.x[first..first + cols.len()];
-            self.mask.keep(first, x, block);
+            let x = &self.x[first..];
+            prefetch(x.get(self.cols..).unwrap_or_default(), cols.len());
+            self.mask.keep(first, &x[..cols.len()], block);
         }
     }
 }
@@ -103,10 +105,28 @@ pub(super) fn add_grad_a(x: Masked<'_>, du: Mat<'_>, d_a: &mut [f32]) {
     );
 }
 
-/// `dx += keep_scale mask (du A)` for the columns `ins` of `dx: [N, in]`, at most [`BLOCK`] of them.
+/// `dx = keep_scale mask (du A)` for the columns `ins` of `dx: [N, in]`, at most [`BLOCK`] of them.
 ///
 /// # Shapes
 /// `du: [N, R]`, `a: [R, in]`, `dx: [N, ins]`.
+pub(super) fn up_project(
+    du: Mat<'_>,
+    a: Mat<'_>,
+    mask: Mask,
+    ins: Range<usize>,
+    dx: &mut MatMut<'_>,
+) {
+    for rows in blocks(du.rows) {
+        let mut part = dx.rows(rows.clone());
+        let (du, a_part) = (du.rows(rows.clone()), a.cols(ins.clone()));
+        matmul(&mut part, Into::Overwrite, du, a_part, mask.keep_scale());
+        for (i, row) in rows.enumerate() {
+            mask.zero_dropped(row * a.cols + ins.start, part.row(i));
+        }
+    }
+}
+
+/// The same added to `dx`.
 pub(super) fn add_up_project(
     du: Mat<'_>,
     a: Mat<'_>,
@@ -125,6 +145,9 @@ pub(super) fn add_up_project(
                 mask.keep_scale(),
             );
             for (row, product) in rows.clone().zip(block.chunks_exact(ins.len())) {
+                if row + 1 < rows.end {
+                    prefetch(dx.row(row + 1), ins.len());
+                }
                 mask.add_kept(row * a.cols + ins.start, product, dx.row(row));
             }
         });
