@@ -1,5 +1,6 @@
-// The products of adapters with their input x: [n, d], which is large beside everything else in them. Up to three adapters
-// read the same x, those of q_proj, k_proj and v_proj for one; each has a mask of its own.
+// The products of adapters with their input x: [n, d], which is large beside everything else in them. Several adapters may
+// read the same x, those of q_proj, k_proj and v_proj for one; each has a mask of its own, whose stream follows that of the
+// one before.
 //
 //   lora_down    u_j = dropout_j(x) a_j^T        u: [n, adapters, r], a: [adapters, r, d]
 //   lora_grad_a  d_a_j += du_j^T dropout_j(x)    d_a: [adapters, r, d] in f32, du: [n, adapters, r]
@@ -39,20 +40,6 @@ struct Steps {
         const uint64_t all = steps;
         return {static_cast<unsigned>(all * blockIdx.y / gridDim.y),
                 static_cast<unsigned>(all * (blockIdx.y + 1) / gridDim.y)};
-    }
-};
-
-// The masks of the adapters: one key, and a stream for each.
-struct Masks {
-    uint2 key;
-    unsigned stream0;
-    unsigned stream1[3];
-    unsigned threshold;
-    float keep_scale;
-
-    __device__ __forceinline__ Dropout of(unsigned adapter) const {
-        const unsigned stream = adapter == 0 ? stream1[0] : adapter == 1 ? stream1[1] : stream1[2];
-        return {key, {stream0, stream}, threshold, keep_scale};
     }
 };
 
@@ -214,33 +201,33 @@ __device__ __forceinline__ void add_slices(unsigned slice, unsigned warp_in_slic
 // through shared memory. The slices are added up at the end.
 KERNEL(512, lora_down_bf16)
 (const bf16* __restrict__ x, const bf16* __restrict__ a, unsigned n, unsigned d, unsigned r, unsigned adapters,
- bf16* __restrict__ u, float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1_0,
- unsigned stream1_1, unsigned stream1_2, unsigned threshold, float keep_scale) {
+ bf16* __restrict__ u, float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1,
+ unsigned threshold, float keep_scale) {
     constexpr unsigned ROWS = 64;
     constexpr unsigned ROW_WARPS = ROWS / 16;
     constexpr unsigned SLICES = 4;
     constexpr unsigned SLICE_COLS = 32;
     constexpr unsigned STEP_COLS = SLICES * SLICE_COLS;
     constexpr unsigned RANK_TILES = RANKS / 8;
-    // Steps of x that are on their way from memory.
-    constexpr unsigned AHEAD = 3;
+    // Steps of x that are on their way from memory: 32 KB for the block. With three it spills (nvcc 13.0, sm_120).
+    constexpr unsigned AHEAD = 2;
 
     // [2][SLICES][RANKS][SLICE_COLS]: the columns of `a` of this step and of the next.
     constexpr unsigned SLICE_ELEMENTS = RANKS * SLICE_COLS;
     SHARED(bf16, a_tiles, 2 * SLICES * SLICE_ELEMENTS);
 
     const RankBlock place = RankBlock::of(blockIdx.x, adapters, r);
-    const unsigned adapter = place.adapter;
-    const unsigned first_rank = place.first_rank;
-    const Masks masks = {{key0, key1}, stream0, {stream1_0, stream1_1, stream1_2}, threshold, keep_scale};
-    const Dropout dropout = masks.of(adapter);
+    const Dropout dropout = {{key0, key1}, {stream0, stream1 + place.adapter}, threshold, keep_scale};
     const Matrix x_matrix(x, n, d);
-    const Matrix a_matrix(a + static_cast<uint64_t>(adapter) * r * d, r, d);
+    // With the ranks of all adapters: a row past this adapter's is multiplied, and its sums are left.
+    const Matrix a_matrix(a, adapters * r, d);
+    const unsigned first_rank = place.adapter * r + place.first_rank;
+    const unsigned ranks = min(r - place.first_rank, RANKS);
     const Lane lane = Lane::current();
     const unsigned warp = threadIdx.x / WARP_LANES;
     const unsigned row_warp = warp % ROW_WARPS;
     const unsigned slice = warp / ROW_WARPS;
-    const unsigned rank_tiles = div_up(min(r - first_rank, RANKS), 8);
+    const unsigned rank_tiles = div_up(ranks, 8);
     const unsigned row = place.others * ROWS + row_warp * 16 + lane.g;
     const Steps steps = Steps::of_split(div_up(d, STEP_COLS));
 
@@ -307,9 +294,9 @@ KERNEL(512, lora_down_bf16)
 #pragma unroll
         for (unsigned i = 0; i < 4; i++) {
             const unsigned u_row = row + i / 2 * 8;
-            const unsigned rank = first_rank + 8 * tile + 2 * lane.t + i % 2;
-            if (u_row < n && rank < r) {
-                result.put(static_cast<uint64_t>(u_row) * u_stride + adapter * r + rank, keep_scale * sums[tile][i]);
+            const unsigned rank = 8 * tile + 2 * lane.t + i % 2;
+            if (u_row < n && rank < ranks) {
+                result.put(static_cast<uint64_t>(u_row) * u_stride + first_rank + rank, keep_scale * sums[tile][i]);
             }
         }
     }
@@ -323,8 +310,8 @@ KERNEL(256, lora_down_sum_bf16)(float* __restrict__ partial, unsigned splits, ui
 // registers, where they are masked, to shared memory; from there a warp takes 32 columns, with every other 16 ranks.
 KERNEL(256, lora_grad_a_bf16)
 (const bf16* __restrict__ x, const bf16* __restrict__ du, unsigned n, unsigned d, unsigned r, unsigned adapters,
- float* __restrict__ d_a, float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1_0,
- unsigned stream1_1, unsigned stream1_2, unsigned threshold, float keep_scale) {
+ float* __restrict__ d_a, float* __restrict__ partial, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1,
+ unsigned threshold, float keep_scale) {
     constexpr unsigned COLS = 128;
     constexpr unsigned STEP_ROWS = 32;
     constexpr unsigned COL_WARPS = 4;
@@ -340,8 +327,7 @@ KERNEL(256, lora_grad_a_bf16)
     const RankBlock place = RankBlock::of(blockIdx.x, adapters, r);
     const unsigned adapter = place.adapter;
     const unsigned first_rank = place.first_rank;
-    const Masks masks = {{key0, key1}, stream0, {stream1_0, stream1_1, stream1_2}, threshold, keep_scale};
-    const Dropout dropout = masks.of(adapter);
+    const Dropout dropout = {{key0, key1}, {stream0, stream1 + adapter}, threshold, keep_scale};
     const Matrix x_matrix(x, n, d);
     const Matrix du_matrix(du + adapter * r, n, r, adapters * r);
     const Lane lane = Lane::current();
@@ -428,8 +414,8 @@ KERNEL(256, lora_grad_a_sum_f32)(float* __restrict__ partial, unsigned splits, u
 // q % 4 * 4 + q / 4.
 KERNEL(256, lora_up_bf16)
 (const bf16* __restrict__ du, const bf16* __restrict__ a, unsigned n, unsigned d, unsigned r, unsigned adapters,
- bf16* __restrict__ dx, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1_0, unsigned stream1_1,
- unsigned stream1_2, unsigned threshold, float keep_scale) {
+ bf16* __restrict__ dx, unsigned key0, unsigned key1, unsigned stream0, unsigned stream1, unsigned threshold,
+ float keep_scale) {
     constexpr unsigned ROWS = 64;
     constexpr unsigned COLS = 128;
     constexpr unsigned COL_WARPS = 4;
@@ -441,7 +427,6 @@ KERNEL(256, lora_up_bf16)
     SHARED(bf16, du_tile, ROWS * DU_STRIDE);
     SHARED(bf16, a_tile, RANKS * A_STRIDE);
 
-    const Masks masks = {{key0, key1}, stream0, {stream1_0, stream1_1, stream1_2}, threshold, keep_scale};
     const Matrix dx_matrix(dx, n, d);
     const Lane lane = Lane::current();
     const unsigned warp = threadIdx.x / WARP_LANES;
@@ -450,21 +435,20 @@ KERNEL(256, lora_up_bf16)
     const unsigned first_row = blockIdx.y * ROWS;
     const unsigned first_col = blockIdx.x * COLS;
 
-    // What is in dx, [16 rows][8 rows]: on its way while the first product is made.
+    // What is in dx, [16 rows][8 rows]: on its way while the first product is made, and then with those of the adapters added,
+    // rounded after each.
     const unsigned row = first_row + warp_row + lane.g;
     const unsigned col = first_col + warp_col + 8 * lane.t;
-    uint4 before[ROW_TILES][2];
+    uint4 result[ROW_TILES][2];
 #pragma unroll
     for (unsigned m = 0; m < ROW_TILES; m++) {
-        before[m][0] = dx_matrix.load(row + 16 * m, col);
-        before[m][1] = dx_matrix.load(row + 16 * m + 8, col);
+        result[m][0] = dx_matrix.load(row + 16 * m, col);
+        result[m][1] = dx_matrix.load(row + 16 * m + 8, col);
     }
 
-    // The sums of what is kept of the adapters' products, as `before`.
-    float kept[ROW_TILES][2][8] = {};
 #pragma unroll 1
     for (unsigned adapter = 0; adapter < adapters; adapter++) {
-        const Dropout dropout = masks.of(adapter);
+        const Dropout dropout = {{key0, key1}, {stream0, stream1 + adapter}, threshold, keep_scale};
         const Matrix du_matrix(du + adapter * r, n, r, adapters * r);
         const Matrix a_matrix(a + static_cast<uint64_t>(adapter) * r * d, r, d);
         float sums[ROW_TILES][4][4] = {};
@@ -499,12 +483,15 @@ KERNEL(256, lora_up_bf16)
 #pragma unroll
             for (unsigned half = 0; half < 2; half++) {
                 const uint4 mask = dropout.mask(dx_matrix.index(row + 16 * m + 8 * half, col));
-                const unsigned pairs[4] = {mask.x, mask.y, mask.z, mask.w};
+                const unsigned kept[4] = {mask.x, mask.y, mask.z, mask.w};
+                float values[8];
+                Bf16Vector<8>{result[m][half]}.widen(values);
 #pragma unroll
                 for (unsigned j = 0; j < 4; j++) {
-                    kept[m][half][2 * j] += pairs[j] & 0x0000ffffu ? sums[m][j][2 * half] : 0.0f;
-                    kept[m][half][2 * j + 1] += pairs[j] & 0xffff0000u ? sums[m][j][2 * half + 1] : 0.0f;
+                    values[2 * j] += kept[j] & 0x0000ffffu ? keep_scale * sums[m][j][2 * half] : 0.0f;
+                    values[2 * j + 1] += kept[j] & 0xffff0000u ? keep_scale * sums[m][j][2 * half + 1] : 0.0f;
                 }
+                result[m][half] = Bf16Vector<8>::round(values).packed;
             }
         }
     }
@@ -518,15 +505,11 @@ KERNEL(256, lora_up_bf16)
                 continue;
             }
             const uint64_t first = dx_matrix.index(dx_row, col);
-            float values[8];
-            Bf16Vector<8>{before[m][half]}.widen(values);
-#pragma unroll
-            for (unsigned e = 0; e < 8; e++) {
-                values[e] += keep_scale * kept[m][half][e];
-            }
             if (dx_matrix.vectorized) {
-                Bf16Vector<8>::round(values).store(dx + first);
+                Bf16Vector<8>{result[m][half]}.store(dx + first);
             } else {
+                float values[8];
+                Bf16Vector<8>{result[m][half]}.widen(values);
 #pragma unroll
                 for (unsigned e = 0; e < 8; e++) {
                     if (col + e < d) {

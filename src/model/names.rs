@@ -23,7 +23,7 @@ impl Module {
         Self::Down,
     ];
 
-    /// The modules that read the same input as this one, with itself.
+    /// The modules that read the same input as this one, with itself: they follow one another in [`ALL`](Self::ALL).
     pub fn with_same_input(self) -> &'static [Self] {
         match self {
             Self::Q | Self::K | Self::V => &[Self::Q, Self::K, Self::V],

@@ -120,6 +120,17 @@ impl Mask {
         kept.into_iter().map(|kept| kept != 0.0).collect()
     }
 
+    /// Whether this is the mask of the module after that of `other`.
+    pub(super) fn follows(&self, other: &Self) -> bool {
+        let [layer, module] = other.stream;
+        let next = [layer, module + 1];
+        *self
+            == Self {
+                stream: next,
+                ..*other
+            }
+    }
+
     /// What is kept is multiplied by this.
     pub fn keep_scale(&self) -> f32 {
         65_536.0 / (65_536 - self.threshold) as f32

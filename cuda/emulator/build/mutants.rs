@@ -125,7 +125,7 @@ pub const MUTANTS: &[Mutant] = &[
         name: "drops the same for each adapter",
         kernel_file: "lora.cu",
         source: "lora.cu",
-        text: "adapter == 0 ? stream1[0] : adapter == 1 ? stream1[1] : stream1[2];",
-        replacement: "stream1[0];",
+        text: "stream1 + place.adapter}",
+        replacement: "stream1}",
     },
 ];

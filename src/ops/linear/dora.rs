@@ -12,8 +12,6 @@
 //!
 //! Source: arXiv:2402.09353, section 4.3 for the norm; `DoraLinearLayer` of PEFT 0.21.
 
-use std::slice::from_ref;
-
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -382,7 +380,7 @@ fn split(x: &Tensor, mask: &Mask, part: Part) -> Result<(Tensor, Option<Tensor>)
             Operand::Write(&kept),
             dropped.as_ref().map_or(Operand::Null, Operand::Write),
         ];
-        operands.extend(mask_operands(from_ref(mask), 1));
+        operands.extend(mask_operands(mask));
         let grid = launcher.grid_stride(count, PER_THREAD);
         // SAFETY: the tensors have `count` elements each.
         unsafe { launcher.launch("dora_split_bf16", grid, &operands)? };
@@ -422,7 +420,7 @@ fn join(d_kept: Tensor, d_dropped: &Tensor, mask: &Mask, sum: Option<Tensor>) ->
             Operand::U32(sum.is_some().into()),
             Operand::Write(dx),
         ];
-        operands.extend(mask_operands(from_ref(mask), 1));
+        operands.extend(mask_operands(mask));
         let grid = launcher.grid_stride(n * d, PER_THREAD);
         // SAFETY: the tensors have n * d elements each.
         unsafe { launcher.launch("dora_join_bf16", grid, &operands)? };

@@ -12,8 +12,6 @@ use super::super::launcher::{Factor, Grid, Launcher, Operand};
 use super::OP;
 use crate::{Error, Result};
 
-/// Adapters that the kernels take together, at most.
-const ADAPTERS: usize = 3;
 /// Ranks that a block of the kernels takes.
 const RANKS: usize = 64;
 /// Rows of a block of the kernel for `u`, and columns of `x` that it takes at a time.
@@ -30,7 +28,7 @@ pub struct Stack<'a> {
     pub a: &'a Tensor,
     /// How many there are, J.
     pub adapters: usize,
-    /// Dropout on the input of each, or on none.
+    /// Dropout on the input of each, or on none: that of modules that follow one another.
     pub masks: &'a [Mask],
 }
 
@@ -38,21 +36,16 @@ impl Stack<'_> {
     /// R and `in`.
     fn dims(&self) -> Result<(usize, usize)> {
         let (ranks, d_in) = self.a.dims2()?;
-        let is_whole = (1..=ADAPTERS).contains(&self.adapters)
+        let is_whole = self.adapters > 0
             && ranks.is_multiple_of(self.adapters)
-            && [0, self.adapters].contains(&self.masks.len());
+            && [0, self.adapters].contains(&self.masks.len())
+            && self.masks.windows(2).all(|pair| pair[1].follows(&pair[0]));
         match is_whole {
             true => Ok((ranks / self.adapters, d_in)),
             false => Err(Error::Shape {
                 op: OP,
-                expected: format!(
-                    "at most {ADAPTERS} adapters of one rank, with masks for all or none"
-                ),
-                found: format!(
-                    "{} with {ranks} ranks, {} masks",
-                    self.adapters,
-                    self.masks.len()
-                ),
+                expected: "adapters of one rank, with masks of modules in a row or none".into(),
+                found: format!("{} with {ranks} ranks, {:?}", self.adapters, self.masks),
             }),
         }
     }
@@ -96,11 +89,11 @@ impl Stack<'_> {
         let ((n, d), (r, d_in)) = (x.dims2()?, self.dims()?);
         expect_dims(OP, "x", x, &[n, d_in])?;
         let u = launcher.empty((n, self.adapters * r), DType::BF16)?;
-        if self.masks.is_empty() {
+        let Some(first) = self.masks.first() else {
             let factors = (Factor::new(x), Factor::transposed(self.a));
             launcher.gemm(OP, factors, &u, 1.0, 0.0)?;
             return Ok(u);
-        }
+        };
         let blocks = n.div_ceil(DOWN.0) * self.adapters * r.div_ceil(RANKS);
         let splits = down_splits(n, d, (self.adapters, r));
         let partial = partial(launcher, splits, u.elem_count())?;
@@ -108,7 +101,7 @@ impl Stack<'_> {
         operands.extend([n, d, r, self.adapters].map(Operand::U32));
         operands.push(Operand::Write(&u));
         operands.push(partial.as_ref().map_or(Operand::Null, Operand::Write));
-        operands.extend(mask_operands(self.masks, ADAPTERS));
+        operands.extend(mask_operands(first));
         let grid = Grid::blocks(blocks, splits).with_threads(THREADS);
         // SAFETY: the tensors have these sizes, and there is room for the parts of each split.
         unsafe { launcher.launch("lora_down_bf16", grid, &operands)? };
@@ -131,10 +124,10 @@ impl Stack<'_> {
         expect_dims(OP, "x", x, &[n, d])?;
         expect_dims(OP, "du", du, &[n, self.adapters * r])?;
         expect_dims(OP, "d_lora_a", d_a, &[self.adapters * r, d])?;
-        if self.masks.is_empty() {
+        let Some(first) = self.masks.first() else {
             let factors = (Factor::transposed(du), Factor::new(x));
             return launcher.gemm(OP, factors, d_a, 1.0, 1.0);
-        }
+        };
         let blocks = d.div_ceil(GRAD_A.0) * self.adapters * r.div_ceil(RANKS);
         let splits = grad_a_splits(n, d, (self.adapters, r));
         let partial = partial(launcher, splits, d_a.elem_count())?;
@@ -142,7 +135,7 @@ impl Stack<'_> {
         operands.extend([n, d, r, self.adapters].map(Operand::U32));
         operands.push(Operand::Write(d_a));
         operands.push(partial.as_ref().map_or(Operand::Null, Operand::Write));
-        operands.extend(mask_operands(self.masks, ADAPTERS));
+        operands.extend(mask_operands(first));
         let grid = Grid::blocks(blocks, splits);
         // SAFETY: as in `down`.
         unsafe { launcher.launch("lora_grad_a_bf16", grid, &operands)? };
@@ -157,27 +150,25 @@ impl Stack<'_> {
         let (n, (r, d)) = (dx.dim(0)?, self.dims()?);
         expect_dims(OP, "du", du, &[n, self.adapters * r])?;
         expect_dims(OP, "dx", dx, &[n, d])?;
-        if self.masks.is_empty() {
+        let Some(first) = self.masks.first() else {
             return launcher.gemm(OP, (Factor::new(du), Factor::new(self.a)), dx, 1.0, 1.0);
-        }
+        };
         let mut operands = vec![Operand::Read(du), Operand::Read(self.a)];
         operands.extend([n, d, r, self.adapters].map(Operand::U32));
         operands.push(Operand::Write(dx));
-        operands.extend(mask_operands(self.masks, ADAPTERS));
+        operands.extend(mask_operands(first));
         let grid = Grid::blocks(d.div_ceil(UP.1), n.div_ceil(UP.0));
         // SAFETY: the tensors have these sizes.
         unsafe { launcher.launch("lora_up_bf16", grid, &operands) }
     }
 }
 
-/// The last arguments of a kernel that has room for the streams of `most` masks.
-pub(super) fn mask_operands(masks: &[Mask], most: usize) -> Vec<Operand<'static>> {
-    let first = &masks[0];
-    let streams = (0..most).map(|i| masks.get(i).unwrap_or(first).stream[1]);
-    let words = first.key.into_iter().chain([first.stream[0]]);
-    let words = words.chain(streams).chain([first.threshold]);
-    let words = words.map(|word| Operand::U32(word as usize));
-    words.chain([Operand::F32(first.keep_scale())]).collect()
+/// The last arguments of the kernels.
+pub(super) fn mask_operands(mask: &Mask) -> [Operand<'static>; 6] {
+    let words = [mask.key, mask.stream].concat();
+    let [k0, k1, s0, s1] = std::array::from_fn(|i| Operand::U32(words[i] as usize));
+    let threshold = Operand::U32(mask.threshold as usize);
+    [k0, k1, s0, s1, threshold, Operand::F32(mask.keep_scale())]
 }
 
 /// A layer of a stack in backward.
