@@ -327,15 +327,14 @@ impl Decoder {
                 pairs.push((place, pair));
             }
         }
-        let mut saved = [None, None];
-        for ((module, is_saved), saved) in
-            ModuleToSave::ALL.into_iter().zip(is_saved).zip(&mut saved)
-        {
-            if is_saved {
-                *saved = Some(parameters.trainable(&module.tensor_name())?);
-            }
-        }
-        self.set_parameters(parameters, pairs, saved);
+        let trained = |module: ModuleToSave, is_saved: bool| {
+            let trainable = is_saved.then(|| parameters.trainable(&module.tensor_name()));
+            trainable.transpose()
+        };
+        let [embedding, head] = is_saved;
+        let embedding = trained(ModuleToSave::Embedding, embedding)?;
+        let head = trained(ModuleToSave::Head, head)?;
+        self.set_parameters(parameters, pairs, [embedding, head]);
         Ok(())
     }
 
