@@ -234,12 +234,8 @@ impl Parameters {
     pub(super) fn together(&self, names: &[String]) -> Result<(Tensor, Tensor)> {
         let slots: Vec<&Slot> = names.iter().map(|name| self.slot(name)).collect();
         for pair in slots.windows(2) {
-            let gap = pair[0].range.end..pair[1].range.start;
-            assert!(
-                gap.start == gap.end,
-                "there is a gap before {}",
-                pair[1].name
-            );
+            let is_next = pair[0].range.end == pair[1].range.start;
+            assert!(is_next, "there is a gap before {}", pair[1].name);
         }
         let (first, last) = (slots[0], slots[slots.len() - 1]);
         let rows = slots.iter().map(|slot| slot.shape[0]).sum();

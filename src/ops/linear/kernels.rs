@@ -94,8 +94,7 @@ impl Stack<'_> {
             launcher.gemm(OP, factors, &u, 1.0, 0.0)?;
             return Ok(u);
         };
-        let blocks = n.div_ceil(DOWN.0) * self.adapters * r.div_ceil(RANKS);
-        let splits = down_splits(n, d, (self.adapters, r));
+        let (blocks, splits) = down_grid(n, d, (self.adapters, r));
         let partial = partial(launcher, splits, u.elem_count())?;
         let mut operands = vec![Operand::Read(x), Operand::Read(self.a)];
         operands.extend([n, d, r, self.adapters].map(Operand::U32));
@@ -128,8 +127,7 @@ impl Stack<'_> {
             let factors = (Factor::transposed(du), Factor::new(x));
             return launcher.gemm(OP, factors, d_a, 1.0, 1.0);
         };
-        let blocks = d.div_ceil(GRAD_A.0) * self.adapters * r.div_ceil(RANKS);
-        let splits = grad_a_splits(n, d, (self.adapters, r));
+        let (blocks, splits) = grad_a_grid(n, d, (self.adapters, r));
         let partial = partial(launcher, splits, d_a.elem_count())?;
         let mut operands = vec![Operand::Read(x), Operand::Read(du)];
         operands.extend([n, d, r, self.adapters].map(Operand::U32));
@@ -200,16 +198,16 @@ impl Branch<'_> {
     }
 }
 
-/// In how many parts the sums for the `u` of so many adapters of rank `r` are taken.
-fn down_splits(n: usize, d: usize, (adapters, r): (usize, usize)) -> usize {
+/// Blocks of the kernel for the `u` of so many adapters of rank `r`, and in how many parts its sums are taken.
+fn down_grid(n: usize, d: usize, (adapters, r): (usize, usize)) -> (usize, usize) {
     let blocks = n.div_ceil(DOWN.0) * adapters * r.div_ceil(RANKS);
-    splits(blocks, d.div_ceil(DOWN.1))
+    (blocks, splits(blocks, d.div_ceil(DOWN.1)))
 }
 
-/// In how many parts the sums for their `dA` are taken.
-fn grad_a_splits(n: usize, d: usize, (adapters, r): (usize, usize)) -> usize {
+/// The same of the kernel for their `dA`.
+fn grad_a_grid(n: usize, d: usize, (adapters, r): (usize, usize)) -> (usize, usize) {
     let blocks = d.div_ceil(GRAD_A.0) * adapters * r.div_ceil(RANKS);
-    splits(blocks, n.div_ceil(GRAD_A.1))
+    (blocks, splits(blocks, n.div_ceil(GRAD_A.1)))
 }
 
 /// In how many parts a sum along `steps` is taken where `blocks` blocks would leave processors idle.
@@ -233,8 +231,8 @@ pub fn dropout_scratch_bytes(n: usize, d: usize, (adapters, r): (usize, usize)) 
         _ => (4 * splits * count) as u64,
     };
     [
-        bytes(down_splits(n, d, (adapters, r)), n * adapters * r),
-        bytes(grad_a_splits(n, d, (adapters, r)), adapters * r * d),
+        bytes(down_grid(n, d, (adapters, r)).1, n * adapters * r),
+        bytes(grad_a_grid(n, d, (adapters, r)).1, adapters * r * d),
     ]
 }
 
