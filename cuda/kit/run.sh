@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Tests and measures qlora on this machine's GPU. It is in the archive that pack.sh makes and needs no Rust:
 #
-#     tar -xf qlora-kit.tar.xz && qlora-kit/run.sh [-o DIRECTORY] [STEP...]
+#     tar -xf qlora-kit.tar.xz && qlora-kit/run.sh [-o DIRECTORY] [-t SECONDS] [STEP...]
 #
 # It takes a driver from 580 on and the libraries of CUDA 13, out of a toolkit or of the wheels that PyTorch brings along. A step
-# that fails does not stop the others. results.json in the directory (`results` if none is given) says what came out, beside what
-# each step printed. The exit status is 1 if a step failed.
+# that fails does not stop the others, nor does one that -t ends because it takes longer. results.json in the directory (`results`
+# if none is given) says what came out, beside what each step printed. The exit status is 1 if a step failed.
 set -euo pipefail
 
 kit=$(cd "$(dirname "$0")" && pwd)
@@ -15,7 +15,7 @@ large_steps=(paper-33b paper-65b paper-65b-24 paper-65b-16 context-8b-24 context
 libraries=(libcuda.so.1 libcublas.so.13 libcublasLt.so.13 libcurand.so.10 libnvrtc.so.13)
 
 usage() {
-  echo "usage: run.sh [-o DIRECTORY] [STEP...]; the steps are ${all_steps[*]}, and by name ${large_steps[*]}" >&2
+  echo "usage: run.sh [-o DIRECTORY] [-t SECONDS] [STEP...]; the steps are ${all_steps[*]}, and by name ${large_steps[*]}" >&2
   exit 2
 }
 
@@ -112,7 +112,7 @@ run_step() {
   command_of "$step"
   echo "==> $step" >&2
   started=$(date +%s%N)
-  "${command[@]}" >"$results/$step.out" 2>"$results/$step.err" </dev/null || status=$?
+  timeout --kill-after=5 "$limit" "${command[@]}" >"$results/$step.out" 2>"$results/$step.err" </dev/null || status=$?
   seconds=$(awk "BEGIN { printf \"%.2f\", ($(date +%s%N) - $started) / 1e9 }")
   # Without a GPU's tests in it a test program would pass.
   if grep -qx 'running 0 tests' "$results/$step.out"; then status=1; fi
@@ -131,10 +131,15 @@ run_step() {
 }
 
 results=results
-if [ "${1:-}" = -o ]; then
-  results=${2:?a directory follows -o}
-  shift 2
-fi
+limit=0 # none
+while getopts o:t: option; do
+  case $option in
+    o) results=$OPTARG ;;
+    t) limit=$OPTARG ;;
+    *) usage ;;
+  esac
+done
+shift $((OPTIND - 1))
 steps=("$@")
 if [ $# -eq 0 ]; then steps=("${all_steps[@]}"); fi
 for step in "${steps[@]}"; do command_of "$step"; done
