@@ -101,6 +101,10 @@ impl Runtime for Idle {
         Ok(())
     }
 
+    fn trim(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn describe(&self) -> String {
         "a device that does nothing".into()
     }

@@ -139,6 +139,10 @@ impl Runtime for Uncounted {
         EmulatedRuntime.reset_peak_memory()
     }
 
+    fn trim(&self) -> Result<()> {
+        EmulatedRuntime.trim()
+    }
+
     fn describe(&self) -> String {
         EmulatedRuntime.describe()
     }

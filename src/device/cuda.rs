@@ -348,6 +348,7 @@ impl Runtime for CudaRuntime {
             total_bytes: total as u64,
             used_bytes: used,
             peak_bytes: self.pool.get(Pool::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+            peak_reserved_bytes: self.pool.get(Pool::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH)?,
         })
     }
 
@@ -363,11 +364,18 @@ impl Runtime for CudaRuntime {
     }
 
     fn reset_peak_memory(&self) -> Result<()> {
+        use sys::CUmemPool_attribute_enum as Pool;
+
         // The driver takes 0 alone, and starts from what is in use.
-        self.pool.set(
-            sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH,
-            0,
-        )
+        self.pool.set(Pool::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)?;
+        self.pool.set(Pool::CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH, 0)
+    }
+
+    fn trim(&self) -> Result<()> {
+        self.synchronize()?;
+        // SAFETY: a pool of this process.
+        let status = unsafe { sys::cuMemPoolTrimTo(self.pool.0, 0) };
+        status.result().map_err(|e| failed("the memory pool", e))
     }
 
     fn describe(&self) -> String {

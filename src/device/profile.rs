@@ -118,6 +118,10 @@ impl Runtime for Profiler {
         self.inner.reset_peak_memory()
     }
 
+    fn trim(&self) -> Result<()> {
+        self.inner.trim()
+    }
+
     fn describe(&self) -> String {
         self.inner.describe()
     }

@@ -70,6 +70,16 @@ pub struct DeviceMemory {
     pub used_bytes: u64,
     /// The most that this process had in use at a time since [`Runtime::reset_peak_memory`].
     pub peak_bytes: u64,
+    /// The most that it held for tensors since then, in use or in reserve.
+    pub peak_reserved_bytes: u64,
+}
+
+impl DeviceMemory {
+    /// What is neither free nor in tensors: the context with its kernels, the workspaces of libraries, other processes.
+    pub fn beside_tensors_bytes(&self) -> u64 {
+        self.total_bytes
+            .saturating_sub(self.free_bytes + self.used_bytes)
+    }
 }
 
 /// A place in one of a device's queues: reached when all that was queued before it is done.
@@ -148,6 +158,9 @@ pub trait Runtime: Debug + Send + Sync {
     fn withhold(&self, bytes: u64) -> Result<Box<dyn Any + Send>>;
 
     fn reset_peak_memory(&self) -> Result<()>;
+
+    /// Waits for everything queued and gives back what is held in reserve, so that free memory in pieces is one again.
+    fn trim(&self) -> Result<()>;
 
     /// The device in words: its name and that of its driver.
     fn describe(&self) -> String;

@@ -153,7 +153,33 @@ impl Launcher {
             });
         }
         // SAFETY: the caller writes every element before any is read.
-        Ok(unsafe { Tensor::empty(shape, dtype, &self.device)? })
+        let allocate = || -> Result<Tensor> {
+            Ok(unsafe { Tensor::empty(shape.clone(), dtype, &self.device)? })
+        };
+        match allocate() {
+            // There may be enough, but in pieces.
+            Err(Error::OutOfDeviceMemory { .. }) => {
+                self.runtime.trim()?;
+                allocate().map_err(|error| self.with_memory(error, &shape, dtype))
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// What was asked for and what there was, where memory has run out.
+    fn with_memory(&self, error: Error, shape: &Shape, dtype: DType) -> Error {
+        let (Error::OutOfDeviceMemory { .. }, Ok(memory)) = (&error, self.runtime.memory()) else {
+            return error;
+        };
+        Error::OutOfDeviceMemory {
+            detail: format!(
+                "{} bytes asked for; {} in tensors, {} free, {} beside them",
+                shape.elem_count() * dtype.size_in_bytes(),
+                memory.used_bytes,
+                memory.free_bytes,
+                memory.beside_tensors_bytes()
+            ),
+        }
     }
 
     /// A new tensor with these values, from memory of the host that is not pinned.

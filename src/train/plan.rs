@@ -209,6 +209,11 @@ impl Workload {
         self.ranks[layer][module as usize]
     }
 
+    /// The largest rank of an adapter; 0 if there is none.
+    pub fn largest_rank(&self) -> usize {
+        self.ranks.iter().flatten().copied().max().unwrap_or(0)
+    }
+
     /// Whether the embedding is trained whole.
     fn trains_embedding(&self) -> bool {
         self.residence.embedding.is_none()

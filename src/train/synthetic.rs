@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt::Write as _;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -117,10 +118,25 @@ impl Shape {
     }
 }
 
-/// The files of a synthetic run; they are removed when this is dropped.
+/// The files of a synthetic run. Those in a temporary directory are removed when this is dropped.
 #[derive(Debug)]
 pub struct SyntheticRun {
-    dir: tempfile::TempDir,
+    dir: Directory,
+}
+
+#[derive(Debug)]
+enum Directory {
+    Temporary(tempfile::TempDir),
+    Kept(PathBuf),
+}
+
+impl Directory {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Temporary(dir) => dir.path(),
+            Self::Kept(dir) => dir,
+        }
+    }
 }
 
 impl SyntheticRun {
@@ -135,21 +151,65 @@ impl SyntheticRun {
         options: QuantizeOptions,
     ) -> Result<Self> {
         let dir = tempfile::tempdir().map_err(Error::io(std::env::temp_dir()))?;
-        let run = Self { dir };
-        let dense = run.dir.path().join("dense");
+        let run = Self {
+            dir: Directory::Temporary(dir),
+        };
+        run.write_model(shape, options)?;
+        run.write_rows(shape, rows, tokens)?;
+        Ok(run)
+    }
+
+    /// The same in a directory that stays. A model that an earlier run left there is used again.
+    ///
+    /// # Errors
+    /// As for [`create`](Self::create), and [`Error::Config`] if the model there is another one, or half of one.
+    pub fn create_in(
+        dir: &Path,
+        shape: &Shape,
+        rows: usize,
+        tokens: usize,
+        options: QuantizeOptions,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(dir).map_err(Error::io(dir))?;
+        let run = Self {
+            dir: Directory::Kept(dir.to_path_buf()),
+        };
+        // Written last, so that it stands for a whole model.
+        let description = dir.join("model.txt");
+        let wanted = format!("{shape:?}\n{options:?}\n");
+        match std::fs::read_to_string(&description) {
+            Ok(found) if found == wanted => (),
+            Err(error) if error.kind() == ErrorKind::NotFound && !run.model().exists() => {
+                run.write_model(shape, options)?;
+                AtomicFile::write(&description, wanted)?;
+            }
+            Ok(_) | Err(_) => {
+                let reason = format!("{} has another model, or half of one", dir.display());
+                return Err(Error::config("synthetic_dir", reason));
+            }
+        }
+        run.write_rows(shape, rows, tokens)?;
+        Ok(run)
+    }
+
+    fn write_model(&self, shape: &Shape, options: QuantizeOptions) -> Result<()> {
+        let dense = self.dir.path().join("dense");
         std::fs::create_dir(&dense).map_err(Error::io(&dense))?;
         write_model(&dense, shape)?;
         let job = QuantizeJob {
             source: dense.clone(),
-            destination: run.model(),
+            destination: self.model(),
             existing: Existing::Refuse,
             options,
             max_shard_bytes: ONE_SHARD,
         };
         quantize_with(&job, &mut Synthetic::default(), |_| ())?;
-        std::fs::remove_dir_all(&dense).map_err(Error::io(&dense))?;
-        AtomicFile::write(run.dataset(), random_rows(shape.vocab_size, rows, tokens))?;
-        Ok(run)
+        std::fs::remove_dir_all(&dense).map_err(Error::io(&dense))
+    }
+
+    fn write_rows(&self, shape: &Shape, rows: usize, tokens: usize) -> Result<()> {
+        let rows = random_rows(shape.vocab_size, rows, tokens);
+        AtomicFile::write(self.dataset(), rows)
     }
 
     pub fn model(&self) -> PathBuf {

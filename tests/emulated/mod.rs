@@ -189,6 +189,7 @@ impl Runtime for EmulatedRuntime {
             total_bytes: 1 << 40,
             used_bytes: 0,
             peak_bytes: 0,
+            peak_reserved_bytes: 0,
         })
     }
 
@@ -197,6 +198,10 @@ impl Runtime for EmulatedRuntime {
     }
 
     fn reset_peak_memory(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn trim(&self) -> Result<()> {
         Ok(())
     }
 

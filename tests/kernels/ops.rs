@@ -69,6 +69,16 @@ impl Pair {
     }
 }
 
+/// A library may sum the products of a part of the head in another order than those of all of it.
+fn assert_losses_close(got: &[lce::TokenLoss], want: &[lce::TokenLoss]) {
+    assert_eq!(got.len(), want.len());
+    for (got, want) in got.iter().zip(want) {
+        assert_eq!(got.row, want.row);
+        assert!((got.loss - want.loss).abs() <= 1e-5 * want.loss.abs());
+        assert!((got.confidence - want.confidence).abs() <= 1e-5 * want.confidence);
+    }
+}
+
 fn expected(
     random: &mut Random,
     inputs: &[Tensor],
@@ -619,13 +629,16 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         let again = lce::forward(&x, &head, &labels).unwrap().read().unwrap();
         assert_eq!(again, losses);
         let of_paged = lce::backward(&x, Table::Paged(&paged), &labels, 0.25, None).unwrap();
-        assert_eq!(of_paged.0.read().unwrap(), losses);
+        let losses_of_paged = of_paged.0.read().unwrap();
+        assert_losses_close(&losses_of_paged, &losses);
         assert_close("dx of a paged head", &of_paged.1, &want.grads[0].exact, 0.01);
         let again = lce::forward(&x, Table::Paged(&paged), &labels).unwrap();
-        assert_eq!(again.read().unwrap(), losses);
-        assert_eq!(
-            f64s(&lce::logits(&x, Table::Paged(&paged)).unwrap()),
-            f64s(&lce::logits(&x, &head).unwrap())
+        assert_eq!(again.read().unwrap(), losses_of_paged);
+        assert_close(
+            "logits of a paged head",
+            &lce::logits(&x, Table::Paged(&paged)).unwrap(),
+            &lce::logits(&x, &head).unwrap(),
+            1e-5,
         );
         let logits: Vec<Vec<f32>> = lce::logits(&x, &head).unwrap().to_vec2().unwrap();
         for token in &losses {

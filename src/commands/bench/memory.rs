@@ -8,18 +8,15 @@ use qlora::train::{Loaded, Trainer};
 use serde_json::json;
 
 use super::sampler::{Sampler, Samples};
-use super::synthetic_trainer::{Prepared, training_flag};
+use super::synthetic_trainer::{Prepared, SyntheticArgs, training_flag};
 use super::{machine, plot};
-use crate::commands::{ConfigFlags, ShapeArgs, activations, on_the_host};
-
-/// The step that is measured comes after as many as `--max_steps` says.
-const MEASURED_STEPS: usize = 1;
+use crate::commands::{ConfigFlags, activations, on_the_host};
 
 #[derive(Debug, clap::Args)]
 #[command(mut_args = training_flag)]
 pub struct Args {
     #[command(flatten)]
-    shape: ShapeArgs,
+    model: SyntheticArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -63,14 +60,20 @@ const STEP: &[Item] = &[
 const LIBRARIES: &[Item] = &[Item::Libraries];
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let prepared = Prepared::new(&args.shape, &args.flags, MEASURED_STEPS)?;
+    let prepared = Prepared::new(&args.model, &args.flags, 0)?;
     let placement = &prepared.placement;
     let used = || placement.used_memory_bytes();
-    let libraries = libraries_bytes(placement);
     let before = used();
     let mut loaded = Vec::new();
-    let mut trainer = prepared.trainer(|what| loaded.push((what, used())))?;
-    let (samples, peak) = step(&mut trainer, placement)?;
+    let tell_memory = |_: &anyhow::Error| {
+        if let Some(memory) = placement.runtime_memory() {
+            eprintln!("when it failed: {memory:?}");
+        }
+    };
+    let trainer = prepared.trainer(|what| loaded.push((what, used())));
+    let mut trainer = trainer.inspect_err(tell_memory)?;
+    let (samples, peak) = steps(&mut trainer, placement).inspect_err(tell_memory)?;
+    let libraries = prepared.libraries_bytes();
     let over = |bytes: Option<u64>, from: Option<u64>| Some(bytes?.saturating_sub(from?));
     let after = |what: Loaded| {
         let found = loaded.iter().find(|(known, _)| *known == what);
@@ -109,7 +112,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "shape_name": prepared.shape_name(),
             "max_seq_len": config.longest_sequence(),
             "per_device_train_batch_size": config.per_device_train_batch_size,
-            "lora_r": config.lora_r,
+            "lora_r": trainer.workload().largest_rank(),
             "optim": config.optim,
             "vram_limit": config.vram_limit.map(|limit| limit.0),
             "activations": activations(plan),
@@ -117,6 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "parts": parts.collect::<Vec<_>>(),
             "planned_bytes": plan.peak.total(),
             "measured_bytes": all,
+            "reserved_bytes": placement.runtime_memory().map(|memory| memory.peak_reserved_bytes),
             "host_bytes": plan.host.total(),
             "device": config.device,
             "machine": machine::describe(placement),
@@ -158,25 +162,19 @@ fn print_row(name: &str, planned: u64, measured: Option<u64>) {
     );
 }
 
-/// Steps until the caches of all kinds are there, and one that is measured: memory over it, and the most.
-fn step(trainer: &mut Trainer, placement: &Placement) -> anyhow::Result<(Samples, Option<u64>)> {
-    for _ in MEASURED_STEPS..trainer.total_steps() {
-        trainer.step()?;
-    }
+/// All steps: memory over the last one, and the most in any; on the CPU, where that is sampled, the most in the last.
+fn steps(trainer: &mut Trainer, placement: &Placement) -> anyhow::Result<(Samples, Option<u64>)> {
     placement.reset_peak_memory()?;
-    let sampler = Sampler::start(placement);
-    let step = trainer.step();
-    let samples = sampler.stop();
-    step?;
+    let mut samples = Samples::new();
+    for _ in 0..trainer.total_steps() {
+        let sampler = Sampler::start(placement);
+        let step = trainer.step();
+        samples = sampler.stop();
+        step?;
+    }
     let peak = match placement.runtime_memory() {
         Some(memory) => Some(memory.peak_bytes),
         None => samples.iter().map(|(_, bytes)| *bytes).max(),
     };
     Ok((samples, peak))
-}
-
-/// What is taken of a device beside tensors.
-fn libraries_bytes(placement: &Placement) -> Option<u64> {
-    let memory = placement.runtime_memory()?;
-    Some(memory.total_bytes - memory.free_bytes - memory.used_bytes)
 }

@@ -7,9 +7,9 @@ use anyhow::Context;
 use qlora::device::anonymous_memory_bytes;
 use serde_json::json;
 
-use super::synthetic_trainer::{Prepared, training_flag};
+use super::synthetic_trainer::{Prepared, SyntheticArgs, training_flag};
 use super::{kernels, machine, plot, split};
-use crate::commands::{ConfigFlags, ShapeArgs, activations, on_the_host};
+use crate::commands::{ConfigFlags, activations, on_the_host};
 
 /// Steps before the ones that count.
 const WARM_UP_STEPS: usize = 1;
@@ -20,7 +20,7 @@ const SPLIT_STEPS: usize = 1;
 #[command(mut_args = training_flag)]
 pub struct Args {
     #[command(flatten)]
-    shape: ShapeArgs,
+    model: SyntheticArgs,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -33,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let prepared = Prepared::new(&args.shape, &args.flags, WARM_UP_STEPS + SPLIT_STEPS)?;
+    let prepared = Prepared::new(&args.model, &args.flags, WARM_UP_STEPS + SPLIT_STEPS)?;
     let placement = &prepared.placement;
     let mut trainer = prepared.trainer(|_| ())?;
     let counted = trainer.total_steps() - WARM_UP_STEPS - SPLIT_STEPS;
@@ -71,7 +71,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "tokens_per_step": tokens,
             "max_seq_len": config.longest_sequence(),
             "per_device_train_batch_size": config.per_device_train_batch_size,
-            "lora_r": config.lora_r,
+            "lora_r": trainer.workload().largest_rank(),
             "lora_dropout": config.lora_dropout.unwrap_or(0.0),
             "optim": config.optim,
             "peak_memory_bytes": peak_memory_bytes,

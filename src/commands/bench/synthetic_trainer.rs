@@ -1,6 +1,8 @@
 //! What benchmarks measure: a trainer of a model of random weights, on rows of random tokens of full length.
 
 use std::any::Any;
+use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use qlora::device::{self, Placement};
@@ -18,7 +20,7 @@ const DEFAULTS: [(&str, &str, &str); 3] = [
     (
         "max_steps",
         "4",
-        "Optimizer steps that count, after one to warm up",
+        "Optimizer steps that count; where speed is measured, after one to warm up",
     ),
     ("max_seq_len", "256", "Length of every sequence, in tokens"),
 ];
@@ -60,6 +62,16 @@ const WITHOUT_EFFECT: [&str; 16] = [
     "logging_steps",
 ];
 
+/// What model is to be measured.
+#[derive(Debug, clap::Args)]
+pub struct SyntheticArgs {
+    #[command(flatten)]
+    shape: ShapeArgs,
+    /// Write the model here and leave it there, or use the one that is there; unset: a temporary directory
+    #[arg(long = "synthetic_dir", alias = "synthetic-dir", value_name = "DIR")]
+    synthetic_dir: Option<PathBuf>,
+}
+
 /// A training flag as a benchmark has it.
 pub fn training_flag(flag: clap::Arg) -> clap::Arg {
     let id = flag.get_id().to_string();
@@ -83,16 +95,25 @@ pub struct Prepared {
     /// The files are removed when this is dropped.
     _files: SyntheticRun,
     /// Memory of the device that nothing may use.
-    _withheld: Option<Box<dyn Any + Send>>,
+    withheld: Option<Withheld>,
+}
+
+struct Withheld {
+    bytes: u64,
+    _memory: Box<dyn Any + Send>,
 }
 
 impl Prepared {
     /// Writes what is to be trained, for so many steps besides those that `--max_steps` asks for.
     pub fn new(
-        shape: &ShapeArgs,
+        shape: &SyntheticArgs,
         flags: &ConfigFlags,
         steps_besides: usize,
     ) -> anyhow::Result<Self> {
+        let SyntheticArgs {
+            shape,
+            synthetic_dir,
+        } = shape;
         let shape = shape.shape(Shape::LLAMA_110M);
         let mut overrides = flags.overrides.clone();
         let given = |key: &str| flags.overrides.iter().any(|(name, _)| name == key);
@@ -117,12 +138,14 @@ impl Prepared {
             "writing a synthetic model: {}",
             serde_json::to_string(&shape)?
         );
-        let files = SyntheticRun::create(
-            &shape,
-            config.per_device_train_batch_size * config.gradient_accumulation_steps,
-            config.longest_sequence(),
-            config.quantize_options(),
-        )?;
+        let started = Instant::now();
+        let rows = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+        let (tokens, options) = (config.longest_sequence(), config.quantize_options());
+        let files = match synthetic_dir {
+            Some(dir) => SyntheticRun::create_in(dir, &shape, rows, tokens, options)?,
+            None => SyntheticRun::create(&shape, rows, tokens, options)?,
+        };
+        eprintln!("written in {:.1} s", started.elapsed().as_secs_f64());
         config.model_name_or_path = files.model();
         config.dataset = files.dataset().into();
         config.output_dir = files.output_dir();
@@ -134,17 +157,23 @@ impl Prepared {
             placement,
             config,
             _files: files,
-            _withheld: withheld,
+            withheld,
         })
     }
 
     /// Loads it; `watch` is told what is in memory.
     pub fn trainer(&self, watch: impl FnMut(Loaded)) -> anyhow::Result<Trainer> {
-        Ok(Trainer::watched(
-            self.config.clone(),
-            &self.placement,
-            watch,
-        )?)
+        let started = Instant::now();
+        let trainer = Trainer::watched(self.config.clone(), &self.placement, watch)?;
+        eprintln!("loaded in {:.1} s", started.elapsed().as_secs_f64());
+        Ok(trainer)
+    }
+
+    /// What is taken of a device beside tensors.
+    pub fn libraries_bytes(&self) -> Option<u64> {
+        let beside = self.placement.runtime_memory()?.beside_tensors_bytes();
+        let withheld = self.withheld.as_ref().map_or(0, |withheld| withheld.bytes);
+        Some(beside.saturating_sub(withheld))
     }
 
     /// The name of the shape, or its sizes.
@@ -163,16 +192,16 @@ impl Prepared {
 }
 
 /// Takes what is beyond the limit of a run away from it, so that the limit is the device's.
-fn withhold(
-    config: &TrainConfig,
-    placement: &Placement,
-) -> anyhow::Result<Option<Box<dyn Any + Send>>> {
+fn withhold(config: &TrainConfig, placement: &Placement) -> anyhow::Result<Option<Withheld>> {
     let (Some(limit), Some(memory)) = (config.vram_limit, placement.runtime_memory()) else {
         return Ok(None);
     };
-    let Some(beyond) = memory.total_bytes.checked_sub(limit.0) else {
+    let Some(bytes) = memory.total_bytes.checked_sub(limit.0) else {
         bail!("--vram_limit: the device has {} bytes", memory.total_bytes);
     };
     let runtime = device::runtime(&placement.device).context("the device has no runtime")?;
-    Ok(Some(runtime.withhold(beyond)?))
+    Ok(Some(Withheld {
+        bytes,
+        _memory: runtime.withhold(bytes)?,
+    }))
 }

@@ -151,10 +151,18 @@ impl Plan {
         placement: &Placement,
     ) -> Result<Self> {
         let free = placement.free_memory_bytes().unwrap_or(0);
-        match (config.vram_limit, workload.engine) {
-            (Some(limit), _) => Self::within(workload, config, limit.0),
+        let limit = config.vram_limit.map(|limit| limit.0);
+        match (limit, workload.engine) {
             // What is free does not include what the libraries have taken by now.
-            (None, Engine::Kernels) => Self::within(workload, config, free + LIBRARIES_BYTES),
+            (_, Engine::Kernels) => {
+                let free = free + LIBRARIES_BYTES;
+                Self::within(
+                    workload,
+                    config,
+                    limit.map_or(free, |limit| limit.min(free)),
+                )
+            }
+            (Some(limit), Engine::Cpu) => Self::within(workload, config, limit),
             (None, Engine::Cpu) => {
                 let fitting = Self::within(workload, config, free / 2);
                 Ok(fitting.unwrap_or_else(|_| {
