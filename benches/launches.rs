@@ -97,6 +97,10 @@ impl Runtime for Idle {
         not_asked_for()
     }
 
+    fn has_warpgroup_products(&self) -> bool {
+        true
+    }
+
     fn reset_peak_memory(&self) -> Result<()> {
         Ok(())
     }

@@ -21,23 +21,19 @@ struct OnlineSoftmax {
         }
     }
 
-    // Turns scores into weights relative to the highest score so far, and brings `out` to the same reference.
-    template <int N, int COLUMNS>
-    __device__ __forceinline__ void step(float (&scores)[M][N][4], float (&out)[M][COLUMNS][4], float exponent_scale) {
+    // Turns scores into weights relative to the highest score so far, and says what brings what was summed with the weights
+    // before to the same reference.
+    template <int N>
+    __device__ __forceinline__ void weigh(float (&scores)[M][N][4], float (&correction)[M][2], float exponent_scale) {
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float before = highest[m][half];
                 const float now = fmaxf(before, highest_of_row(scores[m], half) * exponent_scale);
-                const float correction = exp2_approximate(before - now);
+                correction[m][half] = exp2_approximate(before - now);
                 highest[m][half] = now;
-                total[m][half] *= correction;
-#pragma unroll
-                for (int n = 0; n < COLUMNS; n++) {
-                    out[m][n][2 * half] *= correction;
-                    out[m][n][2 * half + 1] *= correction;
-                }
+                total[m][half] *= correction[m][half];
             }
         }
         for_each<M, N>([&](int m, int n, int i) {
@@ -45,6 +41,11 @@ struct OnlineSoftmax {
             weight = exp2_approximate(weight * exponent_scale - highest[m][i / 2]);
             total[m][i / 2] += weight;
         });
+    }
+
+    template <int COLUMNS>
+    static __device__ __forceinline__ void rescale(float (&out)[M][COLUMNS][4], const float (&correction)[M][2]) {
+        for_each<M, COLUMNS>([&](int m, int n, int i) { out[m][n][i] *= correction[m][i / 2]; });
     }
 
     // Sums up over the four lanes of each row; the last thing to be done.
@@ -71,6 +72,26 @@ struct OnlineSoftmax {
         return fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, 2));
     }
 };
+
+// The logarithm of the total of each row, for the rows of a warp that are before `queries`.
+template <int M>
+__device__ __forceinline__ void store_lse(const OnlineSoftmax<M>& softmax, int warp_row, int queries, float* lse,
+                                          unsigned stride) {
+    if (lane_column() != 0) {
+        return;
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = warp_row + 16 * m + 8 * half + lane_row();
+            if (row < queries) {
+                const float log2_total = softmax.highest[m][half] + log2f(softmax.total[m][half]);
+                lse[row * static_cast<uint64_t>(stride)] = log2_total * LN_2;
+            }
+        }
+    }
+}
 
 // A block takes QUERIES rows of one head, a warp QUERIES / WARPS of them. While the scores of a tile are computed its values
 // arrive, and while they are weighed and summed the next keys do.
@@ -134,7 +155,9 @@ struct Forward {
                 if (!band.covers(first_query, last_query, key, KEYS)) {
                     band.mask_keys(scores, first_query, key);
                 }
-                softmax.step(scores, sum, exponent_scale);
+                float correction[M][2];
+                softmax.weigh(scores, correction, exponent_scale);
+                softmax.rescale(sum, correction);
                 Fragments<M, KEYS / 16> weights;
                 weights.round(scores);
                 add_product(sum, weights, value_tile, offsets);
@@ -146,24 +169,6 @@ struct Forward {
         store_rows<E, M>(sum, inverse_total, query_tile + warp_row * E, to, warp_row, queries, heads.head_dim, whole_chunks);
         store_lse(softmax, warp_row, queries,
                   lse + static_cast<uint64_t>(tile.query_row) * heads.num_heads + head, heads.num_heads);
-    }
-
-    static __device__ __forceinline__ void store_lse(const OnlineSoftmax<M>& softmax, int warp_row, int queries,
-                                                     float* lse, unsigned stride) {
-        if (lane_column() != 0) {
-            return;
-        }
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int row = warp_row + 16 * m + 8 * half + lane_row();
-                if (row < queries) {
-                    const float log2_total = softmax.highest[m][half] + log2f(softmax.total[m][half]);
-                    lse[row * static_cast<uint64_t>(stride)] = log2_total * LN_2;
-                }
-            }
-        }
     }
 };
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
-/// Compute capabilities with machine code, as nvcc numbers them.
+/// Compute capabilities with machine code, as nvcc numbers them; files `*_hopper.cu` are for 9.0 alone, with its own instructions.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 /// The one whose PTX is kept, from which a driver makes code for what comes later; 120 would leave 11.0 without any.
 const PTX_ARCHITECTURE: u32 = 100;
@@ -120,14 +120,18 @@ fn compile_kernel(toolkit: &Path, file: &Path, out: &Path) {
     nvcc.args(["-std=c++17", "-O3", "-fatbin", "-Xptxas=-v", "-o"])
         .arg(&fatbin)
         .arg(file);
-    for architecture in ARCHITECTURES {
+    if stem.ends_with("_hopper") {
+        nvcc.arg("-gencode=arch=compute_90a,code=sm_90a");
+    } else {
+        for architecture in ARCHITECTURES {
+            nvcc.arg(format!(
+                "-gencode=arch=compute_{architecture},code=sm_{architecture}"
+            ));
+        }
         nvcc.arg(format!(
-            "-gencode=arch=compute_{architecture},code=sm_{architecture}"
+            "-gencode=arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"
         ));
     }
-    nvcc.arg(format!(
-        "-gencode=arch=compute_{PTX_ARCHITECTURE},code=compute_{PTX_ARCHITECTURE}"
-    ));
     let output = match nvcc.output() {
         Ok(output) => output,
         Err(error) => fail(&format!("{}: {error}", nvcc.get_program().display())),

@@ -135,6 +135,10 @@ impl Runtime for Uncounted {
         EmulatedRuntime.withhold(bytes)
     }
 
+    fn has_warpgroup_products(&self) -> bool {
+        EmulatedRuntime.has_warpgroup_products()
+    }
+
     fn reset_peak_memory(&self) -> Result<()> {
         EmulatedRuntime.reset_peak_memory()
     }

@@ -23,6 +23,8 @@ use crate::{Error, Result};
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
 const ORDINAL: usize = 0;
+/// The compute capability that the files `*_hopper.cu` are compiled for: its own instructions are not those of what came later.
+const HOPPER: (i32, i32) = (9, 0);
 
 unsafe extern "C" {
     fn qlora_load_cuda(problem: *mut c_char, capacity: usize) -> c_int;
@@ -91,6 +93,7 @@ struct CudaRuntime {
     functions: Mutex<HashMap<String, CudaFunction>>,
     pool: MemoryPool,
     multiprocessors: u32,
+    has_warpgroup_products: bool,
 }
 
 /// The device's pool that tensors are allocated from.
@@ -106,8 +109,13 @@ impl CudaRuntime {
     fn new(device: &CudaDevice) -> Result<Self> {
         let stream = device.cuda_stream();
         let context = Arc::clone(stream.context());
+        let has_warpgroup_products = context
+            .compute_capability()
+            .map_err(|e| failed("asking for the compute capability", e))?
+            == HOPPER;
         let modules = FATBINS
             .iter()
+            .filter(|(name, _)| has_warpgroup_products || !name.ends_with("_hopper"))
             .map(|(name, fatbin)| {
                 let module = context.load_module(Ptx::from_binary(fatbin.to_vec()));
                 module.map_err(|e| failed(&format!("loading {name}"), e))
@@ -127,6 +135,7 @@ impl CudaRuntime {
             blas: device.cublas_handle(),
             functions: Mutex::default(),
             multiprocessors: multiprocessors as u32,
+            has_warpgroup_products,
             copies: stream_for("copies")?,
             copies_back: stream_for("copies")?,
             aside: stream_for("kernels beside others")?,
@@ -332,6 +341,10 @@ impl Runtime for CudaRuntime {
 
     fn multiprocessors(&self) -> u32 {
         self.multiprocessors
+    }
+
+    fn has_warpgroup_products(&self) -> bool {
+        self.has_warpgroup_products
     }
 
     fn memory(&self) -> Result<DeviceMemory> {

@@ -106,6 +106,10 @@ impl Runtime for Profiler {
         self.inner.multiprocessors()
     }
 
+    fn has_warpgroup_products(&self) -> bool {
+        self.inner.has_warpgroup_products()
+    }
+
     fn memory(&self) -> Result<DeviceMemory> {
         self.inner.memory()
     }

@@ -152,6 +152,9 @@ pub trait Runtime: Debug + Send + Sync {
     /// Thread blocks run on this many processors at a time.
     fn multiprocessors(&self) -> u32;
 
+    /// Whether four warps multiply together (`wgmma`, compute capability 9.0): for kernels that are there for that alone.
+    fn has_warpgroup_products(&self) -> bool;
+
     fn memory(&self) -> Result<DeviceMemory>;
 
     /// Takes so many bytes that nothing can use until the result is dropped.

@@ -141,6 +141,11 @@ impl Launcher {
         &*self.runtime
     }
 
+    /// Whether kernels of warpgroups are there.
+    pub(super) fn has_warpgroup_products(&self) -> bool {
+        self.runtime.has_warpgroup_products()
+    }
+
     /// A new tensor whose every element a kernel will write.
     pub(super) fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();

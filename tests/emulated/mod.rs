@@ -183,6 +183,10 @@ impl Runtime for EmulatedRuntime {
         1
     }
 
+    fn has_warpgroup_products(&self) -> bool {
+        true
+    }
+
     fn memory(&self) -> Result<DeviceMemory> {
         Ok(DeviceMemory {
             free_bytes: 1 << 40,

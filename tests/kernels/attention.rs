@@ -17,6 +17,8 @@ struct TileSize {
 /// The kernels for heads of up to `columns` columns.
 struct Kernels {
     columns: usize,
+    /// The end of their names.
+    suffix: &'static str,
     forward: TileSize,
     backward_q: TileSize,
     backward_kv: TileSize,
@@ -33,6 +35,7 @@ const fn kernels(
     }
     Kernels {
         columns,
+        suffix: "",
         forward: size(forward),
         backward_q: size(backward_q),
         backward_kv: size(backward_kv),
@@ -47,8 +50,16 @@ const KERNELS: [Kernels; 5] = [
     kernels(256, (64, 98_304), (64, 98_304), (32, 100_864)),
 ];
 
+/// Those of `cuda/attention_hopper.cu`, for heads of 128 columns and no others.
+const HOPPER: Kernels = Kernels {
+    suffix: "_hopper",
+    ..kernels(128, (128, 164_864), (128, 148_480), (128, 166_400))
+};
+
 #[derive(Clone, Copy)]
 struct Case {
+    /// With the products of warpgroups.
+    on_hopper: bool,
     num_heads: usize,
     num_kv_heads: usize,
     head_dim: usize,
@@ -61,6 +72,7 @@ struct Case {
 }
 
 const CASE: Case = Case {
+    on_hopper: false,
     num_heads: 2,
     num_kv_heads: 1,
     head_dim: 64,
@@ -71,6 +83,9 @@ const CASE: Case = Case {
 
 impl Case {
     fn kernels(&self) -> &'static Kernels {
+        if self.on_hopper {
+            return &HOPPER;
+        }
         KERNELS
             .iter()
             .find(|kernels| self.head_dim <= kernels.columns)
@@ -137,6 +152,7 @@ impl Case {
 
     fn describe(&self, what: &str) -> String {
         let Case {
+            on_hopper,
             num_heads,
             num_kv_heads,
             head_dim,
@@ -145,7 +161,7 @@ impl Case {
             soft_cap,
         } = self;
         format!(
-            "{what} (heads {num_heads}/{num_kv_heads} of {head_dim}, segments {segments:?}, window {window}, cap {soft_cap})"
+            "{what} (on Hopper: {on_hopper}, heads {num_heads}/{num_kv_heads} of {head_dim}, segments {segments:?}, window {window}, cap {soft_cap})"
         )
     }
 }
@@ -378,11 +394,17 @@ impl<'a> OnDevice<'a> {
             Arg::U32(case.head_dim as u32),
             Arg::F32(case.scale()),
             Arg::U32(case.window as u32),
-            Arg::F32(case.soft_cap),
         ]);
+        if !case.on_hopper {
+            args.push(Arg::F32(case.soft_cap));
+        }
         args.extend(writes.iter().copied().map(Arg::Buffer));
         self.device.launch(
-            &format!("attention_{kernel}_bf16_{}", case.kernels().columns),
+            &format!(
+                "attention_{kernel}_bf16_{}{}",
+                case.kernels().columns,
+                case.kernels().suffix
+            ),
             [tiles.len() as u32, heads as u32, 1],
             size.shared_bytes,
             &args,
@@ -558,6 +580,48 @@ kernel_test!(queries_on_a_cache_see_all_keys_before_them, |device| {
                 window,
                 segments,
                 ..CASE
+            },
+        );
+    }
+});
+
+kernel_test!(warpgroups_multiply_heads_of_128_columns, |device| {
+    if !device.has_warpgroup_products() {
+        return;
+    }
+    let case = Case {
+        on_hopper: true,
+        head_dim: 128,
+        ..CASE
+    };
+    for segments in [
+        &[(42, 42)][..],
+        &[(1, 1), (130, 130), (64, 64)],
+        &[(300, 300)],
+    ] {
+        check(device, &Case { segments, ..case });
+    }
+    let (num_heads, num_kv_heads) = (6, 2);
+    for (window, segments) in [(0, &[(200, 200)]), (95, &[(300, 300)]), (2, &[(42, 42)])] {
+        check(
+            device,
+            &Case {
+                num_heads,
+                num_kv_heads,
+                window,
+                segments,
+                ..case
+            },
+        );
+    }
+    let segments = &[(3, 30), (1, 200), (130, 192), (66, 192)];
+    for window in [0, 100] {
+        check(
+            device,
+            &Case {
+                window,
+                segments,
+                ..case
             },
         );
     }

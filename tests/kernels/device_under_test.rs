@@ -69,6 +69,11 @@ pub trait Device {
         arguments: &[Vec<u8>],
         buffers: &[Range<usize>],
     ) -> Result<(), String>;
+
+    /// Whether it has the kernels of `cuda/attention_hopper.cu`.
+    fn has_warpgroup_products(&self) -> bool {
+        true
+    }
 }
 
 /// What the body of a [`kernel_test!`] is given.
@@ -83,6 +88,10 @@ impl DeviceUnderTest {
             device: Box::new(device),
             downloads: RefCell::default(),
         }
+    }
+
+    pub fn has_warpgroup_products(&self) -> bool {
+        self.device.has_warpgroup_products()
     }
 
     pub fn upload<T: Pod>(&self, values: &[T]) -> Buffer {

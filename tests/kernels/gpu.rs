@@ -63,6 +63,10 @@ impl Device for Gpu {
             .and_then(|()| self.runtime.synchronize())
             .map_err(|error| error.to_string())
     }
+
+    fn has_warpgroup_products(&self) -> bool {
+        self.runtime.has_warpgroup_products()
+    }
 }
 
 struct GpuMemory(Tensor);

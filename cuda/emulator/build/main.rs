@@ -158,7 +158,7 @@ impl Build {
             .map(|kernel| format!("    ENTRY({kernel}),\n"))
             .collect();
         let text = format!(
-            "#include \"emulator/host/tensor_core_on_host.h\"\n#include \"emulator/host/kernel_table.h\"\n\
+            "#include \"emulator/host/tensor_core_on_host.h\"\n#include \"emulator/host/warpgroup_on_host.h\"\n#include \"emulator/host/kernel_table.h\"\n\
              namespace {{\n#include \"{}\"\n}}\n\
              extern \"C\" {{\n\
              extern const emulator::Entry {table}[];\n\

@@ -137,7 +137,7 @@ void* shared_array(const void* declaration, const char* name, size_t bytes) {
     void* array = machine->shared().array(declaration, name, bytes);
     if (array == nullptr) {
         fail(FaultKind::SharedTooLarge, "no room for %s (%zu bytes) in the %zu bytes of shared memory that every GPU has", name,
-             bytes, SharedMemory::LIMIT_BYTES);
+             bytes, machine->launch().shared_limit);
     }
     return array;
 }
@@ -176,6 +176,11 @@ bool copy_lands_at_once() {
 }
 
 CopyQueue& copies_of_this_thread() { return machine->thread().copies; }
+
+// The same for all lanes of a warp, which compute it together.
+bool products_end_at_once() { return !machine->launch().watched && machine->launch().order.kind == Order::Reverse; }
+
+ProductQueue& products_of_this_thread() { return machine->thread().products; }
 
 void fail(FaultKind kind, const char* format, ...) {
     va_list arguments;

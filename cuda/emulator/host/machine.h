@@ -29,6 +29,8 @@ struct Launch {
     unsigned threads = 0;
     dim3 grid;
     size_t shared_bytes = 0;
+    // The shared memory that a block may have where the kernel is to run.
+    size_t shared_limit = 0;
     Order order;
     // The synchronization at this place does nothing: how tests see that they would notice its absence.
     Site removed;
@@ -48,7 +50,8 @@ constexpr unsigned LANES = 32;
 // `visit`, if given, receives each place in the source where the kernel synchronized, once.
 bool run(const Launch& launch, Fault& fault, void (*visit)(void* context, Site site) = nullptr, void* context = nullptr);
 
-// What follows is called from within kernels, by way of cuda_on_host.h and tensor_core_on_host.h.
+// What follows is called from within kernels, by way of cuda_on_host.h, tensor_core_on_host.h and
+// warpgroup_on_host.h.
 
 // These are fixed while a thread lives, which `const` tells the compiler.
 __attribute__((const)) uint3 thread_index();
@@ -87,6 +90,13 @@ bool copy_lands_at_once();
 // The copies that the calling thread has under way.
 struct CopyQueue;
 CopyQueue& copies_of_this_thread();
+
+// True if a product of a warpgroup shall be over at once; otherwise it is computed as late as its wait allows.
+bool products_end_at_once();
+
+// The products of warpgroups that the calling thread has under way.
+struct ProductQueue;
+ProductQueue& products_of_this_thread();
 
 // Ends the launch with a fault of the calling thread.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(FaultKind kind, const char* format, ...);

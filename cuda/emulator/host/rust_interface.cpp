@@ -14,6 +14,7 @@ struct RawLaunch {
     unsigned threads;
     unsigned grid[3];
     size_t shared_bytes;
+    size_t shared_limit;
     uint64_t order_seed;
     unsigned order_kind;
     unsigned removed_line;  // 0: none
@@ -28,6 +29,7 @@ extern "C" bool qlora_emulator_run(const RawLaunch* raw, Fault* fault, void (*vi
     launch.threads = raw->threads;
     launch.grid = dim3(raw->grid[0], raw->grid[1], raw->grid[2]);
     launch.shared_bytes = raw->shared_bytes;
+    launch.shared_limit = raw->shared_limit;
     launch.order = Order{static_cast<Order::Kind>(raw->order_kind), raw->order_seed};
     if (raw->removed_line != 0) {
         launch.removed = Site{raw->removed_file, raw->removed_line};

@@ -55,9 +55,9 @@ bool Machine::run(const Launch& launch, Fault& fault) {
     stacks_.reserve(launch.threads);
     threads_.resize(std::max<size_t>(threads_.size(), launch.threads));
     prepare_threads();
-    if (!shared_.begin_launch(launch.shared_bytes)) {
+    if (!shared_.begin_launch(launch.shared_bytes, launch.shared_limit)) {
         report(FaultKind::SharedTooLarge, "the launch asks for %zu bytes of shared memory; every GPU has %zu",
-               launch.shared_bytes, SharedMemory::LIMIT_BYTES);
+               launch.shared_bytes, launch.shared_limit);
         return false;
     }
     if (launch.watched) {
@@ -108,6 +108,7 @@ void Machine::prepare_threads() {
         thread.state = State::Ready;
         thread.waits_at = Site{};
         thread.copies.clear();
+        thread.products.clear();
         prepare_fiber(thread.execution, stacks_.bottom(i), thread_main);
     }
     for (unsigned w = 0; w < warps(); w++) {

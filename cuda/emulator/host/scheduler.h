@@ -7,6 +7,7 @@
 #include "copy_queue.h"
 #include "fiber.h"
 #include "machine.h"
+#include "product_queue.h"
 #include "shared_memory.h"
 #include "watch.h"
 
@@ -20,6 +21,7 @@ struct Thread {
     State state;
     Site waits_at;
     CopyQueue copies;
+    ProductQueue products;
 };
 
 struct Warp {

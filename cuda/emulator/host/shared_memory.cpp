@@ -38,7 +38,8 @@ SharedMemory::SharedMemory() : storage_(new char[CAPACITY_BYTES + ALIGNMENT]) {
     memory_ = storage_.get() + (ALIGNMENT - address % ALIGNMENT) % ALIGNMENT;
 }
 
-bool SharedMemory::begin_launch(size_t dynamic_bytes) {
+bool SharedMemory::begin_launch(size_t dynamic_bytes, size_t limit_bytes) {
+    limit_bytes_ = limit_bytes;
     ASAN_UNPOISON_MEMORY_REGION(memory_, CAPACITY_BYTES);
     arrays_.clear();
     used_ = 0;
@@ -48,7 +49,7 @@ bool SharedMemory::begin_launch(size_t dynamic_bytes) {
 
 bool SharedMemory::add(const void* declaration, const char* name, size_t bytes) {
     const Array array{declaration, name, used_, bytes};
-    if (bytes > LIMIT_BYTES || payload_bytes_ + bytes > LIMIT_BYTES || redzone_end(array) > CAPACITY_BYTES) {
+    if (bytes > limit_bytes_ || payload_bytes_ + bytes > limit_bytes_ || redzone_end(array) > CAPACITY_BYTES) {
         return false;
     }
     arrays_.push_back(array);

@@ -9,9 +9,6 @@ namespace emulator {
 
 class SharedMemory {
  public:
-    // What a block may have on every GPU that we build for (compute capability 8.6, 8.9 and 12.0 have the least).
-    static constexpr size_t LIMIT_BYTES = 99 << 10;
-
     struct Array {
         const void* declaration;  // which SHARED(...) it is; null for the dynamic part
         const char* name;
@@ -21,8 +18,8 @@ class SharedMemory {
 
     SharedMemory();
 
-    // Forgets the arrays of the last launch and lays out the dynamic part. False if it is too large.
-    bool begin_launch(size_t dynamic_bytes);
+    // Forgets the arrays of the last launch and lays out the dynamic part. False if it is larger than what a block may have.
+    bool begin_launch(size_t dynamic_bytes, size_t limit_bytes);
 
     // Fills every array with NaN bits and writes the redzones.
     void begin_block();
@@ -44,7 +41,7 @@ class SharedMemory {
     }
     size_t offset_of(const void* address) const { return static_cast<size_t>(static_cast<const char*>(address) - memory_); }
 
-    static constexpr size_t CAPACITY_BYTES = 160 << 10;
+    static constexpr size_t CAPACITY_BYTES = 288 << 10;
 
  private:
     bool add(const void* declaration, const char* name, size_t bytes);
@@ -55,6 +52,7 @@ class SharedMemory {
     std::vector<Array> arrays_;
     size_t used_ = 0;
     size_t payload_bytes_ = 0;
+    size_t limit_bytes_ = 0;
 };
 
 }  // namespace emulator

@@ -46,6 +46,10 @@ pub struct Launch<'a> {
     pub mutant: Option<Mutant>,
 }
 
+/// The shared memory that a block may have on every GPU that we build for; compute capability 8.6, 8.9 and 12.0 have the least.
+const SHARED_LIMIT: usize = 99 << 10;
+/// What 9.0 has, for which the files `*_hopper.cu` alone are.
+const SHARED_LIMIT_OF_HOPPER: usize = 227 << 10;
 /// What `cuLaunchKernel` takes on every supported GPU.
 const LARGEST_GRID: [u32; 3] = [(1 << 31) - 1, (1 << 16) - 1, (1 << 16) - 1];
 
@@ -129,6 +133,10 @@ pub unsafe fn launch(
         threads: kernel.threads,
         grid: launch.grid,
         shared_bytes: launch.shared_bytes,
+        shared_limit: match kernel.file.ends_with("_hopper") {
+            true => SHARED_LIMIT_OF_HOPPER,
+            false => SHARED_LIMIT,
+        },
         order_seed,
         order_kind,
         removed_line: launch.without.map_or(0, |removed| removed.line),
@@ -174,6 +182,7 @@ struct RawLaunch {
     threads: u32,
     grid: [u32; 3],
     shared_bytes: usize,
+    shared_limit: usize,
     order_seed: u64,
     order_kind: u32,
     removed_line: u32,

@@ -6,67 +6,96 @@ use super::{Heads, OP, Saved, Segment};
 use crate::ops::launcher::{Grid, Launcher, Operand};
 use crate::{Error, Result};
 
-/// A kernel for heads of up to `head_dim` columns, as the table at the head of `cuda/attention.cu` has it.
+/// Kernels for heads of up to `head_dim` columns, as the table at the head of `cuda/attention.cu` has them.
+#[derive(Debug)]
 struct Kernel {
     head_dim: usize,
+    /// The end of their names.
+    suffix: &'static str,
+    /// With products of warpgroups.
+    is_hopper: bool,
     forward: Tiling,
     backward_q: Tiling,
     backward_kv: Tiling,
 }
 
 /// Rows of a tile, threads and dynamic shared memory of a block.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 struct Tiling {
     rows: usize,
     threads: u32,
     shared_bytes: usize,
 }
 
-/// Every kernel has four warps.
-const fn tiling(rows: usize, shared_bytes: usize) -> Tiling {
+const fn tiling(rows: usize, threads: u32, shared_bytes: usize) -> Tiling {
     Tiling {
         rows,
-        threads: 128,
+        threads,
         shared_bytes,
     }
 }
 
+/// Every kernel has four warps.
+const fn kernel(
+    head_dim: usize,
+    suffix: &'static str,
+    forward: (usize, usize),
+    backward_q: (usize, usize),
+    backward_kv: (usize, usize),
+) -> Kernel {
+    const fn of_four_warps((rows, shared_bytes): (usize, usize)) -> Tiling {
+        tiling(rows, 128, shared_bytes)
+    }
+    Kernel {
+        head_dim,
+        suffix,
+        is_hopper: false,
+        forward: of_four_warps(forward),
+        backward_q: of_four_warps(backward_q),
+        backward_kv: of_four_warps(backward_kv),
+    }
+}
+
 const KERNELS: [Kernel; 5] = [
-    Kernel {
-        head_dim: 64,
-        forward: tiling(128, 49_152),
-        backward_q: tiling(128, 65_536),
-        backward_kv: tiling(64, 58_368),
-    },
-    Kernel {
-        head_dim: 80,
-        forward: tiling(128, 40_960),
-        backward_q: tiling(128, 61_440),
-        backward_kv: tiling(64, 70_656),
-    },
-    Kernel {
-        head_dim: 96,
-        forward: tiling(128, 49_152),
-        backward_q: tiling(128, 73_728),
-        backward_kv: tiling(64, 82_944),
-    },
-    Kernel {
-        head_dim: 128,
-        forward: tiling(128, 65_536),
-        backward_q: tiling(128, 98_304),
-        backward_kv: tiling(64, 70_144),
-    },
-    Kernel {
-        head_dim: 256,
-        forward: tiling(64, 98_304),
-        backward_q: tiling(64, 98_304),
-        backward_kv: tiling(32, 100_864),
-    },
+    kernel(64, "64", (128, 49_152), (128, 65_536), (64, 58_368)),
+    kernel(80, "80", (128, 40_960), (128, 61_440), (64, 70_656)),
+    kernel(96, "96", (128, 49_152), (128, 73_728), (64, 82_944)),
+    kernel(128, "128", (128, 65_536), (128, 98_304), (64, 70_144)),
+    kernel(256, "256", (64, 98_304), (64, 98_304), (32, 100_864)),
 ];
 
+/// Those of `cuda/attention_hopper.cu`, for heads of 128 columns and no others; they have eight warps.
+const HOPPER: Kernel = Kernel {
+    head_dim: 128,
+    suffix: "128_hopper",
+    is_hopper: true,
+    forward: tiling(128, 256, 164_864),
+    backward_q: tiling(128, 256, 148_480),
+    backward_kv: tiling(128, 256, 166_400),
+};
+
 impl Kernel {
-    /// The smallest that holds the head.
-    fn for_head_dim(head_dim: usize) -> Result<&'static Self> {
+    /// The scalars that it takes.
+    fn scalars(&self, heads: &Heads) -> Vec<Operand<'static>> {
+        let mut scalars = vec![
+            Operand::U32(heads.num_heads),
+            Operand::U32(heads.num_kv_heads),
+            Operand::U32(heads.head_dim),
+            Operand::F32(heads.scale()),
+            Operand::U32(heads.window.unwrap_or(0)),
+        ];
+        if !self.is_hopper {
+            // No cap on the scores: no model that is read has one.
+            scalars.push(Operand::F32(0.0));
+        }
+        scalars
+    }
+
+    /// The fastest where there are warpgroups, else the smallest that hold the head.
+    fn for_head_dim(head_dim: usize, launcher: &Launcher) -> Result<&'static Self> {
+        if head_dim == HOPPER.head_dim && launcher.has_warpgroup_products() {
+            return Ok(&HOPPER);
+        }
         let fits = |kernel: &&Self| head_dim <= kernel.head_dim;
         KERNELS.iter().find(fits).ok_or_else(|| Error::Shape {
             op: OP,
@@ -79,7 +108,7 @@ impl Kernel {
 /// The tiles of a batch's segments, for the grids of the three kernels: `[tiles, 5]` each.
 #[derive(Debug, Clone)]
 pub(super) struct Tiles {
-    head_dim: usize,
+    kernel: &'static Kernel,
     forward: Tensor,
     backward_q: Tensor,
     backward_kv: Tensor,
@@ -87,7 +116,8 @@ pub(super) struct Tiles {
 
 impl Tiles {
     pub(super) fn new(segments: &[Segment], head_dim: usize, device: &Device) -> Result<Self> {
-        let kernel = Kernel::for_head_dim(head_dim)?;
+        let launcher = Launcher::on(OP, device)?;
+        let kernel = Kernel::for_head_dim(head_dim, &launcher)?;
         let lists = [
             query_tiles(segments, kernel.forward.rows)?,
             query_tiles(segments, kernel.backward_q.rows)?,
@@ -96,9 +126,9 @@ impl Tiles {
         let [first, second, third] = [0, 1, 2].map(|list| lists[list].len());
         let words = lists.concat().into_flattened();
         let all = (first + second + third, WORDS);
-        let all = Launcher::on(OP, device)?.upload(&words, all)?;
+        let all = launcher.upload(&words, all)?;
         Ok(Self {
-            head_dim,
+            kernel,
             forward: all.narrow(0, 0, first)?,
             backward_q: all.narrow(0, first, second)?,
             backward_kv: all.narrow(0, first + second, third)?,
@@ -167,27 +197,13 @@ fn key_tiles(segments: &[Segment], rows: usize) -> Result<Vec<TileWords>> {
     Ok(tiles)
 }
 
-/// The scalars that every kernel of attention takes.
-fn scalars(heads: &Heads) -> [Operand<'static>; 6] {
-    /// No cap on the scores: no model that is read has one.
-    const SOFT_CAP: f32 = 0.0;
-    [
-        Operand::U32(heads.num_heads),
-        Operand::U32(heads.num_kv_heads),
-        Operand::U32(heads.head_dim),
-        Operand::F32(heads.scale()),
-        Operand::U32(heads.window.unwrap_or(0)),
-        Operand::F32(SOFT_CAP),
-    ]
-}
-
 pub(super) fn forward(
     launcher: &Launcher,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     tiles: &Tiles,
     heads: &Heads,
 ) -> Result<Saved> {
-    let kernel = Kernel::for_head_dim(tiles.head_dim)?;
+    let kernel = tiles.kernel;
     let saved = Saved {
         out: launcher.empty(q.shape(), DType::BF16)?,
         lse: launcher.empty((q.dim(0)?, heads.num_heads), DType::F32)?,
@@ -198,10 +214,10 @@ pub(super) fn forward(
         Operand::Read(v),
         Operand::Read(&tiles.forward),
     ];
-    operands.extend(scalars(heads));
+    operands.extend(kernel.scalars(heads));
     operands.extend([Operand::Write(&saved.out), Operand::Write(&saved.lse)]);
     let grid = kernel.forward.grid(&tiles.forward, heads.num_heads)?;
-    let name = format!("attention_forward_bf16_{}", kernel.head_dim);
+    let name = format!("attention_forward_bf16_{}", kernel.suffix);
     // SAFETY: the tiles are of segments that were checked against the rows of q, k and v.
     unsafe { launcher.launch(&name, grid, &operands)? };
     Ok(saved)
@@ -215,7 +231,7 @@ pub(super) fn backward(
     tiles: &Tiles,
     heads: &Heads,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let kernel = Kernel::for_head_dim(tiles.head_dim)?;
+    let kernel = tiles.kernel;
     let delta = delta(launcher, d_out, &saved.out, heads)?;
     let gradient = |of: &Tensor| launcher.empty(of.shape(), DType::BF16);
     let (dq, dk, dv) = (gradient(q)?, gradient(k)?, gradient(v)?);
@@ -223,9 +239,9 @@ pub(super) fn backward(
         let mut operands: Vec<Operand<'_>> = [q, k, v, d_out, &saved.lse, &delta, tiles]
             .map(Operand::Read)
             .into();
-        operands.extend(scalars(heads));
+        operands.extend(kernel.scalars(heads));
         operands.extend(gradients.iter().map(|&t| Operand::Write(t)));
-        let name = format!("attention_backward_{name}_bf16_{}", kernel.head_dim);
+        let name = format!("attention_backward_{name}_bf16_{}", kernel.suffix);
         // SAFETY: the tiles are of segments that were checked against the rows of q, k and v.
         unsafe { launcher.launch(&name, tiling.grid(tiles, y)?, &operands) }
     };
