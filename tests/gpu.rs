@@ -226,3 +226,28 @@ placement_test!(a_run_repeats_and_resumes_bit_for_bit, |placement| {
     let (losses, adapter) = train(resumed, placement);
     assert!(losses == whole.0[2..] && adapter == whole.1);
 });
+
+placement_test!(threads_get_the_right_text_or_an_error, |placement| {
+    let case = ReferenceCase::read("llama_gqa");
+    let decoder = case.decoder_at(placement);
+    let options = GenerateOptions {
+        max_new_tokens: 4,
+        stop_ids: Vec::new(),
+        ensemble: None,
+    };
+    let write = || {
+        let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
+        let go_on = |_| ControlFlow::Continue(());
+        generate(&decoder, &case.prompt, &options, &mut sampler, go_on)
+    };
+    let alone = write().unwrap();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(write)).collect();
+        for thread in threads {
+            match thread.join().unwrap() {
+                Ok(text) => assert_eq!(text, alone),
+                Err(error) => assert!(error.to_string().contains("one thread at a time")),
+            }
+        }
+    });
+});

@@ -1,6 +1,6 @@
 //! The decoder: embedding, blocks, final norm and head, over sequences laid one after another without padding.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use candle_core::Tensor;
 
@@ -55,6 +55,8 @@ pub struct Decoder {
     stream: Option<Arc<BlockStream>>,
     /// Where activations wait that are offloaded; `None` where the device is the host.
     host_memory: Option<HostMemory>,
+    /// Held by the thread whose pass through the blocks it is.
+    pass: Arc<Mutex<()>>,
 }
 
 impl Decoder {
@@ -100,6 +102,7 @@ impl Decoder {
             inv_freq: config.rope.inv_freq(config.head_dim),
             rope: Arc::new(Mutex::new(Arc::new(RopeTable::new(&[], 0)))),
             parameters: Parameters::none(&placement.device)?,
+            pass: Arc::default(),
             placement: placement.clone(),
             embedding: Vocabulary::frozen(embedding),
             blocks,
@@ -205,6 +208,7 @@ impl Decoder {
 
     /// The logits `[V]` after the last of `ids`, which follow the tokens that `cache` holds and are added to it.
     pub fn decode(&self, ids: &[u32], cache: &mut KvCache<'_>) -> Result<Tensor> {
+        let _pass = self.begin_pass()?;
         let rows = cache.advance(ids.len())?;
         let positions: Vec<u32> = rows.clone().map(|p| p as u32).collect();
         let segment = Segment {
@@ -224,6 +228,7 @@ impl Decoder {
 
     /// The last block's output, `[N, D]`, with nothing kept.
     fn infer(&self, sequences: Sequences<'_>, masks: Option<MatrixDropout>) -> Result<Tensor> {
+        let _pass = self.begin_pass()?;
         let rows = self.rows(sequences)?;
         let layout = rows.layout().masked(masks);
         let mut x = self.embed(sequences.input_ids)?;
@@ -232,6 +237,23 @@ impl Decoder {
             x = block.forward(&x, &layout, ActivationPolicy::Recompute)?.0;
         }
         Ok(x)
+    }
+
+    /// Reserves what the blocks share on a device, such as the memory that weights are dequantized into.
+    ///
+    /// # Errors
+    /// While another thread's pass is under way: the two would write over each other's weights.
+    pub(super) fn begin_pass(&self) -> Result<Option<MutexGuard<'_, ()>>> {
+        if !self.placement.uses_kernels() {
+            return Ok(None);
+        }
+        match self.pass.try_lock() {
+            Ok(pass) => Ok(Some(pass)),
+            Err(TryLockError::Poisoned(pass)) => Ok(Some(pass.into_inner())),
+            Err(TryLockError::WouldBlock) => Err(Error::Train(
+                "on a GPU a model computes for one thread at a time".into(),
+            )),
+        }
     }
 
     /// Has the weights of a block there until the result is dropped, where they do not stay on the device.

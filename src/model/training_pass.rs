@@ -63,6 +63,7 @@ impl Decoder {
         d_loss: f32,
         policies: &[ActivationPolicy],
     ) -> Result<Vec<Losses>> {
+        let _pass = self.begin_pass()?;
         let blocks = self.blocks();
         let d_embedding = self.vocabulary(ModuleToSave::Embedding).grad();
         let lowest = match d_embedding {

@@ -57,6 +57,7 @@ const STEP: &[Item] = &[
     Item::LossChunk,
     Item::Threads,
 ];
+const PIECES: &[Item] = &[Item::Pieces];
 const LIBRARIES: &[Item] = &[Item::Libraries];
 
 pub fn run(args: Args) -> anyhow::Result<()> {
@@ -74,6 +75,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let mut trainer = trainer.inspect_err(tell_memory)?;
     let (samples, peak) = steps(&mut trainer, placement).inspect_err(tell_memory)?;
     let libraries = prepared.libraries_bytes();
+    let in_pieces = placement.runtime_memory();
+    let in_pieces = in_pieces.map(|memory| memory.peak_reserved_bytes - memory.peak_bytes);
     let over = |bytes: Option<u64>, from: Option<u64>| Some(bytes?.saturating_sub(from?));
     let after = |what: Loaded| {
         let found = loaded.iter().find(|(known, _)| *known == what);
@@ -91,9 +94,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         part("adapters and gradients", ADAPTERS, over(adapters, weights)),
         part("optimizer moments", MOMENTS, over(optimizer, adapters)),
         part("a step", STEP, over(peak, optimizer)),
+        part("memory in pieces", PIECES, in_pieces),
         part("CUDA and its libraries", LIBRARIES, libraries),
     ];
-    let all = over(peak, before).map(|bytes| bytes + libraries.unwrap_or(0));
+    let beside = in_pieces.unwrap_or(0) + libraries.unwrap_or(0);
+    let all = over(peak, before).map(|bytes| bytes + beside);
     let plan = trainer.plan();
     if let Some(path) = &args.plot {
         plot::memory(path, &samples, before.unwrap_or(0))?;
@@ -120,7 +125,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "parts": parts.collect::<Vec<_>>(),
             "planned_bytes": plan.peak.total(),
             "measured_bytes": all,
-            "reserved_bytes": placement.runtime_memory().map(|memory| memory.peak_reserved_bytes),
             "host_bytes": plan.host.total(),
             "device": config.device,
             "machine": machine::describe(placement),

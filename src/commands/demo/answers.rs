@@ -64,12 +64,16 @@ pub fn answer_all(
     what: &'static str,
 ) -> anyhow::Result<Vec<String>> {
     let progress = super::progress_bar(questions.len(), what)?;
-    let answers = questions.par_iter().map(|question| {
+    let answer = |question| {
         let answer = answer(model, tokenizer, question)?;
         progress.inc(1);
         Ok(answer)
-    });
-    let answers = answers.collect();
+    };
+    let answers = match model.placement().uses_kernels() {
+        // A device computes for one thread at a time.
+        true => questions.iter().map(answer).collect(),
+        false => questions.par_iter().map(answer).collect(),
+    };
     progress.finish_and_clear();
     answers
 }
