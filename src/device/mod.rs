@@ -11,7 +11,8 @@ use candle_core::{DType, Device};
 
 pub use address::{address, address_mut, matrix_address, matrix_address_mut};
 pub use memory::{
-    anonymous_memory_bytes, available_memory_bytes, peak_memory_bytes, reset_peak_memory, will_need,
+    anonymous_memory_bytes, available_memory_bytes, bring_in, peak_memory_bytes, reset_peak_memory,
+    will_need,
 };
 pub use profile::{COPIES, PRODUCTS, Profiler};
 pub use runtime::{

@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
 use super::launcher::{Launcher, Operand};
-use crate::device::Marker;
+use crate::device::{self, Marker};
 use crate::quant::{Absmax, BlockSizes, DenseTensor, FrozenWeight, Params4bit, dynamic_map};
 use crate::{Error, Result};
 
@@ -85,8 +85,10 @@ impl Weight {
             FrozenWeight::Dense(dense) => DeviceWeight::Dense(upload_dense(dense, cache.device())?),
             FrozenWeight::Quantized(params) => {
                 let shape = (host.out_features(), host.in_features());
-                let bytes =
-                    |bytes: &Bytes| Ok(Tensor::from_slice(bytes, bytes.len(), cache.device())?);
+                let bytes = |bytes: &Bytes| {
+                    device::bring_in(bytes);
+                    Ok(Tensor::from_slice(bytes, bytes.len(), cache.device())?)
+                };
                 let parts = QuantizedParts::new(params, shape, cache, bytes)?;
                 DeviceWeight::Quantized(Arc::new(parts))
             }
@@ -171,6 +173,7 @@ impl Weight {
 
 fn upload_dense(dense: &DenseTensor, device: &Device) -> Result<Tensor> {
     let shape = dense.shape.as_slice();
+    device::bring_in(&dense.data);
     if dense.dtype == DType::BF16 {
         return Ok(Tensor::from_raw_buffer(
             &dense.data,

@@ -1,6 +1,7 @@
 //! `qlora bench memory`: what a run takes of memory, part by part, as planned and as measured.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use qlora::device::Placement;
 use qlora::train::plan::{Item, Plan};
@@ -73,7 +74,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let trainer = prepared.trainer(|what| loaded.push((what, used())));
     let mut trainer = trainer.inspect_err(tell_memory)?;
-    let (samples, peak) = steps(&mut trainer, placement).inspect_err(tell_memory)?;
+    let Steps {
+        samples,
+        peak,
+        seconds,
+        tokens,
+    } = steps(&mut trainer, placement).inspect_err(tell_memory)?;
     let libraries = prepared.libraries_bytes();
     let in_pieces = placement.runtime_memory();
     let in_pieces = in_pieces.map(|memory| memory.peak_reserved_bytes - memory.peak_bytes);
@@ -126,6 +132,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "planned_bytes": plan.peak.total(),
             "measured_bytes": all,
             "host_bytes": plan.host.total(),
+            "step_seconds": seconds,
+            "tokens_per_step": tokens,
             "device": config.device,
             "machine": machine::describe(placement),
             "shape": prepared.shape,
@@ -166,19 +174,35 @@ fn print_row(name: &str, planned: u64, measured: Option<u64>) {
     );
 }
 
-/// All steps: memory over the last one, and the most in any; on the CPU, where that is sampled, the most in the last.
-fn steps(trainer: &mut Trainer, placement: &Placement) -> anyhow::Result<(Samples, Option<u64>)> {
+struct Steps {
+    /// Memory over the last step.
+    samples: Samples,
+    /// The most in any step; on the CPU, where that is sampled, the most in the last.
+    peak: Option<u64>,
+    seconds: Vec<f64>,
+    /// Of one step.
+    tokens: usize,
+}
+
+fn steps(trainer: &mut Trainer, placement: &Placement) -> anyhow::Result<Steps> {
     placement.reset_peak_memory()?;
-    let mut samples = Samples::new();
+    let (mut samples, mut seconds, mut tokens) = (Samples::new(), Vec::new(), 0);
     for _ in 0..trainer.total_steps() {
         let sampler = Sampler::start(placement);
+        let started = Instant::now();
         let step = trainer.step();
+        seconds.push(started.elapsed().as_secs_f64());
         samples = sampler.stop();
-        step?;
+        tokens = step?.tokens;
     }
     let peak = match placement.runtime_memory() {
         Some(memory) => Some(memory.peak_bytes),
         None => samples.iter().map(|(_, bytes)| *bytes).max(),
     };
-    Ok((samples, peak))
+    Ok(Steps {
+        samples,
+        peak,
+        seconds,
+        tokens,
+    })
 }
