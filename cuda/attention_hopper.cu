@@ -163,7 +163,7 @@ struct HopperForward {
         wait_for_products<0>();
         hold_in_place(sum[0]);
         softmax.finish();
-        __syncthreads();  // nobody reads the queries any more
+        // The last to read the queries was the product before the last barrier.
         const HeadRows<bf16> to(out, tile.query_row, head, heads.num_heads, E);
         const auto inverse_total = [&](int m, int half) { return 1.0f / softmax.total[m][half]; };
         store_rows<E, 1>(sum, inverse_total, shared + warp_row * E, to, warp_row, queries, E, true);
@@ -265,7 +265,6 @@ struct HopperBackwardQ {
         commit_products();
         wait_for_products<0>();
         hold_in_place(sum[0]);
-        copy_async_wait<0>();
         __syncthreads();  // nobody reads the queries any more
         const HeadRows<bf16> to(dq, tile.query_row, head, heads.num_heads, E);
         const auto scale = [&](int, int) { return heads.scale; };
@@ -396,7 +395,6 @@ struct HopperBackwardKv {
             start_sums(i);
             finish_sums();
         }
-        copy_async_wait<0>();
         __syncthreads();  // nobody reads the keys and values any more
         const HeadRows<bf16> to_k(dk, tile.key_row, kv_head, heads.num_kv_heads, E);
         const HeadRows<bf16> to_v(dv, tile.key_row, kv_head, heads.num_kv_heads, E);

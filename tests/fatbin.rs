@@ -12,6 +12,16 @@ use std::process::Command;
 /// The architectures with machine code of their own.
 const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"];
 
+/// The one architecture of the files `*_hopper.cu`, whose instructions no other has.
+const HOPPER: &str = "sm_90a";
+
+fn architectures(file: &str) -> &'static [&'static str] {
+    match file.ends_with("_hopper") {
+        true => &[HOPPER],
+        false => &ARCHITECTURES,
+    }
+}
+
 /// The oldest one that a driver can make code for anything newer from, 11.0 and 12.1 included.
 const PTX_ARCHITECTURE: &str = "sm_100";
 
@@ -34,7 +44,7 @@ fn every_kernel_has_code_for_every_architecture() {
         let in_fatbin = symbols(&file);
         let compiled: BTreeSet<_> = spill_bytes(&file).into_keys().collect();
         for kernel in kernels {
-            for architecture in ARCHITECTURES {
+            for architecture in architectures(&file) {
                 let wanted = (kernel.clone(), architecture.to_string());
                 assert!(
                     in_fatbin.contains(&wanted),
@@ -53,6 +63,9 @@ fn every_kernel_has_code_for_every_architecture() {
 fn ptx_is_there_for_architectures_to_come() {
     let kept = format!(".{PTX_ARCHITECTURE}.ptx");
     for file in kernels_by_file().into_keys() {
+        if architectures(&file) == [HOPPER] {
+            continue;
+        }
         let list = cuobjdump("--list-ptx", &file);
         let names: Vec<_> = list.lines().filter(|line| line.ends_with(".ptx")).collect();
         assert!(
@@ -75,6 +88,16 @@ fn no_kernel_spills_registers() {
     assert!(spilled.is_empty(), "spilled: {spilled:#?}");
 }
 
+/// Where the compiler cannot follow what is under way, it waits for every product before the next one starts.
+#[test]
+fn products_of_warpgroups_run_beside_what_follows() {
+    for file in kernels_by_file().into_keys() {
+        let text = fs::read_to_string(built(&file, "ptxas.txt")).unwrap();
+        let serialized = text.lines().find(|line| line.contains("are serialized"));
+        assert_eq!(serialized, None, "{file}");
+    }
+}
+
 #[test]
 fn matrix_products_run_on_tensor_cores() {
     for (file, kernels) in kernels_by_file() {
@@ -89,11 +112,11 @@ fn matrix_products_run_on_tensor_cores() {
         }
         let uses = tensor_core_instructions(&file);
         for kernel in products {
-            for architecture in ARCHITECTURES {
+            for architecture in architectures(&file) {
                 let count = uses.get(&(kernel.clone(), architecture.to_string()));
                 assert!(
                     count.is_some_and(|&count| count > 0),
-                    "{kernel} has no bf16 HMMA on {architecture}"
+                    "{kernel} multiplies no bf16 on the tensor cores of {architecture}"
                 );
             }
         }
@@ -186,7 +209,9 @@ fn tensor_core_instructions(file: &str) -> BTreeMap<Compiled, u64> {
             architecture = name.to_string();
         } else if let Some((_, name)) = line.split_once("Function : ") {
             kernel = name.to_string();
-        } else if line.contains("HMMA.") && line.contains(".BF16") {
+        } else if ["HMMA.", "HGMMA."].iter().any(|name| line.contains(name))
+            && line.contains("BF16")
+        {
             let compiled = (kernel.clone(), architecture.clone());
             *uses.entry(compiled).or_insert(0) += 1;
         }

@@ -24,25 +24,31 @@ command_of() {
   case $1 in
     kernels | gpu | dropout | matrix_dropout | optimizer | neftune | streaming | host_memory) command=("$kit/bin/$1" --ignored) ;;
     bench-kernels) command=("$kit/bin/qlora" bench kernels --json) ;;
-    paper-33b) memory_of llama-33b 64 512 21GB ;;
-    paper-65b) memory_of llama-65b 64 512 41GB ;;
-    paper-65b-24) memory_of llama-65b 64 512 24GB ;;
-    paper-65b-16) memory_of llama-65b 64 512 16GB ;;
-    context-8b-24) memory_of llama3-8b 32 78475 24GB ;;
-    context-8b-48) memory_of llama3-8b 32 180000 48GB ;;
-    context-8b-80) memory_of llama3-8b 32 342733 80GB ;;
-    context-70b-48) memory_of llama3-70b 32 12106 48GB ;;
-    speed-llama3-8b) command=("$kit/bin/qlora" bench speed --shape llama3-8b --max_seq_len 8192 --device cuda --json) ;;
-    speed-*) command=("$kit/bin/qlora" bench speed --shape "${1#speed-}" --device cuda --json) ;;
+    paper-33b) memory_of llama-33b 64 512 21GB 3 ;;
+    paper-65b) memory_of llama-65b 64 512 41GB 3 ;;
+    paper-65b-24) memory_of llama-65b 64 512 24GB 3 ;;
+    paper-65b-16) memory_of llama-65b 64 512 16GB 3 ;;
+    context-8b-24) memory_of llama3-8b 32 78475 24GB 1 ;;
+    context-8b-48) memory_of llama3-8b 32 180000 48GB 1 ;;
+    context-8b-80) memory_of llama3-8b 32 342733 80GB 1 ;;
+    context-70b-48) memory_of llama3-70b 32 12106 48GB 1 ;;
+    speed-llama3-8b) speed_of llama3-8b 8192 ;;
+    speed-llama-110m) speed_of llama-110m 256 ;;
+    speed-*) speed_of "${1#speed-}" 512 ;;
     demo) command=("$kit/bin/qlora" demo --device cuda --out "$results/demo" --json) ;;
     *) usage ;;
   esac
 }
 
-# The memory of a step: shape, rank, tokens and limit.
+# The memory of a step: shape, rank, tokens, limit and steps. The models are written once for all steps.
 memory_of() {
   command=("$kit/bin/qlora" bench memory --device cuda --shape "$1" --lora_r "$2" --max_seq_len "$3" --vram_limit "$4"
-    --optim paged_adamw_32bit --max_steps 1 --json)
+    --optim paged_adamw_32bit --max_steps "$5" --synthetic_dir "$models/$1" --json)
+}
+
+# The speed of a model: shape and tokens.
+speed_of() {
+  command=("$kit/bin/qlora" bench speed --device cuda --shape "$1" --max_seq_len "$2" --synthetic_dir "$models/$1" --json)
 }
 
 # Folders in which CUDA's libraries often are, beside those that the system searches.
@@ -90,7 +96,7 @@ link_fixtures() {
   built_in=$(cat "$kit/built_in")
   if [ -e "$built_in/tests/fixtures" ]; then return 0; fi
   if mkdir -p "$(dirname "$built_in")" && ln -s "$kit" "$built_in"; then
-    trap 'rm -f "$built_in"' EXIT
+    linked=$built_in
   else
     echo "the tests that read fixtures will fail: $built_in cannot be made a link to $kit" >&2
   fi
@@ -129,6 +135,10 @@ run_step() {
   table+=("$(printf '%-18s %-6s %9s s  %s' "$step" "$(if [ "$status" -eq 0 ]; then echo ok; else echo FAILED; fi)" "$seconds" "${says:0:150}")")
   if [ "$status" -ne 0 ]; then failed=1; fi
 }
+
+models=$(mktemp -d)
+linked=
+trap 'rm -rf "$models" ${linked:+"$linked"}' EXIT
 
 results=results
 limit=0 # none

@@ -24,8 +24,9 @@ use crate::train::optimizer::{self, MIN_8BIT_ELEMENTS, PAGE_ELEMENTS};
 
 /// What a process takes of a GPU beside tensors: 636 to 640 MB on an H200 with driver 580 and CUDA 13.0.
 const LIBRARIES_BYTES: u64 = 612 << 20;
-/// One byte in so many of tensors is set aside for free memory in pieces too small for what is needed next.
-const TENSORS_TO_PIECES: u64 = 100;
+/// For so many bytes that a step takes one is set aside for free memory in pieces too small for what comes next: 5.3 to 6.3 %
+/// of a step's were in pieces in five runs of 33B and 65B models on an H200, whatever lay there beside them.
+const STEP_TO_PIECES: u64 = 15;
 /// Values of the tables that every 4-bit weight brings along: the 8-bit map and the 4-bit code, in f32.
 const TABLE_VALUES: u64 = 256 + 16;
 
@@ -312,7 +313,7 @@ impl Plan {
         let step = step::peak(workload, &policies);
         let mut peak = workload.lasting().plus(&step);
         if workload.engine == Engine::Kernels {
-            peak.add(Item::Pieces, peak.total() / TENSORS_TO_PIECES);
+            peak.add(Item::Pieces, step.total() / STEP_TO_PIECES);
             peak.add(Item::Libraries, LIBRARIES_BYTES);
         }
         let mut plan = Self {

@@ -585,44 +585,52 @@ kernel_test!(queries_on_a_cache_see_all_keys_before_them, |device| {
     }
 });
 
-kernel_test!(warpgroups_multiply_heads_of_128_columns, |device| {
-    if !device.has_warpgroup_products() {
-        return;
+/// Checks cases on Hopper, where there is one.
+fn check_on_hopper(device: &DeviceUnderTest, cases: impl IntoIterator<Item = Case>) {
+    if device.has_warpgroup_products() {
+        for case in cases {
+            let (on_hopper, head_dim) = (true, 128);
+            check(
+                device,
+                &Case {
+                    on_hopper,
+                    head_dim,
+                    ..case
+                },
+            );
+        }
     }
-    let case = Case {
-        on_hopper: true,
-        head_dim: 128,
-        ..CASE
-    };
-    for segments in [
-        &[(42, 42)][..],
-        &[(1, 1), (130, 130), (64, 64)],
-        &[(300, 300)],
-    ] {
-        check(device, &Case { segments, ..case });
-    }
+}
+
+kernel_test!(warpgroups_take_several_tiles, |device| {
+    let segments = &[(130, 130)];
+    check_on_hopper(device, [Case { segments, ..CASE }]);
+});
+
+kernel_test!(warpgroups_take_packed_sequences, |device| {
+    let lists = [&[(42, 42)][..], &[(1, 1), (130, 130), (64, 64)]];
+    check_on_hopper(device, lists.map(|segments| Case { segments, ..CASE }));
+});
+
+kernel_test!(warpgroups_see_within_a_window, |device| {
     let (num_heads, num_kv_heads) = (6, 2);
-    for (window, segments) in [(0, &[(200, 200)]), (95, &[(300, 300)]), (2, &[(42, 42)])] {
-        check(
-            device,
-            &Case {
-                num_heads,
-                num_kv_heads,
-                window,
-                segments,
-                ..case
-            },
-        );
-    }
+    let cases = [(0, &[(200, 200)]), (95, &[(300, 300)]), (2, &[(42, 42)])];
+    let cases = cases.map(|(window, segments)| Case {
+        num_heads,
+        num_kv_heads,
+        window,
+        segments,
+        ..CASE
+    });
+    check_on_hopper(device, cases);
+});
+
+kernel_test!(warpgroups_take_queries_on_a_cache, |device| {
     let segments = &[(3, 30), (1, 200), (130, 192), (66, 192)];
-    for window in [0, 100] {
-        check(
-            device,
-            &Case {
-                window,
-                segments,
-                ..case
-            },
-        );
-    }
+    let cases = [0, 100].map(|window| Case {
+        window,
+        segments,
+        ..CASE
+    });
+    check_on_hopper(device, cases);
 });

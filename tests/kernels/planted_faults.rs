@@ -150,6 +150,15 @@ fn in_attention() {
 }
 
 #[test]
+fn in_attention_on_hopper() {
+    use crate::attention;
+    assert_faults_are_noticed(
+        "attention_hopper",
+        &[attention::warpgroups_take_several_tiles::body],
+    );
+}
+
+#[test]
 fn in_embedding() {
     use crate::embedding;
     assert_faults_are_noticed(
@@ -224,9 +233,10 @@ fn in_rope() {
 }
 
 /// The files above.
-const FILES: [&str; 8] = [
+const FILES: [&str; 9] = [
     "adamw",
     "attention",
+    "attention_hopper",
     "embedding",
     "linear_cross_entropy",
     "lora",

@@ -31,6 +31,13 @@ pub const MUTANTS: &[Mutant] = &[
         replacement: "static_cast<unsigned>(positions_before) <= static_cast<unsigned>(reach)",
     },
     Mutant {
+        name: "copies rows past the last",
+        kernel_file: "attention_hopper.cu",
+        source: "attention_hopper.cu",
+        text: "start + row + i * ROW_STEP < end);",
+        replacement: "true);",
+    },
+    Mutant {
         name: "dequantizes past the last weight",
         kernel_file: "nf4.cu",
         source: "nf4.cu",

@@ -33,7 +33,7 @@ void multiply_rows_of_warp(void* const* arguments, unsigned) {
     const ProductQueue::Product& first = *static_cast<const ProductLane*>(arguments[0])->product;
     const unsigned columns = static_cast<unsigned>(first.columns);
     float a[16][K];
-    static float b[K][MAX_COLUMNS];
+    static thread_local float b[K][MAX_COLUMNS];  // the stack of a fiber is small
     for (unsigned i = 0; i < LANES; i++) {
         const ProductLane& lane = *static_cast<const ProductLane*>(arguments[i]);
         for (unsigned r = 0; r < 4; r++) {

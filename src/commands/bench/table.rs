@@ -50,20 +50,31 @@ fn row(result: &Value) -> Option<String> {
             gigabytes(&result["peak_memory_bytes"]),
             String::new(),
         ),
-        "memory" => (
-            String::new(),
-            String::new(),
-            gigabytes(&result["measured_bytes"]),
-            gigabytes(&result["planned_bytes"]),
-        ),
+        "memory" => {
+            let limit = &result["vram_limit"];
+            let within = match limit.is_null() {
+                true => String::new(),
+                false => format!(" within {}", gigabytes(limit)),
+            };
+            (
+                speed_of_last_step(result).unwrap_or_default(),
+                String::new(),
+                gigabytes(&result["measured_bytes"]),
+                gigabytes(&result["planned_bytes"]) + &within,
+            )
+        }
         _ => return None,
+    };
+    let dropout = match result["lora_dropout"].as_f64() {
+        Some(p) if p > 0.0 => format!(", dropout {p}"),
+        _ => String::new(),
     };
     let mut activations = text(&result["activations"])?;
     for elsewhere in result["not_on_the_device"].as_array()? {
         activations = format!("{activations}; {}", text(elsewhere)?);
     }
     Some(format!(
-        "| {} | {} x {} | {} | {activations} | {speed} | {share} | {memory} | {planned} | {}, {} threads, {} |",
+        "| {} | {} x {} | {}{dropout} | {activations} | {speed} | {share} | {memory} | {planned} | {}, {} threads, {} |",
         text(&result["shape_name"])?,
         result["per_device_train_batch_size"].as_u64()?,
         result["max_seq_len"].as_u64()?,
@@ -72,4 +83,13 @@ fn row(result: &Value) -> Option<String> {
         machine["threads"].as_u64()?,
         machine["commit"].as_str().unwrap_or("commit unknown"),
     ))
+}
+
+/// Of a result of `bench memory`, whose first step does what no other has to.
+fn speed_of_last_step(result: &Value) -> Option<String> {
+    let [_, .., last] = result["step_seconds"].as_array()?.as_slice() else {
+        return None;
+    };
+    let speed = result["tokens_per_step"].as_f64()? / last.as_f64()?;
+    Some(format!("{speed:.0}"))
 }
