@@ -5,7 +5,7 @@
 //   backward_q     dS = P (dO V^T - delta), times the cap's derivative;  dQ = scale dS K
 //   backward_kv    dV = P^T dO;  dK = scale dS^T Q
 //
-// Sources: arXiv:2205.14135, arXiv:2307.08691.
+// Sources: arXiv:2205.14135, arXiv:2307.08691. For heads of 128 columns on sm_90 there is attention_hopper.cu.
 //
 // A block takes one tile of rows of one head, and grid = (tiles, heads): query heads, or key/value heads in backward_kv. It
 // walks through the tiles of the other side that its rows see. A warp takes a strip of 16 or 32 rows: its lanes hold scores

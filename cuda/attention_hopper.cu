@@ -1,6 +1,6 @@
 // The attention of attention.cu for heads of 128 columns with the products of warpgroups, which sm_90 has alone: nothing else runs
-// its tensor cores at more than two thirds of their rate. Formulas and tiles are those of that file, and
-// parameters but for the cap on scores, which there is none of here.
+// its tensor cores at more than two thirds of their rate. Formulas and tiles are those of that file, and so are parameters, but for
+// the cap on scores, which there is none of here. Source: arXiv:2407.08608, without its pairs of warpgroups that take turns.
 //
 //              threads | rows of a tile | of the other side | shared bytes
 //     forward      256 |    128 queries |          128 keys |       164864

@@ -184,6 +184,7 @@ fn bench_kernels_measures_every_operation() {
         "rms_norm",
         "gated_act",
         "rope",
+        "linear forward with an adapter, dropout",
         "attention",
         "adamw",
     ] {

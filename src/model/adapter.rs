@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::mem::take;
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 
 use super::config::DecoderConfig;
 use super::decoder::Decoder;
@@ -186,27 +187,30 @@ impl Decoder {
         self.config().expect_patterns(config)?;
         self.config().expect_modules_to_save(config)?;
         let adapters = self.config().adapters(config);
-        let factors = self.linears().filter_map(|(layer, module, linear)| {
-            let RankAndScaling { r, scaling } = adapters[layer][module as usize]?;
-            let (d_out, d_in) = (linear.weight.out_features(), linear.weight.in_features());
-            let stream = [layer as u32, module as u32];
-            Some(Factors {
-                layer,
-                module,
-                r,
-                scaling,
-                a: new_a(init, (r, d_in), seed, stream),
-                b: vec![0.0; d_out * r],
-                // With a B of zero it is that of the weight.
-                magnitude: config.use_dora.then(|| {
-                    let weight_squares = dora::squared_norms(&linear.weight);
-                    NewMagnitude {
-                        values: weight_squares.iter().map(|square| square.sqrt()).collect(),
-                        weight_squares,
-                    }
-                }),
-            })
-        });
+        let linears: Vec<_> = self.linears().collect();
+        let factors = linears
+            .into_par_iter()
+            .filter_map(|(layer, module, linear)| {
+                let RankAndScaling { r, scaling } = adapters[layer][module as usize]?;
+                let (d_out, d_in) = (linear.weight.out_features(), linear.weight.in_features());
+                let stream = [layer as u32, module as u32];
+                Some(Factors {
+                    layer,
+                    module,
+                    r,
+                    scaling,
+                    a: new_a(init, (r, d_in), seed, stream),
+                    b: vec![0.0; d_out * r],
+                    // With a B of zero it is that of the weight.
+                    magnitude: config.use_dora.then(|| {
+                        let weight_squares = dora::squared_norms(&linear.weight);
+                        NewMagnitude {
+                            values: weight_squares.iter().map(|square| square.sqrt()).collect(),
+                            weight_squares,
+                        }
+                    }),
+                })
+            });
         let factors = factors.collect();
         let saved = ModuleToSave::ALL.map(|module| {
             let is_trained = config.modules_to_save.matches(module.path());

@@ -71,6 +71,8 @@ pub struct Uniform {
     key: [u32; 2],
     stream: [u32; 2],
     next: u64,
+    /// Of the call that the last number came from.
+    words: [u32; 4],
 }
 
 impl Uniform {
@@ -79,6 +81,7 @@ impl Uniform {
             key: [seed as u32, (seed >> 32) as u32],
             stream,
             next: 0,
+            words: [0; 4],
         }
     }
 
@@ -86,16 +89,12 @@ impl Uniform {
     pub fn next_f32(&mut self) -> f32 {
         let (block, lane) = (self.next / 4, self.next % 4);
         self.next += 1;
-        let words = philox(
-            self.key,
-            [
-                block as u32,
-                (block >> 32) as u32,
-                self.stream[0],
-                self.stream[1],
-            ],
-        );
-        (words[lane as usize] >> 8) as f32 / (1 << 24) as f32
+        if lane == 0 {
+            let [first, second] = self.stream;
+            let counter = [block as u32, (block >> 32) as u32, first, second];
+            self.words = philox(self.key, counter);
+        }
+        (self.words[lane as usize] >> 8) as f32 / (1 << 24) as f32
     }
 }
 

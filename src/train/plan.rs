@@ -26,7 +26,7 @@ use crate::train::optimizer::{self, MIN_8BIT_ELEMENTS, PAGE_ELEMENTS};
 const LIBRARIES_BYTES: u64 = 612 << 20;
 /// For so many bytes that a step takes one is set aside for free memory in pieces too small for what comes next: 5.3 to 6.3 %
 /// of a step's were in pieces in five runs of 33B and 65B models on an H200, whatever lay there beside them.
-const STEP_TO_PIECES: u64 = 15;
+const STEP_TO_PIECES: u64 = 14;
 /// Values of the tables that every 4-bit weight brings along: the 8-bit map and the 4-bit code, in f32.
 const TABLE_VALUES: u64 = 256 + 16;
 

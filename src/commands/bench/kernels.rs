@@ -6,9 +6,11 @@ use candle_core::{DType, Device, Tensor};
 use qlora::device::{self, DeviceKind, Placement};
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
+use qlora::ops::dropout::Dropout;
+use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::rope::{self, Positions, RopeTable};
 use qlora::ops::weight::{DenseCache, Weight};
-use qlora::ops::{gated_act, linear, residual, rms_norm};
+use qlora::ops::{gated_act, residual, rms_norm};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 use serde_json::json;
 
@@ -98,6 +100,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     bench.limits(&args)?;
     bench.weights(&args)?;
     bench.elementwise(&args)?;
+    bench.adapters(&args)?;
     let mut segments = [2048, 8192]
         .map(|segment| segment.min(args.tokens))
         .to_vec();
@@ -268,6 +271,69 @@ impl Bench {
         self.measure("rope", Work::Bytes(4 * heads), || {
             rope::forward(&q, &k, &positions, &table)
         })
+    }
+
+    /// A layer of the MLP with a dense weight, without an adapter and with one, and with its dropout.
+    fn adapters(&mut self, args: &Args) -> anyhow::Result<()> {
+        const R: usize = 64;
+        let (n, d_in) = (args.tokens, args.hidden_size);
+        let d_out = mlp_width(d_in);
+        let weight = vec![half::bf16::from_f32(0.01); d_out * d_in];
+        let weight = DenseTensor::from_bf16(vec![d_out, d_in], &weight);
+        let weight = self.place(FrozenWeight::Dense(weight))?;
+        let (x, dy) = (self.random((n, d_in))?, self.random((n, d_out))?);
+        let (a, b) = (self.random((R, d_in))?, self.random((d_out, R))?);
+        let [d_a, d_b] = [(R, d_in), (d_out, R)]
+            .map(|shape| Tensor::zeros(shape, DType::F32, &self.placement.device));
+        let (d_a, d_b) = (d_a?, d_b?);
+        let grad = LoraGrad {
+            d_a: &d_a,
+            d_b: &d_b,
+        };
+        let of_base = 2 * n * d_in * d_out;
+        let (of_a, of_b) = (2 * n * R * d_in, 2 * n * R * d_out);
+        self.measure("linear forward", Work::Flops(of_base), || {
+            linear::forward(&x, &weight, None, None)?;
+            Ok(())
+        })?;
+        self.measure("linear input gradient", Work::Flops(of_base), || {
+            linear::backward_input(&dy, &weight, None, None)?;
+            Ok(())
+        })?;
+        let mask = Dropout::new(0.05, 0, 0, 0).map(|dropout| dropout.mask(0, 0));
+        for (mask, with) in [
+            (None, "with an adapter"),
+            (mask, "with an adapter, dropout"),
+        ] {
+            let lora = Lora {
+                a: &a,
+                b: &b,
+                scaling: 0.25,
+                mask,
+            };
+            let u = linear::down_project(&x, lora)?;
+            let du = linear::backward_lora(&dy, &x, &u, lora, grad)?;
+            let forward = Work::Flops(of_base + of_a + of_b);
+            self.measure(format!("linear forward {with}"), forward, || {
+                linear::forward(&x, &weight, None, Some(lora))?;
+                Ok(())
+            })?;
+            let input_gradient = Work::Flops(of_base + of_a);
+            self.measure(
+                format!("linear input gradient {with}"),
+                input_gradient,
+                || {
+                    linear::backward_input(&dy, &weight, Some((&du, lora)), None)?;
+                    Ok(())
+                },
+            )?;
+            let gradients = Work::Flops(of_a + 2 * of_b);
+            self.measure(format!("adapter's gradients {with}"), gradients, || {
+                linear::backward_lora(&dy, &x, &u, lora, grad)?;
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     fn attention(&mut self, args: &Args, segment: usize) -> anyhow::Result<()> {
