@@ -175,12 +175,12 @@ bool copy_lands_at_once() {
     return false;
 }
 
-CopyQueue& copies_of_this_thread() { return machine->thread().copies; }
+GroupQueue<Copy>& copies_of_this_thread() { return machine->thread().copies; }
 
 // The same for all lanes of a warp, which compute it together.
 bool products_end_at_once() { return !machine->launch().watched && machine->launch().order.kind == Order::Reverse; }
 
-ProductQueue& products_of_this_thread() { return machine->thread().products; }
+GroupQueue<Product>& products_of_this_thread() { return machine->thread().products; }
 
 void fail(FaultKind kind, const char* format, ...) {
     va_list arguments;

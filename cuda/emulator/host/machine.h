@@ -88,15 +88,17 @@ void watch_access_of_lane(unsigned lane, Access access, const void* address, siz
 bool copy_lands_at_once();
 
 // The copies that the calling thread has under way.
-struct CopyQueue;
-CopyQueue& copies_of_this_thread();
+template <typename Work>
+class GroupQueue;
+struct Copy;
+GroupQueue<Copy>& copies_of_this_thread();
 
 // True if a product of a warpgroup shall be over at once; otherwise it is computed as late as its wait allows.
 bool products_end_at_once();
 
 // The products of warpgroups that the calling thread has under way.
-struct ProductQueue;
-ProductQueue& products_of_this_thread();
+struct Product;
+GroupQueue<Product>& products_of_this_thread();
 
 // Ends the launch with a fault of the calling thread.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(FaultKind kind, const char* format, ...);

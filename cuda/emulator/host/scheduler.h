@@ -4,10 +4,9 @@
 #include <cstdarg>
 #include <vector>
 
-#include "copy_queue.h"
 #include "fiber.h"
+#include "group_queue.h"
 #include "machine.h"
-#include "product_queue.h"
 #include "shared_memory.h"
 #include "watch.h"
 
@@ -20,8 +19,8 @@ struct Thread {
     uint3 index;
     State state;
     Site waits_at;
-    CopyQueue copies;
-    ProductQueue products;
+    GroupQueue<Copy> copies;
+    GroupQueue<Product> products;
 };
 
 struct Warp {

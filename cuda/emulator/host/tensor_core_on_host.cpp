@@ -2,7 +2,7 @@
 // aligned, and when a copy may land.
 #include "tensor_core_on_host.h"
 
-#include "copy_queue.h"
+#include "group_queue.h"
 
 namespace emulator {
 
@@ -80,7 +80,7 @@ void load_all(void* const* arguments, unsigned) {
 
 bool is_aligned_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-void land(const CopyQueue::Copy& copy) {
+void land(const Copy& copy) {
     watch_access(Access::EndCopy, copy.shared, 16);
     if (copy.valid) {
         std::memcpy(copy.shared, copy.global, 16);
@@ -121,32 +121,24 @@ void start_copy(void* shared, const void* global, bool valid) {
     if (valid) {
         watch_access(Access::Read, global, 16);
     }
-    CopyQueue& queue = copies_of_this_thread();
-    const CopyQueue::Copy copy{shared, global, valid, queue.open_group};
+    const Copy copy{shared, global, valid};
     if (copy_lands_at_once()) {
         land(copy);
     } else {
-        queue.copies.push_back(copy);
+        copies_of_this_thread().start(copy);
     }
 }
 
 void commit_copies(Site site) {
     if (!is_removed(site)) {
-        copies_of_this_thread().open_group++;
+        copies_of_this_thread().commit();
     }
 }
 
 void wait_for_copies(int newest_to_leave, Site site) {
-    if (is_removed(site)) {
-        return;
+    if (!is_removed(site)) {
+        copies_of_this_thread().end_all_but(newest_to_leave, land);
     }
-    CopyQueue& queue = copies_of_this_thread();
-    size_t landed = 0;
-    while (landed < queue.copies.size() &&
-           queue.copies[landed].group + static_cast<size_t>(newest_to_leave) < queue.open_group) {
-        land(queue.copies[landed++]);
-    }
-    queue.copies.erase(queue.copies.begin(), queue.copies.begin() + static_cast<std::ptrdiff_t>(landed));
 }
 
 }  // namespace emulator

@@ -2,7 +2,7 @@
 // where an element lies in shared memory, and when a product may read and write.
 #include "warpgroup_on_host.h"
 
-#include "product_queue.h"
+#include "group_queue.h"
 
 namespace emulator {
 
@@ -13,7 +13,7 @@ constexpr unsigned K = 16;
 constexpr unsigned MAX_COLUMNS = 128;
 
 struct ProductLane {
-    const ProductQueue::Product* product;
+    const Product* product;
     unsigned first_row;
 };
 
@@ -30,7 +30,7 @@ float element(const unsigned char* start, unsigned row, unsigned column, unsigne
 
 // The 16 rows of a warp.
 void multiply_rows_of_warp(void* const* arguments, unsigned) {
-    const ProductQueue::Product& first = *static_cast<const ProductLane*>(arguments[0])->product;
+    const Product& first = *static_cast<const ProductLane*>(arguments[0])->product;
     const unsigned columns = static_cast<unsigned>(first.columns);
     float a[16][K];
     static thread_local float b[K][MAX_COLUMNS];  // the stack of a fiber is small
@@ -52,7 +52,7 @@ void multiply_rows_of_warp(void* const* arguments, unsigned) {
         }
     }
     for (unsigned i = 0; i < LANES; i++) {
-        const ProductQueue::Product& product = *static_cast<const ProductLane*>(arguments[i])->product;
+        const Product& product = *static_cast<const ProductLane*>(arguments[i])->product;
         for (unsigned r = 0; r < columns / 2; r++) {
             const unsigned row = i / 4 + 8 * (r / 2 % 2), n = r / 4 * 8 + 2 * (i % 4) + r % 2;
             float sum = product.add ? product.d[r] : 0.0f;
@@ -64,7 +64,7 @@ void multiply_rows_of_warp(void* const* arguments, unsigned) {
     }
 }
 
-void finish(const ProductQueue::Product& product, Site site) {
+void finish(const Product& product, Site site) {
     ProductLane lane{&product, thread_index().x / LANES % 4 * 16};
     warp_collective(~0u, multiply_rows_of_warp, &lane, "a product of a warpgroup", site);
 }
@@ -79,32 +79,24 @@ void start_warpgroup_product(float* d, int columns, const unsigned* a_registers,
         fail(FaultKind::Misaligned, "a product of a warpgroup at line %u: its panels begin at no multiple of 1024 bytes",
              site.line);
     }
-    ProductQueue& queue = products_of_this_thread();
-    const ProductQueue::Product product{d, columns, a_registers, a.start, b.start, b.panel_bytes, add, queue.open_group};
+    const Product product{d, columns, a_registers, a.start, b.start, b.panel_bytes, add};
     if (products_end_at_once()) {
         finish(product, site);
     } else {
-        queue.products.push_back(product);
+        products_of_this_thread().start(product);
     }
 }
 
 void commit_warpgroup_products(Site site) {
     if (!is_removed(site)) {
-        products_of_this_thread().open_group++;
+        products_of_this_thread().commit();
     }
 }
 
 void wait_for_warpgroup_products(int newest_to_leave, Site site) {
-    if (is_removed(site)) {
-        return;
+    if (!is_removed(site)) {
+        products_of_this_thread().end_all_but(newest_to_leave, [&](const Product& product) { finish(product, site); });
     }
-    ProductQueue& queue = products_of_this_thread();
-    size_t over = 0;
-    while (over < queue.products.size() &&
-           queue.products[over].group + static_cast<size_t>(newest_to_leave) < queue.open_group) {
-        finish(queue.products[over++], site);
-    }
-    queue.products.erase(queue.products.begin(), queue.products.begin() + static_cast<std::ptrdiff_t>(over));
 }
 
 }  // namespace emulator
