@@ -28,6 +28,13 @@ struct RowNumbers {
     __device__ __forceinline__ float row_delta(int row, int end) const {
         return row < end ? delta[row * static_cast<int64_t>(stride)] : 0.0f;
     }
+
+    // What the thread brings of the ROWS rows from `first` on: the first ROWS threads the totals, the others deltas.
+    template <int ROWS>
+    __device__ __forceinline__ float of_thread(int first, int end) const {
+        const int row = first + static_cast<int>(threadIdx.x) % ROWS;
+        return threadIdx.x < ROWS ? log2_total(row, end) : row_delta(row, end);
+    }
 };
 
 // dQ: a block takes QUERIES rows of one head and walks through the keys, a warp takes QUERIES / WARPS of them. The next keys
@@ -235,8 +242,7 @@ struct BackwardKv {
             load_tile<E, QUERIES, THREADS>(to, rows, next.query, end_query, heads.head_dim, whole_chunks);
             load_tile<E, QUERIES, THREADS>(to + QUERIES * E, d_rows, next.query, end_query, heads.head_dim, whole_chunks);
             const RowNumbers numbers(in, tile.query_row, next.head, heads.num_heads);
-            const int row = next.query + static_cast<int>(threadIdx.x) % QUERIES;
-            number = threadIdx.x < QUERIES ? numbers.log2_total(row, end_query) : numbers.row_delta(row, end_query);
+            number = numbers.of_thread<QUERIES>(next.query, end_query);
             next.advance();
         };
         const auto put_number = [&](int stage) {

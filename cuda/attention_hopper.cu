@@ -305,8 +305,7 @@ struct HopperBackwardKv {
                 query_tile(i).load(rows, next.query, end_query);
                 d_out_tile(i).load(d_rows, next.query, end_query);
                 const RowNumbers numbers(in, tile.query_row, next.head, heads.num_heads);
-                const int row = next.query + static_cast<int>(threadIdx.x) % QUERIES;
-                number = threadIdx.x < QUERIES ? numbers.log2_total(row, end_query) : numbers.row_delta(row, end_query);
+                number = numbers.of_thread<QUERIES>(next.query, end_query);
                 next.advance();
             }
             copy_async_commit();

@@ -38,9 +38,12 @@ pub fn bring_in(bytes: &[u8]) {
     /// Less is not worth another thread.
     const SMALLEST: usize = 4 << 20;
     #[cfg(target_os = "linux")]
+    const ADVICE: i32 = libc::MADV_POPULATE_READ;
+    #[cfg(not(target_os = "linux"))]
+    const ADVICE: i32 = libc::MADV_WILLNEED;
     bytes
         .par_chunks(SMALLEST)
-        .for_each(|part| advise(part, libc::MADV_POPULATE_READ));
+        .for_each(|part| advise(part, ADVICE));
 }
 
 fn advise(bytes: &[u8], advice: i32) {

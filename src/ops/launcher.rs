@@ -136,14 +136,9 @@ impl Launcher {
         })
     }
 
-    /// For copies, which operations queue themselves.
+    /// For copies, which operations queue themselves, and what the device has.
     pub(super) fn runtime(&self) -> &dyn Runtime {
         &*self.runtime
-    }
-
-    /// Whether kernels of warpgroups are there.
-    pub(super) fn has_warpgroup_products(&self) -> bool {
-        self.runtime.has_warpgroup_products()
     }
 
     /// A new tensor whose every element a kernel will write.

@@ -175,9 +175,7 @@ impl Bench {
 
     fn product(&mut self, n: usize, d: usize) -> anyhow::Result<()> {
         let x = self.random((n, d))?;
-        let weight = vec![half::bf16::from_f32(0.01); d * d];
-        let weight = FrozenWeight::Dense(DenseTensor::from_bf16(vec![d, d], &weight));
-        let weight = self.place(weight)?;
+        let weight = self.dense_weight(d, d)?;
         let name = format!("product {n} x {d} x {d}");
         self.measure(name, Work::Flops(2 * n * d * d), || {
             linear::forward(&x, &weight, None, None)?;
@@ -185,8 +183,10 @@ impl Bench {
         })
     }
 
-    /// A dense weight.
-    fn place(&self, weight: FrozenWeight) -> anyhow::Result<Weight> {
+    fn dense_weight(&self, d_out: usize, d_in: usize) -> anyhow::Result<Weight> {
+        let values = vec![half::bf16::from_f32(0.01); d_out * d_in];
+        let weight = DenseTensor::from_bf16(vec![d_out, d_in], &values);
+        let weight = FrozenWeight::Dense(weight);
         if !self.placement.uses_kernels() {
             return Ok(weight.into());
         }
@@ -278,9 +278,7 @@ impl Bench {
         const R: usize = 64;
         let (n, d_in) = (args.tokens, args.hidden_size);
         let d_out = mlp_width(d_in);
-        let weight = vec![half::bf16::from_f32(0.01); d_out * d_in];
-        let weight = DenseTensor::from_bf16(vec![d_out, d_in], &weight);
-        let weight = self.place(FrozenWeight::Dense(weight))?;
+        let weight = self.dense_weight(d_out, d_in)?;
         let (x, dy) = (self.random((n, d_in))?, self.random((n, d_out))?);
         let (a, b) = (self.random((R, d_in))?, self.random((d_out, R))?);
         let [d_a, d_b] = [(R, d_in), (d_out, R)]

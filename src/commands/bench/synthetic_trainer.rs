@@ -92,7 +92,7 @@ pub struct Prepared {
     pub shape: Shape,
     pub placement: Placement,
     config: TrainConfig,
-    /// The files are removed when this is dropped.
+    /// Those in a temporary directory are removed when this is dropped.
     _files: SyntheticRun,
     /// Memory of the device that nothing may use.
     withheld: Option<Withheld>,
@@ -106,15 +106,11 @@ struct Withheld {
 impl Prepared {
     /// Writes what is to be trained, for so many steps besides those that `--max_steps` asks for.
     pub fn new(
-        shape: &SyntheticArgs,
+        model: &SyntheticArgs,
         flags: &ConfigFlags,
         steps_besides: usize,
     ) -> anyhow::Result<Self> {
-        let SyntheticArgs {
-            shape,
-            synthetic_dir,
-        } = shape;
-        let shape = shape.shape(Shape::LLAMA_110M);
+        let shape = model.shape.shape(Shape::LLAMA_110M);
         let mut overrides = flags.overrides.clone();
         let given = |key: &str| flags.overrides.iter().any(|(name, _)| name == key);
         if let Some(key) = REFUSED.into_iter().find(|key| given(key)) {
@@ -141,7 +137,7 @@ impl Prepared {
         let started = Instant::now();
         let rows = config.per_device_train_batch_size * config.gradient_accumulation_steps;
         let (tokens, options) = (config.longest_sequence(), config.quantize_options());
-        let files = match synthetic_dir {
+        let files = match &model.synthetic_dir {
             Some(dir) => SyntheticRun::create_in(dir, &shape, rows, tokens, options)?,
             None => SyntheticRun::create(&shape, rows, tokens, options)?,
         };

@@ -10,71 +10,65 @@ use crate::{Error, Result};
 #[derive(Debug)]
 struct Kernel {
     head_dim: usize,
-    /// The end of their names.
-    suffix: &'static str,
-    /// With products of warpgroups.
+    /// Whether they are those of `cuda/attention_hopper.cu`, for heads of `head_dim` columns and no others.
     is_hopper: bool,
     forward: Tiling,
     backward_q: Tiling,
     backward_kv: Tiling,
 }
 
-/// Rows of a tile, threads and dynamic shared memory of a block.
+/// Rows of a tile, and dynamic shared memory of a block.
 #[derive(Debug, Clone, Copy)]
 struct Tiling {
     rows: usize,
-    threads: u32,
     shared_bytes: usize,
 }
 
-const fn tiling(rows: usize, threads: u32, shared_bytes: usize) -> Tiling {
-    Tiling {
-        rows,
-        threads,
-        shared_bytes,
-    }
-}
-
-/// Every kernel has four warps.
 const fn kernel(
     head_dim: usize,
-    suffix: &'static str,
     forward: (usize, usize),
     backward_q: (usize, usize),
     backward_kv: (usize, usize),
 ) -> Kernel {
-    const fn of_four_warps((rows, shared_bytes): (usize, usize)) -> Tiling {
-        tiling(rows, 128, shared_bytes)
+    const fn tiling((rows, shared_bytes): (usize, usize)) -> Tiling {
+        Tiling { rows, shared_bytes }
     }
     Kernel {
         head_dim,
-        suffix,
         is_hopper: false,
-        forward: of_four_warps(forward),
-        backward_q: of_four_warps(backward_q),
-        backward_kv: of_four_warps(backward_kv),
+        forward: tiling(forward),
+        backward_q: tiling(backward_q),
+        backward_kv: tiling(backward_kv),
     }
 }
 
 const KERNELS: [Kernel; 5] = [
-    kernel(64, "64", (128, 49_152), (128, 65_536), (64, 58_368)),
-    kernel(80, "80", (128, 40_960), (128, 61_440), (64, 70_656)),
-    kernel(96, "96", (128, 49_152), (128, 73_728), (64, 82_944)),
-    kernel(128, "128", (128, 65_536), (128, 98_304), (64, 70_144)),
-    kernel(256, "256", (64, 98_304), (64, 98_304), (32, 100_864)),
+    kernel(64, (128, 49_152), (128, 65_536), (64, 58_368)),
+    kernel(80, (128, 40_960), (128, 61_440), (64, 70_656)),
+    kernel(96, (128, 49_152), (128, 73_728), (64, 82_944)),
+    kernel(128, (128, 65_536), (128, 98_304), (64, 70_144)),
+    kernel(256, (64, 98_304), (64, 98_304), (32, 100_864)),
 ];
 
-/// Those of `cuda/attention_hopper.cu`, for heads of 128 columns and no others; they have eight warps.
 const HOPPER: Kernel = Kernel {
-    head_dim: 128,
-    suffix: "128_hopper",
     is_hopper: true,
-    forward: tiling(128, 256, 164_864),
-    backward_q: tiling(128, 256, 148_480),
-    backward_kv: tiling(128, 256, 166_400),
+    ..kernel(128, (128, 164_864), (128, 148_480), (128, 166_400))
 };
 
 impl Kernel {
+    /// The name of the one for `pass`.
+    fn name(&self, pass: &str) -> String {
+        let suffix = if self.is_hopper { "_hopper" } else { "" };
+        format!("attention_{pass}_bf16_{}{suffix}", self.head_dim)
+    }
+
+    fn grid(&self, tiling: Tiling, tiles: &Tensor, heads: usize) -> Result<Grid> {
+        let threads = if self.is_hopper { 256 } else { 128 };
+        Ok(Grid::blocks(tiles.dim(0)?, heads)
+            .with_threads(threads)
+            .with_shared_bytes(tiling.shared_bytes))
+    }
+
     /// The scalars that it takes.
     fn scalars(&self, heads: &Heads) -> Vec<Operand<'static>> {
         let mut scalars = vec![
@@ -93,7 +87,7 @@ impl Kernel {
 
     /// The fastest where there are warpgroups, else the smallest that hold the head.
     fn for_head_dim(head_dim: usize, launcher: &Launcher) -> Result<&'static Self> {
-        if head_dim == HOPPER.head_dim && launcher.has_warpgroup_products() {
+        if head_dim == HOPPER.head_dim && launcher.runtime().has_warpgroup_products() {
             return Ok(&HOPPER);
         }
         let fits = |kernel: &&Self| head_dim <= kernel.head_dim;
@@ -216,8 +210,8 @@ pub(super) fn forward(
     ];
     operands.extend(kernel.scalars(heads));
     operands.extend([Operand::Write(&saved.out), Operand::Write(&saved.lse)]);
-    let grid = kernel.forward.grid(&tiles.forward, heads.num_heads)?;
-    let name = format!("attention_forward_bf16_{}", kernel.suffix);
+    let grid = kernel.grid(kernel.forward, &tiles.forward, heads.num_heads)?;
+    let name = kernel.name("forward");
     // SAFETY: the tiles are of segments that were checked against the rows of q, k and v.
     unsafe { launcher.launch(&name, grid, &operands)? };
     Ok(saved)
@@ -241,14 +235,20 @@ pub(super) fn backward(
             .into();
         operands.extend(kernel.scalars(heads));
         operands.extend(gradients.iter().map(|&t| Operand::Write(t)));
-        let name = format!("attention_backward_{name}_bf16_{}", kernel.suffix);
+        let name = kernel.name(name);
         // SAFETY: the tiles are of segments that were checked against the rows of q, k and v.
-        unsafe { launcher.launch(&name, tiling.grid(tiles, y)?, &operands) }
+        unsafe { launcher.launch(&name, kernel.grid(tiling, tiles, y)?, &operands) }
     };
     let (queries, keys) = (&tiles.backward_q, &tiles.backward_kv);
-    launch("q", kernel.backward_q, queries, heads.num_heads, &[&dq])?;
     launch(
-        "kv",
+        "backward_q",
+        kernel.backward_q,
+        queries,
+        heads.num_heads,
+        &[&dq],
+    )?;
+    launch(
+        "backward_kv",
         kernel.backward_kv,
         keys,
         heads.num_kv_heads,
@@ -274,12 +274,4 @@ fn delta(launcher: &Launcher, d_out: &Tensor, out: &Tensor, heads: &Heads) -> Re
     // SAFETY: both have rows of num_heads heads of head_dim columns.
     unsafe { launcher.launch("attention_backward_delta_bf16", grid, &operands)? };
     Ok(delta)
-}
-
-impl Tiling {
-    fn grid(self, tiles: &Tensor, heads: usize) -> Result<Grid> {
-        Ok(Grid::blocks(tiles.dim(0)?, heads)
-            .with_threads(self.threads)
-            .with_shared_bytes(self.shared_bytes))
-    }
 }
