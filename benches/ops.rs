@@ -6,6 +6,7 @@ use std::hint::black_box;
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use qlora::device::ComputeDtype;
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
 use qlora::ops::linear::{self, Lora, LoraGrad};
@@ -54,6 +55,7 @@ fn linears(c: &mut Criterion) {
             b: &b,
             scaling: 2.0,
             mask: None,
+            compute_dtype: ComputeDtype::F32,
         };
         let (d_a, d_b) = (zeros(&[R, d_in]), zeros(&[d_out, R]));
         let (_, u) = linear::forward(&x, &weight, None, Some(lora)).unwrap();
@@ -115,6 +117,7 @@ fn attention(c: &mut Criterion) {
         num_kv_heads: 12,
         head_dim: 64,
         window: None,
+        compute_dtype: ComputeDtype::F32,
     };
     let segments: Vec<_> = (0..SEQUENCES)
         .map(|s| s * TOKENS..(s + 1) * TOKENS)

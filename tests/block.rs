@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use oracle::{Random, assert_close, f32, f64s, oracle};
-use qlora::device::Placement;
+use qlora::device::{ComputeDtype, Placement};
 use qlora::model::{ActivationPolicy, Decoder, InputGrad, Layout, LoraDropout, Module};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
@@ -131,6 +131,7 @@ fn check(case: &str, dropout: LoraDropout) {
         num_kv_heads: config.num_kv_heads,
         head_dim: config.head_dim,
         window: config.sliding_window[0],
+        compute_dtype: ComputeDtype::F32,
     };
     let mut random = Random::new(case);
     let n = LENGTHS.iter().sum();

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use oracle::{Random, assert_close, f32, f64s, oracle};
+use qlora::device::ComputeDtype;
 use qlora::ops::dropout::Dropout;
 use qlora::ops::linear::dora::{self, Magnitude};
 use qlora::ops::linear::{Lora, LoraGrad, ReferenceLora};
@@ -81,6 +82,7 @@ fn dora_equals_its_reference_and_finite_differences() {
             b: &b,
             scaling: 0.5,
             mask,
+            compute_dtype: ComputeDtype::F32,
         };
         let magnitude = Magnitude {
             value: &magnitude,
@@ -122,6 +124,7 @@ fn a_new_adapter_changes_nothing() {
         b: &b,
         scaling: 2.0,
         mask: None,
+        compute_dtype: ComputeDtype::F32,
     };
     let weight_squares = squares(&weight);
     let magnitude = Magnitude {
@@ -152,6 +155,7 @@ fn dropout_is_that_of_peft() {
         b: of("lora_B"),
         scaling: of("scaling").to_vec1().unwrap()[0],
         mask: Some(mask),
+        compute_dtype: ComputeDtype::F32,
     };
     let magnitude = Magnitude {
         value: of("magnitude"),

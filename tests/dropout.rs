@@ -66,6 +66,7 @@ fn shown_by_forward(mask: Mask, (n, d): (usize, usize), at: &Placement) -> Vec<f
         b: &b,
         scaling: 1.0,
         mask: Some(mask),
+        compute_dtype: at.compute_dtype,
     };
     let weight = no_weight(1, d, at);
     let (_, u) = linear::forward(&ones((n, d), at), &weight, None, Some(lora)).unwrap();
@@ -80,6 +81,7 @@ fn shown_by_backward(mask: Mask, (n, d): (usize, usize), at: &Placement) -> [Vec
         b: &b,
         scaling: 1.0,
         mask: Some(mask),
+        compute_dtype: at.compute_dtype,
     };
     let (dy, x, u) = (identity(n, at), ones((n, d), at), ones((n, n), at));
     let zeros = |shape| Tensor::zeros(shape, DType::F32, &at.device).unwrap();

@@ -5,6 +5,7 @@ mod oracle;
 use candle_core::{DType, Device, Tensor};
 use oracle::{Random, assert_close, f32, f64s, oracle, segments};
 use qlora::IGNORE_INDEX;
+use qlora::device::ComputeDtype;
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
@@ -80,6 +81,7 @@ fn linear_with_lora_equals_its_reference() {
             b: &b,
             scaling: 0.5,
             mask,
+            compute_dtype: ComputeDtype::F32,
         };
         let (y, u) = linear::forward(&x, &weight, Some(&bias), Some(lora)).unwrap();
         assert_close("y", &y, &want, TOLERANCE);
@@ -204,7 +206,7 @@ fn the_gradient_of_a_trained_embedding_equals_its_reference() {
         embedding::reference(&index, &t[0]).unwrap()
     });
     let (table, dy) = (f32(&table), f32(&dy));
-    let y = embedding::forward(&ids, Table::Trained(&table)).unwrap();
+    let y = embedding::forward(&ids, Table::Trained(&table, ComputeDtype::F32)).unwrap();
     assert_close("rows", &y, &want, 1e-7);
     let d_table = zeros_like(&table);
     embedding::backward(&dy, &ids, None, &d_table).unwrap();
@@ -264,6 +266,7 @@ fn attention_equals_its_reference() {
         num_kv_heads,
         head_dim,
         window,
+        compute_dtype: ComputeDtype::F32,
     };
     for (lengths, heads) in [
         (vec![42], heads(6, 2, 8, None)),
@@ -301,6 +304,7 @@ fn attention_with_a_cache_equals_the_last_rows_of_the_whole() {
         num_kv_heads: 2,
         head_dim: 6,
         window: Some(9),
+        compute_dtype: ComputeDtype::F32,
     };
     let n = 30;
     let q = f32(&random.tensor(&[n, 24]));
@@ -354,7 +358,10 @@ fn linear_cross_entropy_equals_its_reference() {
         );
         assert_close("dx", &dx, &grads[0], TOLERANCE);
         let head_values = f32(&head);
-        let (trained, d_head) = (Table::Trained(&head_values), zeros_like(&head));
+        let (trained, d_head) = (
+            Table::Trained(&head_values, ComputeDtype::F32),
+            zeros_like(&head),
+        );
         let of_trained = lce::backward(&f32(&x), trained, &labels, 0.25, Some(&d_head)).unwrap();
         assert_eq!(of_trained.0.read().unwrap(), losses);
         assert_eq!(f64s(&of_trained.1), f64s(&dx));

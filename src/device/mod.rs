@@ -47,6 +47,15 @@ impl DeviceKind {
     }
 }
 
+/// The type that matrix products take their factors in; they sum in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum ComputeDtype {
+    #[serde(rename = "f32", alias = "float32", alias = "fp32")]
+    F32,
+    #[serde(rename = "bf16", alias = "bfloat16")]
+    Bf16,
+}
+
 /// Where the weights of the blocks lie that kernels compute with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Residency {
@@ -96,11 +105,14 @@ impl Residence {
     };
 }
 
-/// Where a model computes, and the type of its activations: f32 by the CPU's own code, bf16 by kernels.
+/// Where a model computes, and in which types.
 #[derive(Debug, Clone)]
 pub struct Placement {
     pub device: Device,
+    /// Of activations: f32 by the CPU's own code, bf16 by kernels.
     pub dtype: DType,
+    /// Always bf16 by kernels.
+    pub compute_dtype: ComputeDtype,
     pub residence: Residence,
 }
 
@@ -110,6 +122,7 @@ impl Placement {
         Self {
             device: Device::Cpu,
             dtype: DType::F32,
+            compute_dtype: ComputeDtype::F32,
             residence: Residence::DEVICE,
         }
     }
@@ -119,6 +132,7 @@ impl Placement {
         Self {
             device,
             dtype: DType::BF16,
+            compute_dtype: ComputeDtype::Bf16,
             residence: Residence::DEVICE,
         }
     }

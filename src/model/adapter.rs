@@ -325,6 +325,7 @@ impl Decoder {
                     b: part(LORA_B)?,
                     magnitude,
                     scaling: factors.scaling,
+                    compute_dtype: self.placement().compute_dtype,
                     place,
                     stack: stack.take(),
                 };

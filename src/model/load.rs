@@ -64,7 +64,7 @@ impl<'a> Loader<'a> {
         let (rows, cols) = (self.config.vocab_size, self.config.hidden_size);
         let mut weight = self.stored(&format!("{}.weight", module.path()), rows, cols)?;
         if side != Some(Side::Device) {
-            return Ok(weight.into());
+            return Ok(self.on_host(weight));
         }
         if let (FrozenWeight::Quantized(params), true) = (&weight, self.cache.is_some()) {
             // Not one of the weights that the scratch buffer has room for.
@@ -75,10 +75,14 @@ impl<'a> Loader<'a> {
         self.place(weight)
     }
 
+    fn on_host(&self, weight: FrozenWeight) -> Weight {
+        Weight::on_host(weight, self.placement.compute_dtype)
+    }
+
     fn place(&self, weight: FrozenWeight) -> Result<Weight> {
         match &self.cache {
             Some(cache) => Weight::on_device(weight, cache),
-            None => Ok(weight.into()),
+            None => Ok(self.on_host(weight)),
         }
     }
 
@@ -145,6 +149,7 @@ impl<'a> Loader<'a> {
                 num_kv_heads: config.num_kv_heads,
                 head_dim: config.head_dim,
                 window: config.sliding_window[layer],
+                compute_dtype: self.placement.compute_dtype,
             },
             eps: config.rms_norm_eps,
         })

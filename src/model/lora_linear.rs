@@ -7,6 +7,7 @@ use candle_core::{DType, Tensor};
 use super::lora_dropout::LoraDropout;
 use super::names::Module;
 use super::parameters::Trainable;
+use crate::device::ComputeDtype;
 use crate::ops::dropout::Mask;
 use crate::ops::linear::{self, Branch, Lora, LoraGrad, dora};
 use crate::ops::matrix_dropout::{self, FactorMasks};
@@ -54,6 +55,8 @@ pub struct LoraPair {
     /// Where the adapter is DoRA's.
     pub magnitude: Option<Magnitude>,
     pub scaling: f64,
+    /// Of its products on the CPU.
+    pub compute_dtype: ComputeDtype,
     /// The layer and module it sits on, which have dropout masks of their own.
     pub place: (usize, Module),
     /// Of the first of several adapters whose products with their input kernels make together.
@@ -115,6 +118,7 @@ impl Factors<'_> {
             b: &self.b,
             scaling: self.scaling,
             mask: self.mask,
+            compute_dtype: self.pair.compute_dtype,
         }
     }
 

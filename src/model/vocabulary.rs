@@ -61,7 +61,7 @@ impl Vocabulary {
     /// What forward and backward read.
     pub fn table(&self) -> Table<'_> {
         match (&self.trained, &self.paged) {
-            (Some(trained), _) => Table::Trained(&trained.value),
+            (Some(trained), _) => Table::Trained(&trained.value, self.frozen.compute_dtype()),
             (None, Some(paged)) => Table::Paged(paged),
             (None, None) => Table::Frozen(&self.frozen),
         }

@@ -18,6 +18,7 @@ use super::cpu::{expect_dims, read};
 use super::gemm::{Into, Mat, MatMut, Shared, matmul};
 use super::launcher::Launcher;
 use super::simd::{exp, max, sum, vectorized};
+use crate::device::ComputeDtype;
 use crate::{Error, Result};
 
 const OP: &str = "attention";
@@ -82,6 +83,8 @@ pub struct Heads {
     pub head_dim: usize,
     /// How many positions a query sees, its own included; `None` = all before it.
     pub window: Option<usize>,
+    /// Of products on the CPU.
+    pub compute_dtype: ComputeDtype,
 }
 
 impl Heads {
@@ -356,7 +359,7 @@ impl<'a> Operands<'a> {
         matmul(
             &mut MatMut::new(scores, rows, cols),
             Into::Overwrite,
-            q,
+            q.to(self.heads.compute_dtype),
             k.t(),
             self.heads.scale(),
         );
@@ -381,7 +384,8 @@ fn forward_tile(
         );
     }
     let v = operands.key_rows(&operands.v, tile, head);
-    matmul(out, Into::Overwrite, Mat::new(scores, rows, cols), v, 1.0);
+    let p = Mat::new(scores, rows, cols).to(operands.heads.compute_dtype);
+    matmul(out, Into::Overwrite, p, v, 1.0);
 }
 
 /// Replaces the visible scores by their softmax and the others by 0; gives their log-sum-exp.
@@ -424,6 +428,7 @@ fn backward_tile(
 ) {
     let heads = &operands.heads;
     let (rows, cols, e) = (tile.queries.len(), tile.keys.len(), heads.head_dim);
+    let dtype = heads.compute_dtype;
     operands.scores(tile, head, p);
     ds.resize(rows * cols, 0.0);
     let d_out_rows = operands.query_rows(d_out, tile, head);
@@ -431,7 +436,7 @@ fn backward_tile(
     matmul(
         &mut MatMut::new(ds, rows, cols),
         Into::Overwrite,
-        d_out_rows,
+        d_out_rows.to(dtype),
         v.t(),
         1.0,
     );
@@ -458,9 +463,15 @@ fn backward_tile(
         operands.query_rows(&operands.q, tile, head),
         operands.key_rows(&operands.k, tile, head),
     );
-    matmul(&mut grads.dv, Into::Add, p.t(), d_out_rows, 1.0);
-    matmul(&mut grads.dq, Into::Overwrite, ds, k, heads.scale());
-    matmul(&mut grads.dk, Into::Add, ds.t(), q, heads.scale());
+    matmul(&mut grads.dv, Into::Add, p.t().to(dtype), d_out_rows, 1.0);
+    matmul(
+        &mut grads.dq,
+        Into::Overwrite,
+        ds.to(dtype),
+        k,
+        heads.scale(),
+    );
+    matmul(&mut grads.dk, Into::Add, ds.t().to(dtype), q, heads.scale());
 }
 
 /// Turns scores into probabilities and `dP` into `dS = P (dP - delta)`; both 0 where nothing is seen.

@@ -1,11 +1,16 @@
 //! Matrix products on the CPU: checked views, sums of products, and tiles of a result handed to threads.
 //!
-//! With AVX-512 our own kernel makes them (`kernel`, `packed`), elsewhere the crate `gemm`.
+//! In f32 our own kernel makes them where there is AVX-512 (`kernel`, `packed`), elsewhere the crate `gemm`. In bf16, with sums
+//! in f32, they are made by AMX or AVX512-BF16 (`bf16`), elsewhere in f32 of rounded numbers.
 
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod kernel;
 #[cfg(target_arch = "x86_64")]
 mod packed;
+#[cfg(test)]
+mod tests;
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -15,6 +20,7 @@ use std::ops::Range;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+use crate::device::ComputeDtype;
 use crate::quant::FrozenWeight;
 
 /// A matrix inside a slice of f32, by its strides in elements.
@@ -81,6 +87,81 @@ impl<'a> Mat<'a> {
     /// A range of columns of this view.
     pub(super) fn cols(self, cols: Range<usize>) -> Self {
         self.t().rows(cols).t()
+    }
+
+    /// As the left-hand side of a product in `dtype`.
+    pub(super) fn to(self, dtype: ComputeDtype) -> Lhs<'a> {
+        match dtype {
+            ComputeDtype::F32 => Lhs::F32(self),
+            ComputeDtype::Bf16 => Lhs::Bf16(self),
+        }
+    }
+
+    /// Its values rounded to bf16, row-major; each multiplied by `factor` before.
+    fn rounded(self, factor: f32) -> Vec<f32> {
+        let at = |row, col| self.data[row * self.row_stride + col * self.col_stride];
+        let row = |row| (0..self.cols).map(move |col| round(factor * at(row, col)));
+        (0..self.rows).flat_map(row).collect()
+    }
+}
+
+fn round(value: f32) -> f32 {
+    half::bf16::from_f32(value).to_f32()
+}
+
+/// The left-hand side of a product, which decides in what numbers the product is made.
+#[derive(Clone, Copy)]
+pub(super) enum Lhs<'a> {
+    F32(Mat<'a>),
+    /// Both sides are rounded to bf16 as they are read; sums are in f32.
+    Bf16(Mat<'a>),
+    /// The same, of a side that was rounded before.
+    #[cfg(target_arch = "x86_64")]
+    Packed(&'a bf16::PackedLhs),
+}
+
+impl<'a> From<Mat<'a>> for Lhs<'a> {
+    fn from(mat: Mat<'a>) -> Self {
+        Self::F32(mat)
+    }
+}
+
+impl Lhs<'_> {
+    fn dims(&self) -> (usize, usize) {
+        match self {
+            Self::F32(mat) | Self::Bf16(mat) => (mat.rows, mat.cols),
+            #[cfg(target_arch = "x86_64")]
+            Self::Packed(packed) => packed.dims(),
+        }
+    }
+}
+
+/// A matrix that is the left-hand side of many products: for those in bf16 it is rounded once, by all threads.
+pub(super) struct SharedLhs<'a> {
+    mat: Mat<'a>,
+    dtype: ComputeDtype,
+    #[cfg(target_arch = "x86_64")]
+    packed: Option<bf16::PackedLhs>,
+}
+
+impl<'a> SharedLhs<'a> {
+    pub(super) fn new(mat: Mat<'a>, dtype: ComputeDtype) -> Self {
+        Self {
+            mat,
+            dtype,
+            #[cfg(target_arch = "x86_64")]
+            packed: (dtype == ComputeDtype::Bf16)
+                .then(|| bf16::PackedLhs::new(mat))
+                .flatten(),
+        }
+    }
+
+    pub(super) fn lhs(&self) -> Lhs<'_> {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(packed) = &self.packed {
+            return Lhs::Packed(packed);
+        }
+        self.mat.to(self.dtype)
     }
 }
 
@@ -172,32 +253,47 @@ impl Rhs<'_> {
 
 /// `factor * lhs rhs`.
 #[derive(Clone)]
-pub(super) struct Term<'a> {
-    pub(super) lhs: Mat<'a>,
+pub(super) struct Term<'a, L = Lhs<'a>> {
+    pub(super) lhs: L,
     pub(super) rhs: Rhs<'a>,
     pub(super) factor: f32,
+}
+
+type F32Term<'a> = Term<'a, Mat<'a>>;
+
+impl<'a> Term<'a> {
+    /// The same, if it is in f32.
+    fn in_f32(&self) -> Option<F32Term<'a>> {
+        match self.lhs {
+            Lhs::F32(lhs) => Some(Term {
+                lhs,
+                rhs: self.rhs.clone(),
+                factor: self.factor,
+            }),
+            _ => None,
+        }
+    }
 }
 
 /// `dst = factor * lhs rhs`, or the same added to `dst`, on this thread.
 pub(super) fn matmul<'a>(
     dst: &mut MatMut<'_>,
     into: Into,
-    lhs: Mat<'a>,
+    lhs: impl std::convert::Into<Lhs<'a>>,
     rhs: impl std::convert::Into<Rhs<'a>>,
     factor: f32,
 ) {
-    let rhs = rhs.into();
+    let (lhs, rhs) = (lhs.into(), rhs.into());
     matmul_sum(dst, into, &[Term { lhs, rhs, factor }]);
 }
 
-/// `dst` = the sum of the terms, or the same added to `dst`, on this thread.
+/// `dst` = the sum of the terms, or the same added to `dst`, on this thread. All of them are in f32 or all in bf16.
 pub(super) fn matmul_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
-    /// Fewer are a matter of reading the right-hand side once; packing it would cost more than it saves.
-    const MIN_PACKED_ROWS: usize = 32;
     for Term { lhs, rhs, .. } in terms {
+        let ((rows, k), (rhs_k, cols)) = (lhs.dims(), rhs.dims());
         assert_eq!(
-            ((dst.rows, dst.cols), lhs.cols),
-            ((lhs.rows, rhs.dims().1), rhs.dims().0),
+            (dst.rows, dst.cols, k),
+            (rows, cols, rhs_k),
             "matmul shapes"
         );
     }
@@ -205,26 +301,70 @@ pub(super) fn matmul_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
     if dst.rows == 0 || dst.cols == 0 {
         return;
     }
+    let in_f32: Vec<_> = terms.iter().filter_map(Term::in_f32).collect();
+    if in_f32.is_empty() {
+        return bf16_sum(dst, into, terms);
+    }
+    assert_eq!(in_f32.len(), terms.len(), "a sum in f32 and bf16");
+    f32_sum(dst, into, &in_f32);
+}
+
+fn f32_sum(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
+    /// Fewer are a matter of reading the right-hand side once; packing it would cost more than it saves.
+    const MIN_PACKED_ROWS: usize = 32;
     #[cfg(target_arch = "x86_64")]
     if dst.rows >= MIN_PACKED_ROWS && packed::is_available() {
         // SAFETY: just checked.
         return unsafe { packed::product(dst, into, terms) };
     }
-    for (i, term) in terms.iter().enumerate() {
+    for (i, F32Term { lhs, rhs, factor }) in terms.iter().enumerate() {
         let into = if i == 0 { into } else { Into::Add };
-        match &term.rhs {
-            Rhs::Mat(rhs) => matmul_by_crate(dst, into, term.lhs, *rhs, term.factor),
-            Rhs::Weight(w) | Rhs::Transposed(w) => with_scratch(|scratch| {
-                let (outs, ins) = (w.outs.len(), w.ins.len());
-                let tile = scratch.take(outs * ins);
-                w.weight.read_tile(w.outs.clone(), w.ins.clone(), tile);
-                let tile = Mat::new(tile, outs, ins);
-                let is_transposed = matches!(term.rhs, Rhs::Transposed(_));
-                let rhs = if is_transposed { tile.t() } else { tile };
-                matmul_by_crate(dst, into, term.lhs, rhs, term.factor);
-            }),
-        }
+        with_values(rhs, |rhs| matmul_by_crate(dst, into, *lhs, rhs, *factor));
     }
+}
+
+fn bf16_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(instructions) = bf16::available() {
+        return bf16::product(instructions, dst, into, terms);
+    }
+    sum_of_rounded(dst, into, terms);
+}
+
+/// The same in f32, which makes the same products of the rounded numbers and sums them in another order.
+fn sum_of_rounded(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
+    for (i, Term { lhs, rhs, factor }) in terms.iter().enumerate() {
+        let Lhs::Bf16(lhs) = *lhs else {
+            unreachable!("nothing is packed where nothing reads it")
+        };
+        let (k, cols) = rhs.dims();
+        let values = lhs.rounded(1.0);
+        let rhs = with_values(rhs, |rhs| rhs.rounded(*factor));
+        let into = if i == 0 { into } else { Into::Add };
+        let term = F32Term {
+            lhs: Mat::new(&values, lhs.rows, k),
+            rhs: Mat::new(&rhs, k, cols).into(),
+            factor: 1.0,
+        };
+        f32_sum(dst, into, &[term]);
+    }
+}
+
+/// Lends `f` the values of `rhs`, all of them dequantized.
+fn with_values<R>(rhs: &Rhs<'_>, f: impl FnOnce(Mat<'_>) -> R) -> R {
+    let (window, is_transposed) = match rhs {
+        Rhs::Mat(mat) => return f(*mat),
+        Rhs::Weight(window) => (window, false),
+        Rhs::Transposed(window) => (window, true),
+    };
+    with_scratch(|scratch| {
+        let (outs, ins) = (window.outs.len(), window.ins.len());
+        let tile = scratch.take(outs * ins);
+        let (rows, cols) = (window.outs.clone(), window.ins.clone());
+        window.weight.read_tile(rows, cols, tile);
+        let tile = Mat::new(tile, outs, ins);
+        f(if is_transposed { tile.t() } else { tile })
+    })
 }
 
 fn matmul_by_crate(dst: &mut MatMut<'_>, into: Into, lhs: Mat<'_>, rhs: Mat<'_>, factor: f32) {
@@ -354,8 +494,14 @@ pub(super) fn for_each_column_tile(
     });
 }
 
-/// `dst = factor * lhs rhs`, or the same added, row-major, in parallel over tiles of rows.
-pub(super) fn matmul_by_rows(dst: &mut [f32], into: Into, lhs: Mat<'_>, rhs: Mat<'_>, factor: f32) {
+/// `dst = factor * lhs rhs` in `dtype`, or the same added, row-major, in parallel over tiles of rows.
+pub(super) fn matmul_by_rows(
+    dst: &mut [f32],
+    into: Into,
+    (lhs, dtype): (Mat<'_>, ComputeDtype),
+    rhs: Mat<'_>,
+    factor: f32,
+) {
     const ROWS: usize = 256;
     let cols = rhs.cols;
     assert_eq!(dst.len(), lhs.rows * cols, "matmul shapes");
@@ -366,7 +512,7 @@ pub(super) fn matmul_by_rows(dst: &mut [f32], into: Into, lhs: Mat<'_>, rhs: Mat
             matmul(
                 &mut MatMut::new(chunk, rows.len(), cols),
                 into,
-                lhs.rows(rows),
+                lhs.rows(rows).to(dtype),
                 rhs,
                 factor,
             );

@@ -17,11 +17,13 @@ use candle_core::{DType, Tensor};
 use super::cpu::{self, expect_dims, read};
 use super::dropout::Mask;
 use super::gemm::{
-    Into, Mat, Rhs, Shared, Term, Window, for_each_column_tile, matmul, matmul_by_rows, matmul_sum,
+    Into, Mat, Rhs, Shared, SharedLhs, Term, Window, for_each_column_tile, matmul, matmul_by_rows,
+    matmul_sum,
 };
 use super::launcher::{Factor, Grid, Launcher, Operand};
 use super::weight::Weight;
 use crate::Result;
+use crate::device::ComputeDtype;
 use masked::Masked;
 
 pub use adapter::{add_adapter, add_adapter_backward};
@@ -48,6 +50,8 @@ pub struct Lora<'a> {
     pub scaling: f32,
     /// Dropout on the adapter's input.
     pub mask: Option<Mask>,
+    /// Of the adapter's own products on the CPU; those that it shares with the weight are in the type of that.
+    pub compute_dtype: ComputeDtype,
 }
 
 impl Lora<'_> {
@@ -104,8 +108,9 @@ pub fn forward_with_u(
     if let Some(launcher) = Launcher::of(OP, x)? {
         return forward_on_device(&launcher, x, weight, bias, lora);
     }
+    let dtype = weight.compute_dtype();
     let x = read(OP, x)?;
-    let x = Mat::new(&x, n, d_in);
+    let x = SharedLhs::new(Mat::new(&x, n, d_in), dtype);
     let lora_data = match lora {
         Some((lora, u)) => Some((
             read(OP, u)?,
@@ -120,7 +125,7 @@ pub fn forward_with_u(
         let width = tile_width(d_out);
         for_each_column_tile(y, (n, d_out), width, |mut tile, outs| {
             let base = Term {
-                lhs: x,
+                lhs: x.lhs(),
                 rhs: Rhs::Transposed(Window {
                     weight,
                     outs: outs.clone(),
@@ -129,7 +134,7 @@ pub fn forward_with_u(
                 factor: 1.0,
             };
             let adapter = lora_data.as_ref().map(|(u, b, r, scaling)| Term {
-                lhs: Mat::new(u, n, *r),
+                lhs: Mat::new(u, n, *r).to(dtype),
                 rhs: Rhs::Mat(Mat::new(b, d_out, *r).rows(outs.clone()).t()),
                 factor: *scaling,
             });
@@ -200,9 +205,18 @@ pub fn down_project(x: &Tensor, lora: Lora<'_>) -> Result<Tensor> {
     cpu::build((n, r), |u| match lora.mask {
         Some(mask) => {
             let (x, cols) = (&x[..], d_in);
-            masked::down_project(Masked { x, cols, mask }, a, u);
+            let x = Masked {
+                x,
+                cols,
+                mask,
+                dtype: lora.compute_dtype,
+            };
+            masked::down_project(x, a, u);
         }
-        None => matmul_by_rows(u, Into::Overwrite, Mat::new(&x, n, d_in), a.t(), 1.0),
+        None => {
+            let x = Mat::new(&x, n, d_in);
+            matmul_by_rows(u, Into::Overwrite, (x, lora.compute_dtype), a.t(), 1.0);
+        }
     })
 }
 
@@ -241,11 +255,12 @@ pub fn backward_lora(
     }
     let (dy, x, u, b) = (read(OP, dy)?, read(OP, x)?, read(OP, u)?, read(OP, lora.b)?);
     let dy = Mat::new(&dy, n, d_out);
+    let dtype = lora.compute_dtype;
     let du = cpu::build((n, r), |du| {
         matmul_by_rows(
             du,
             Into::Overwrite,
-            dy,
+            (dy, dtype),
             Mat::new(&b, d_out, r),
             lora.scaling,
         );
@@ -260,7 +275,7 @@ pub fn backward_lora(
             matmul(
                 &mut tile,
                 Into::Overwrite,
-                Mat::new(&u, n, r).t(),
+                Mat::new(&u, n, r).t().to(dtype),
                 dy.cols(outs),
                 lora.scaling,
             );
@@ -278,13 +293,19 @@ pub fn backward_lora(
     cpu::write(OP, grad.d_a, |d_a| match lora.mask {
         Some(mask) => {
             let (x, cols) = (&x[..], d_in);
-            masked::add_grad_a(Masked { x, cols, mask }, du_mat, d_a);
+            let x = Masked {
+                x,
+                cols,
+                mask,
+                dtype,
+            };
+            masked::add_grad_a(x, du_mat, d_a);
         }
         None => {
             let (d_a, width) = (Shared::new(d_a), tile_width(d_in));
             for_each_column_tile(d_a, (r, d_in), width, |mut tile, ins| {
                 let x = Mat::new(&x, n, d_in).cols(ins);
-                matmul(&mut tile, Into::Add, du_mat.t(), x, 1.0);
+                matmul(&mut tile, Into::Add, du_mat.t().to(dtype), x, 1.0);
             });
         }
     })?;
@@ -312,8 +333,9 @@ pub fn backward_input(
     if let Some(launcher) = Launcher::of(OP, dy)? {
         return backward_input_on_device(&launcher, dy, weight, lora, sum);
     }
+    let dtype = weight.compute_dtype();
     let dy = read(OP, dy)?;
-    let dy = Mat::new(&dy, n, d_out);
+    let dy = SharedLhs::new(Mat::new(&dy, n, d_out), dtype);
     let lora_data = match lora {
         Some((du, lora)) => Some((
             read(OP, du)?,
@@ -327,7 +349,7 @@ pub fn backward_input(
         let width = tile_width(d_in);
         for_each_column_tile(dx, (n, d_in), width, |mut tile, ins| {
             let base = Term {
-                lhs: dy,
+                lhs: dy.lhs(),
                 rhs: Rhs::Weight(Window {
                     weight,
                     outs: 0..d_out,
@@ -340,19 +362,19 @@ pub fn backward_input(
                 .map(|(du, a, r, mask)| (Mat::new(du, n, *r), Mat::new(a, *r, d_in), mask));
             let in_one = adapter.filter(|(.., mask)| mask.is_none());
             let in_one = in_one.map(|(du, a, _)| Term {
-                lhs: du,
+                lhs: du.to(dtype),
                 rhs: Rhs::Mat(a.cols(ins.clone())),
                 factor: 1.0,
             });
             let terms: Vec<_> = [base].into_iter().chain(in_one).collect();
             match (adapter, into) {
                 (Some((du, a, Some(mask))), Into::Overwrite) => {
-                    masked::up_project(du, a, *mask, ins, &mut tile);
+                    masked::up_project((du, dtype), a, *mask, ins, &mut tile);
                     matmul_sum(&mut tile, Into::Add, &terms);
                 }
                 (Some((du, a, Some(mask))), Into::Add) => {
                     matmul_sum(&mut tile, Into::Add, &terms);
-                    masked::add_up_project(du, a, *mask, ins, &mut tile);
+                    masked::add_up_project((du, dtype), a, *mask, ins, &mut tile);
                 }
                 _ => matmul_sum(&mut tile, into, &terms),
             }

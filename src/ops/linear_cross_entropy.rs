@@ -15,10 +15,11 @@ use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{self, expect_dims, read};
-use super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul};
+use super::gemm::{Into, Mat, MatMut, Shared, SharedLhs, for_each_column_tile, matmul};
 use super::launcher::Launcher;
 use super::simd::{exp, max, sum, vectorized};
 use super::table::{CpuTable, Table};
+use crate::device::ComputeDtype;
 use crate::{Error, IGNORE_INDEX, Result};
 
 const OP: &str = "linear_cross_entropy";
@@ -145,7 +146,10 @@ pub fn backward<'a>(
                 dx[token.row * d..(token.row + 1) * d].copy_from_slice(values);
             }
             if let (Ok(()), Some(d_head)) = (&added, d_head) {
-                added = cpu::write(OP, d_head, |d_head| head_backward(logits, chunk.x, d_head));
+                added = cpu::write(OP, d_head, |d_head| {
+                    let dtype = head.compute_dtype();
+                    head_backward(logits, chunk.x, d_head, dtype);
+                });
             }
             losses.extend(chunk.losses);
         });
@@ -163,11 +167,12 @@ pub fn logits<'a>(x: &Tensor, head: impl std::convert::Into<Table<'a>>) -> Resul
         return kernels::logits(&launcher, x, head);
     }
     let (x, head) = (read(OP, x)?, head.on_cpu(OP)?);
-    let x = Mat::new(&x, n, d);
+    let x = SharedLhs::new(Mat::new(&x, n, d), head.compute_dtype());
     cpu::build((n, words), |logits| {
         let logits = Shared::new(logits);
         for_each_column_tile(logits, (n, words), VOCAB_TILE, |mut tile, words| {
-            matmul(&mut tile, Into::Overwrite, x, head.transposed(words), 1.0);
+            let head = head.transposed(words);
+            matmul(&mut tile, Into::Overwrite, x.lhs(), head, 1.0);
         });
     })
 }
@@ -182,7 +187,7 @@ fn hidden_backward(dz: &Logits, head: &CpuTable<'_>, dx: &mut [f32]) {
             } else {
                 Into::Add
             };
-            let dz = Mat::new(dz, tile.rows, words.len());
+            let dz = Mat::new(dz, tile.rows, words.len()).to(head.compute_dtype());
             let weight = head.part(words, cols.clone());
             matmul(&mut tile, into, dz, weight, 1.0);
         }
@@ -190,11 +195,11 @@ fn hidden_backward(dz: &Logits, head: &CpuTable<'_>, dx: &mut [f32]) {
 }
 
 /// Adds `dW = dz^T x` of a chunk.
-fn head_backward(dz: &Logits, x: Mat<'_>, d_head: &mut [f32]) {
+fn head_backward(dz: &Logits, x: Mat<'_>, d_head: &mut [f32], dtype: ComputeDtype) {
     let tiles = d_head.par_chunks_mut(VOCAB_TILE * x.cols);
     tiles.zip(dz.par_tiles()).for_each(|(d_head, dz)| {
         let words = d_head.len() / x.cols;
-        let dz = Mat::new(dz, dz.len() / words, words).t();
+        let dz = Mat::new(dz, dz.len() / words, words).t().to(dtype);
         matmul(
             &mut MatMut::new(d_head, words, x.cols),
             Into::Add,
@@ -308,6 +313,7 @@ struct Peak {
 /// `z = x W^T` for a chunk, and the peaks of each tile, `[tiles][rows]`, taken while the tile is in the cache.
 fn logits_forward(x: Mat<'_>, head: &CpuTable<'_>, logits: &mut Logits) -> Vec<Vec<Peak>> {
     let rows = logits.rows;
+    let x = SharedLhs::new(x, head.compute_dtype());
     let tiles = logits.data.par_chunks_mut(rows * VOCAB_TILE).enumerate();
     let peaks = tiles.map(|(tile, z)| {
         let start = tile * VOCAB_TILE;
@@ -316,7 +322,7 @@ fn logits_forward(x: Mat<'_>, head: &CpuTable<'_>, logits: &mut Logits) -> Vec<V
         matmul(
             &mut MatMut::new(z, rows, words),
             Into::Overwrite,
-            x,
+            x.lhs(),
             weight,
             1.0,
         );

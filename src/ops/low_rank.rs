@@ -15,6 +15,7 @@ use self::jacobi::SmallSvd;
 use self::products::Matrix;
 use super::gemm::{Into, Mat, matmul_by_rows};
 use super::philox::Normal;
+use crate::device::ComputeDtype;
 use crate::{Error, Result};
 
 /// Vectors beyond the rank: they take up what the power iterations have not told apart yet.
@@ -125,7 +126,13 @@ fn from_subspace(
         let by: Vec<f32> = by[..rank * k].iter().map(|&v| v as f32).collect();
         let mut turned = vec![0f32; rank * len];
         let (by, vectors) = (Mat::new(&by, rank, k), Mat::new(vectors, k, len));
-        matmul_by_rows(&mut turned, Into::Overwrite, by, vectors, 1.0);
+        matmul_by_rows(
+            &mut turned,
+            Into::Overwrite,
+            (by, ComputeDtype::F32),
+            vectors,
+            1.0,
+        );
         turned
     };
     TruncatedSvd {
@@ -174,7 +181,7 @@ pub fn leading_qr(
 pub fn subtract_product(w: &mut [f32], b: &[f32], a: &[f32], rank: usize, factor: f32) {
     let (m, n) = (b.len() / rank, a.len() / rank);
     let (b, a) = (Mat::new(b, m, rank), Mat::new(a, rank, n));
-    matmul_by_rows(w, Into::Add, b, a, -factor);
+    matmul_by_rows(w, Into::Add, (b, ComputeDtype::F32), a, -factor);
 }
 
 fn check_rank(w: &[f32], (m, n): (usize, usize), rank: usize) -> Result<()> {

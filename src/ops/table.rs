@@ -10,7 +10,7 @@ use super::cpu::{Read, read};
 use super::gemm::{Mat, Rhs, Window};
 use super::launcher::Launcher;
 use super::weight::Weight;
-use crate::quant::FrozenWeight;
+use crate::device::ComputeDtype;
 use crate::{Error, Result};
 
 pub use paged::PagedTable;
@@ -21,8 +21,8 @@ pub enum Table<'a> {
     Frozen(&'a Weight),
     /// Frozen, for kernels, but on the host.
     Paged(&'a PagedTable),
-    /// As the optimizer leaves it: f32 on the CPU, bf16 for kernels.
-    Trained(&'a Tensor),
+    /// As the optimizer leaves it: f32 on the CPU, bf16 for kernels. With the type of products on the CPU.
+    Trained(&'a Tensor, ComputeDtype),
 }
 
 impl<'a> From<&'a Weight> for Table<'a> {
@@ -37,7 +37,7 @@ impl<'a> Table<'a> {
         match self {
             Self::Frozen(weight) => Ok((weight.out_features(), weight.in_features())),
             Self::Paged(table) => Ok(table.dims()),
-            Self::Trained(values) => Ok(values.dims2()?),
+            Self::Trained(values, _) => Ok(values.dims2()?),
         }
     }
 
@@ -46,7 +46,9 @@ impl<'a> Table<'a> {
         match self {
             Self::Frozen(weight) => weight.device(),
             Self::Paged(table) => Some(table.device()),
-            Self::Trained(values) => Launcher::of("table", values).ok()?.map(|_| values.device()),
+            Self::Trained(values, _) => {
+                Launcher::of("table", values).ok()?.map(|_| values.device())
+            }
         }
     }
 
@@ -55,7 +57,7 @@ impl<'a> Table<'a> {
         match self {
             Self::Frozen(weight) => weight.dense(launcher),
             Self::Paged(_) => Err(on_the_host("table")),
-            Self::Trained(values) => Ok(values.clone()),
+            Self::Trained(values, _) => Ok(values.clone()),
         }
     }
 
@@ -72,7 +74,7 @@ impl<'a> Table<'a> {
     ) -> Result<()> {
         match self {
             Self::Paged(table) => table.for_each_visit(f),
-            Self::Frozen(_) | Self::Trained(_) => {
+            Self::Frozen(_) | Self::Trained(..) => {
                 let rows = self.dense(launcher)?;
                 f(0..rows.dim(0)?, &rows)
             }
@@ -84,12 +86,13 @@ impl<'a> Table<'a> {
         Ok(match self {
             Self::Frozen(weight) => CpuTable::Frozen(weight),
             Self::Paged(_) => return Err(on_the_host(op)),
-            Self::Trained(values) => {
+            Self::Trained(values, compute_dtype) => {
                 let (words, width) = values.dims2()?;
                 CpuTable::Trained {
                     values: read(op, values)?,
                     words,
                     width,
+                    compute_dtype,
                 }
             }
         })
@@ -106,15 +109,24 @@ fn on_the_host(op: &'static str) -> Error {
 
 /// A table in host memory.
 pub(super) enum CpuTable<'a> {
-    Frozen(&'a FrozenWeight),
+    Frozen(&'a Weight),
     Trained {
         values: Read<'a>,
         words: usize,
         width: usize,
+        compute_dtype: ComputeDtype,
     },
 }
 
 impl CpuTable<'_> {
+    /// Of products with it.
+    pub(super) fn compute_dtype(&self) -> ComputeDtype {
+        match self {
+            Self::Frozen(weight) => weight.compute_dtype(),
+            Self::Trained { compute_dtype, .. } => *compute_dtype,
+        }
+    }
+
     pub(super) fn words(&self) -> usize {
         match self {
             Self::Frozen(weight) => weight.out_features(),

@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
 use super::launcher::{Launcher, Operand};
-use crate::device::{self, Marker};
+use crate::device::{self, ComputeDtype, Marker};
 use crate::quant::{Absmax, BlockSizes, DenseTensor, FrozenWeight, Params4bit, dynamic_map};
 use crate::{Error, Result};
 
@@ -30,15 +30,14 @@ const PER_THREAD: usize = 32;
 #[derive(Debug, Clone)]
 pub struct Weight {
     host: FrozenWeight,
+    /// Of its products on the host.
+    compute_dtype: ComputeDtype,
     on_device: Option<DeviceWeight>,
 }
 
 impl From<FrozenWeight> for Weight {
     fn from(host: FrozenWeight) -> Self {
-        Self {
-            host,
-            on_device: None,
-        }
+        Self::on_host(host, ComputeDtype::F32)
     }
 }
 
@@ -76,6 +75,20 @@ struct QuantizedParts {
 }
 
 impl Weight {
+    /// For the CPU, whose products with it are in `compute_dtype`.
+    pub fn on_host(host: FrozenWeight, compute_dtype: ComputeDtype) -> Self {
+        Self {
+            host,
+            compute_dtype,
+            on_device: None,
+        }
+    }
+
+    /// Of products on the CPU.
+    pub(crate) fn compute_dtype(&self) -> ComputeDtype {
+        self.compute_dtype
+    }
+
     /// Copies the weight to the device of `cache`, as stored where it is in 4 bits, in bf16 otherwise.
     ///
     /// # Errors
@@ -95,6 +108,7 @@ impl Weight {
         };
         Ok(Self {
             host,
+            compute_dtype: ComputeDtype::Bf16,
             on_device: Some(parts),
         })
     }
@@ -120,6 +134,7 @@ impl Weight {
         let parts = QuantizedParts::new(params, shape, cache, |bytes| slots.place(bytes))?;
         Ok(Self {
             host,
+            compute_dtype: ComputeDtype::Bf16,
             on_device: Some(DeviceWeight::Quantized(Arc::new(parts))),
         })
     }

@@ -18,10 +18,10 @@ pub use datasets::{DatasetColumns, DatasetList, DatasetWeights};
 pub use foreign::{FOREIGN_KEYS, SYNONYMS};
 pub(super) use lora::{expect_same_adapter, other_adapter};
 pub use preset::Preset;
-pub use values::{ByteCount, ComputeDtype, EvalMetric, OnNonFinite, Optim, Resume, ValueKind};
+pub use values::{ByteCount, EvalMetric, OnNonFinite, Optim, Resume, ValueKind};
 
 use crate::data::{DatasetFormat, ExcessLength};
-use crate::device::DeviceKind;
+use crate::device::{ComputeDtype, DeviceKind};
 use crate::model::InitLoraWeights;
 use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use crate::store::{MatrixDropoutScale, ModulePatterns, ModulesToSave, TargetModules};
@@ -251,7 +251,7 @@ train_config! {
     vram_limit: Option<ByteCount> = None;
     /// cpu or cuda
     device: DeviceKind = DeviceKind::Cpu;
-    /// Type of activations: f32 on the CPU, bf16 on CUDA; unset: the one of the device
+    /// Type that matrix products take their factors in: f32 (unset) or bf16 on the CPU, bf16 on CUDA
     compute_dtype: Option<ComputeDtype> = None;
     /// CPU threads; unset: all cores
     threads: Option<usize> = None;
@@ -345,12 +345,12 @@ impl TrainConfig {
         (self.max_steps < 0).then(|| self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS))
     }
 
-    /// The type activations have on the device.
-    fn dtype_of_device(&self) -> ComputeDtype {
-        match self.device {
+    /// The type that products take their factors in: unset, that of the device.
+    pub fn compute_dtype(&self) -> ComputeDtype {
+        self.compute_dtype.unwrap_or(match self.device {
             DeviceKind::Cpu => ComputeDtype::F32,
             DeviceKind::Cuda => ComputeDtype::Bf16,
-        }
+        })
     }
 
     fn validate(&self) -> Result<()> {
@@ -366,12 +366,8 @@ impl TrainConfig {
                 "splits rows off `dataset`; give it or `eval_dataset`, not both",
             ));
         }
-        let reason = match self.device {
-            DeviceKind::Cpu => "only f32 is supported on the CPU; use --compute_dtype f32",
-            DeviceKind::Cuda => "only bf16 is supported on CUDA; use --compute_dtype bf16",
-        };
-        let only = self.dtype_of_device();
-        if self.compute_dtype.is_some_and(|dtype| dtype != only) {
+        if self.device == DeviceKind::Cuda && self.compute_dtype() == ComputeDtype::F32 {
+            let reason = "only bf16 is supported on CUDA; use --compute_dtype bf16";
             return Err(Error::config("compute_dtype", reason));
         }
         Ok(())

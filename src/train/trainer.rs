@@ -129,6 +129,7 @@ impl Trainer {
         })?;
         let workload = workload(&config);
         let placement = Placement {
+            compute_dtype: config.compute_dtype(),
             residence: plan.residence,
             ..placement.clone()
         };

@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use half::bf16;
 use qlora::IGNORE_INDEX;
-use qlora::device::Placement;
+use qlora::device::{ComputeDtype, Placement};
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segments};
 use qlora::ops::dropout::Dropout;
@@ -293,6 +293,7 @@ placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
             b: &b,
             scaling: 0.5,
             mask,
+            compute_dtype: ComputeDtype::Bf16,
         };
         let (y, u) = linear::forward(&x, &weight, Some(&bias), Some(lora)).unwrap();
         want.output.assert_close("y", &y);
@@ -369,6 +370,7 @@ placement_test!(in_every_order a_stack_of_adapters_equals_its_reference, |at| {
                 b: &b[i],
                 scaling: 0.5,
                 mask: masks.get(i).copied(),
+                compute_dtype: ComputeDtype::Bf16,
             };
             linear::forward_with_u(&x, &weights[i], None, Some((lora, u))).unwrap()
         });
@@ -460,6 +462,7 @@ placement_test!(in_every_order dora_equals_its_reference, |at| {
             b: &b,
             scaling: 0.5,
             mask,
+            compute_dtype: ComputeDtype::Bf16,
         };
         let scales = dora::scales(&weight, lora, magnitude).unwrap();
         let norms = scales.get(1).unwrap().recip().unwrap();
@@ -525,7 +528,7 @@ placement_test!(in_every_order the_gradient_of_a_trained_embedding_is_added_toke
         embedding::reference(&index, &t[0]).unwrap()
     });
     let (placed, dy) = (place(&table, at), place(&dy, at));
-    let rows = embedding::forward(&ids, Table::Trained(&placed)).unwrap();
+    let rows = embedding::forward(&ids, Table::Trained(&placed, ComputeDtype::Bf16)).unwrap();
     assert!(f64s(&rows) == f64s(&table.index_select(&index, 0).unwrap()));
     let d_table = place_f32(&Tensor::ones((words, d), DType::F64, &Device::Cpu).unwrap(), at);
     embedding::backward(&dy, &ids, Some(5), &d_table).unwrap();
@@ -546,6 +549,7 @@ placement_test!(in_every_order attention_equals_its_reference, |at| {
         num_kv_heads,
         head_dim,
         window,
+        compute_dtype: ComputeDtype::Bf16,
     };
     for (lengths, heads) in [
         (vec![42], heads(6, 2, 8, None)),
@@ -618,7 +622,7 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         // The gradient of the logits is rounded to bf16 on the way, to one part in 256.
         assert_close("dx", &dx, &want.grads[0].exact, 0.01);
         let d_head = place_f32(&Tensor::zeros((vocab, d), DType::F64, &Device::Cpu).unwrap(), at);
-        let table = Table::Trained(&trained);
+        let table = Table::Trained(&trained, ComputeDtype::Bf16);
         let of_trained = lce::backward(&x, table, &labels, 0.25, Some(&d_head)).unwrap();
         assert_eq!(of_trained.0.read().unwrap(), losses);
         assert!(f64s(&of_trained.1) == f64s(&dx));

@@ -308,6 +308,7 @@ impl Bench {
                 b: &b,
                 scaling: 0.25,
                 mask,
+                compute_dtype: self.placement.compute_dtype,
             };
             let u = linear::down_project(&x, lora)?;
             let du = linear::backward_lora(&dy, &x, &u, lora, grad)?;
@@ -345,6 +346,7 @@ impl Bench {
             num_kv_heads: num_heads,
             head_dim,
             window: None,
+            compute_dtype: self.placement.compute_dtype,
         };
         let list = (0..n / segment).map(|i| Segment {
             queries: i * segment..(i + 1) * segment,

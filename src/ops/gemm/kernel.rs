@@ -165,3 +165,8 @@ pub(super) fn transpose(rows: [__m512; LANES]) -> [__m512; LANES] {
     }
     columns
 }
+
+/// A mask of the first `n` lanes, all if there are more.
+pub(super) fn mask(n: usize) -> __mmask16 {
+    if n >= LANES { u16::MAX } else { (1 << n) - 1 }
+}

@@ -7,8 +7,10 @@ use std::arch::x86_64::*;
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::kernel::{Ahead, LANES, LHS_STRIDE, Lhs, MAX_K, ROWS, Tile, VECS, multiply, transpose};
-use super::{Into, Mat, MatMut, Rhs, Scratch, Term};
+use super::kernel::{
+    Ahead, LANES, LHS_STRIDE, Lhs, MAX_K, ROWS, Tile, VECS, mask, multiply, transpose,
+};
+use super::{F32Term, Into, Mat, MatMut, Rhs, Scratch};
 
 /// Columns of a block: with 768 steps of k, 3/4 of the L2 cache of a Zen 4.
 const BLOCK_COLS: usize = 256;
@@ -37,7 +39,7 @@ pub(super) fn is_available() -> bool {
 /// # Safety
 /// The processor has AVX-512 F, the terms fit `dst`, and there is at least one.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn product(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
+pub(super) unsafe fn product(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
     let k: usize = terms.iter().map(|term| term.lhs.cols).sum();
     // Equal blocks, of whole blocks of quantization where there are several.
     let block_k = match k.div_ceil(MAX_K) {
@@ -62,7 +64,7 @@ pub(super) unsafe fn product(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>
 fn block(
     dst: &mut MatMut<'_>,
     add: bool,
-    terms: &[Term<'_>],
+    terms: &[F32Term<'_>],
     cols: Range<usize>,
     steps: Range<usize>,
     buffers: &mut Buffers,
@@ -123,9 +125,9 @@ fn block(
 
 /// The terms that have a part in `steps` of the joined k, each with its own steps.
 fn parts<'a, 'b>(
-    terms: &'a [Term<'b>],
+    terms: &'a [F32Term<'b>],
     steps: &Range<usize>,
-) -> impl Iterator<Item = (&'a Term<'b>, Range<usize>)> {
+) -> impl Iterator<Item = (&'a F32Term<'b>, Range<usize>)> {
     let Range { start, end } = *steps;
     let mut first = 0;
     terms.iter().filter_map(move |term| {
@@ -137,7 +139,7 @@ fn parts<'a, 'b>(
 }
 
 /// The next rows of the first term's left-hand side.
-fn rows_ahead(term: &Term<'_>, steps: &Range<usize>, row: usize) -> Ahead {
+fn rows_ahead(term: &F32Term<'_>, steps: &Range<usize>, row: usize) -> Ahead {
     let lhs = term.lhs;
     let in_rows = lhs.col_stride == 1 && steps.start < lhs.cols;
     Ahead {
@@ -191,7 +193,7 @@ impl Panels<'_> {
 fn pack_rhs(
     panels: &mut Panels<'_>,
     at: usize,
-    term: &Term<'_>,
+    term: &F32Term<'_>,
     steps: Range<usize>,
     cols: Range<usize>,
     scratch: &mut Scratch,
@@ -281,11 +283,6 @@ fn transpose_block(block: Mat<'_>, factor: f32, to: &mut [f32], stride: usize) {
         // SAFETY: `to` has 16 elements from there on, as was checked.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr().add(row * stride), values) };
     }
-}
-
-/// A mask of the first `n` lanes, all if there are more.
-fn mask(n: usize) -> __mmask16 {
-    if n >= LANES { u16::MAX } else { (1 << n) - 1 }
 }
 
 /// `len` values of `scratch`, on the boundary of a cache line.

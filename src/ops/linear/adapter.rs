@@ -31,7 +31,7 @@ pub fn add_adapter(x: &Tensor, lora: Lora<'_>, y: &Tensor) -> Result<Tensor> {
             tile_width(d_out),
             |mut tile, outs| {
                 let term = Term {
-                    lhs: Mat::new(&u_data, n, r),
+                    lhs: Mat::new(&u_data, n, r).to(lora.compute_dtype),
                     rhs: Mat::new(&b, d_out, r).rows(outs).t().into(),
                     factor: lora.scaling,
                 };
@@ -56,13 +56,14 @@ pub fn add_adapter_backward(du: &Tensor, lora: Lora<'_>, dx: &Tensor) -> Result<
     }
     let (du, a) = (read(OP, du)?, read(OP, lora.a)?);
     let (du, a) = (Mat::new(&du, n, r), Mat::new(&a, r, d_in));
+    let dtype = lora.compute_dtype;
     cpu::write(OP, dx, |dx| {
         let (dx, width) = (Shared::new(dx), tile_width(d_in));
         for_each_column_tile(dx, (n, d_in), width, |mut tile, ins| match lora.mask {
-            Some(mask) => masked::add_up_project(du, a, mask, ins, &mut tile),
+            Some(mask) => masked::add_up_project((du, dtype), a, mask, ins, &mut tile),
             None => {
                 let term = Term {
-                    lhs: du,
+                    lhs: du.to(dtype),
                     rhs: a.cols(ins).into(),
                     factor: 1.0,
                 };

@@ -23,6 +23,7 @@ use super::super::weight::Weight;
 use super::kernels::{mask_operands, splits};
 use super::{Lora, LoraGrad};
 use crate::Result;
+use crate::device::ComputeDtype;
 use crate::quant::FrozenWeight;
 
 const OP: &str = "dora";
@@ -90,7 +91,8 @@ pub fn scales(weight: &Weight, lora: Lora<'_>, magnitude: Magnitude<'_>) -> Resu
     );
     let mut gram = vec![0f32; r * r];
     let rows = Mat::new(&a, r, d_in);
-    matmul_by_rows(&mut gram, Into::Overwrite, rows, rows.t(), 1.0);
+    let lhs = (rows, ComputeDtype::F32);
+    matmul_by_rows(&mut gram, Into::Overwrite, lhs, rows.t(), 1.0);
     let scaling = f64::from(lora.scaling);
     let norm = |out: usize| {
         let b = &b[out * r..(out + 1) * r];

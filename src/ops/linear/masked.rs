@@ -13,6 +13,7 @@ use super::super::dropout::Mask;
 use super::super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul};
 use super::super::simd::prefetch;
 use super::tile_width;
+use crate::device::ComputeDtype;
 
 /// Rows, and at most as many columns, of a block that is masked: 256 KiB, a part of the L2 cache.
 const BLOCK: usize = 256;
@@ -43,6 +44,8 @@ pub(super) struct Masked<'a> {
     pub(super) x: &'a [f32],
     pub(super) cols: usize,
     pub(super) mask: Mask,
+    /// Of its products.
+    pub(super) dtype: ComputeDtype,
 }
 
 impl Masked<'_> {
@@ -76,6 +79,7 @@ pub(super) fn down_project(x: Masked<'_>, a: Mat<'_>, u: &mut [f32]) {
                     Into::Add
                 };
                 let block = Mat::new(block, rows.len(), ins.len());
+                let block = block.to(x.dtype);
                 matmul(&mut u, into, block, a.cols(ins).t(), x.mask.keep_scale());
             });
         }
@@ -97,7 +101,7 @@ pub(super) fn add_grad_a(x: Masked<'_>, du: Mat<'_>, d_a: &mut [f32]) {
                 with_block(|block| {
                     x.read(rows.clone(), ins.clone(), block);
                     let block = Mat::new(block, rows.len(), ins.len());
-                    let du = du.rows(rows).t();
+                    let du = du.rows(rows).t().to(x.dtype);
                     matmul(&mut tile, Into::Add, du, block, x.mask.keep_scale());
                 });
             }
@@ -110,7 +114,7 @@ pub(super) fn add_grad_a(x: Masked<'_>, du: Mat<'_>, d_a: &mut [f32]) {
 /// # Shapes
 /// `du: [N, R]`, `a: [R, in]`, `dx: [N, ins]`.
 pub(super) fn up_project(
-    du: Mat<'_>,
+    (du, dtype): (Mat<'_>, ComputeDtype),
     a: Mat<'_>,
     mask: Mask,
     ins: Range<usize>,
@@ -118,7 +122,7 @@ pub(super) fn up_project(
 ) {
     for rows in blocks(du.rows) {
         let mut part = dx.rows(rows.clone());
-        let (du, a_part) = (du.rows(rows.clone()), a.cols(ins.clone()));
+        let (du, a_part) = (du.rows(rows.clone()).to(dtype), a.cols(ins.clone()));
         matmul(&mut part, Into::Overwrite, du, a_part, mask.keep_scale());
         for (i, row) in rows.enumerate() {
             mask.zero_dropped(row * a.cols + ins.start, part.row(i));
@@ -128,7 +132,7 @@ pub(super) fn up_project(
 
 /// The same added to `dx`.
 pub(super) fn add_up_project(
-    du: Mat<'_>,
+    (du, dtype): (Mat<'_>, ComputeDtype),
     a: Mat<'_>,
     mask: Mask,
     ins: Range<usize>,
@@ -140,7 +144,7 @@ pub(super) fn add_up_project(
             matmul(
                 &mut MatMut::new(block, rows.len(), ins.len()),
                 Into::Overwrite,
-                du.rows(rows.clone()),
+                du.rows(rows.clone()).to(dtype),
                 a.cols(ins.clone()),
                 mask.keep_scale(),
             );

@@ -5,7 +5,8 @@
 
 use serde_json::Value;
 
-use super::{ComputeDtype, TrainConfig};
+use super::TrainConfig;
+use crate::device::ComputeDtype;
 use crate::{Error, Result};
 
 /// A key known from elsewhere.
@@ -48,7 +49,7 @@ const fn any(name: &'static str) -> ForeignKey {
 }
 
 const NOT_YET: &str = "";
-const DTYPE: &str = "it is the device that decides: f32 on the CPU, bf16 on CUDA (compute_dtype)";
+const DTYPE: &str = "compute_dtype decides: f32 or bf16 on the CPU, bf16 on CUDA";
 const NO_GENERATION: &str = "training generates no text; use `qlora generate`";
 
 /// The keys of qlora.py and of `TrainingArguments` that are recognised without being supported.
@@ -145,7 +146,7 @@ impl ForeignKey {
         let accepted: &[&str] = match self.accepted {
             Accepted::Any => return Ok(()),
             Accepted::Only(accepted) => accepted,
-            Accepted::WhetherBf16 if config.dtype_of_device() == ComputeDtype::Bf16 => &["true"],
+            Accepted::WhetherBf16 if config.compute_dtype() == ComputeDtype::Bf16 => &["true"],
             Accepted::WhetherBf16 => &["false"],
         };
         let is_accepted = |accepted: &&str| match (accepted.parse::<f64>(), text.parse::<f64>()) {

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{DatasetColumns, DatasetList, DatasetWeights, Preset};
 use crate::data::{DatasetFormat, ExcessLength};
-use crate::device::DeviceKind;
+use crate::device::{ComputeDtype, DeviceKind};
 use crate::model::InitLoraWeights;
 use crate::quant::QuantType;
 use crate::store::{MatrixDropoutScale, ModulePatterns, ModulesToSave, TargetModules};
@@ -204,15 +204,6 @@ config_value! {
 
 impl<T: ConfigValue> ConfigValue for Option<T> {
     const KIND: ValueKind = T::KIND;
-}
-
-/// The type activations are computed in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ComputeDtype {
-    #[serde(rename = "f32", alias = "float32", alias = "fp32")]
-    F32,
-    #[serde(rename = "bf16", alias = "bfloat16")]
-    Bf16,
 }
 
 /// An amount of memory, typed as `24GB`, `24GiB` or bytes.

@@ -1,0 +1,442 @@
+//! Sums of products in bf16 with sums in f32: `dst = sum of lhs_t rhs_t`, by AMX (`amx`) or AVX512-BF16 (`avx512`).
+//!
+//! Both multiply pairs of numbers along k, so both sides are packed in steps of 32 along k, each in lines of 32 numbers. A step
+//! of the left-hand side has a line for each of 32 rows; a step of the right-hand side has two for each of 16 pairs, which hold
+//! that pair of 32 columns. A term has steps of its own: what it lacks in its last one is zero on both sides.
+//!
+//! The right-hand side is packed in blocks that stay in the L2 cache (weights are dequantized into them); every 32 rows of the
+//! left-hand side meet such a block.
+
+mod amx;
+mod avx512;
+
+use std::arch::x86_64::*;
+use std::cell::Cell;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+
+use super::kernel::{LANES, mask, transpose};
+use super::{Into, Lhs, Mat, MatMut, Rhs, Scratch, Term};
+
+/// Numbers of a line: the k of a step.
+const STEP: usize = 32;
+/// Lines of a step, of either side.
+const LINES: usize = 32;
+/// Rows of a group of the left-hand side, and columns of a panel of the right-hand one.
+const GROUP: usize = 32;
+/// Columns of a block.
+const BLOCK_COLS: usize = 256;
+/// Steps of a block, at most: with as many columns, half of the L2 cache of a Zen 4.
+const MAX_STEPS: usize = 32;
+
+/// The bits of 32 numbers, a cache line.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u16; STEP]);
+
+impl Line {
+    const ZERO: Self = Self([0; STEP]);
+}
+
+/// What a processor multiplies by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Instructions {
+    Amx,
+    Avx512Bf16,
+}
+
+/// The fastest that this processor has, and the system lets us use.
+pub(super) fn available() -> Option<Instructions> {
+    static AVAILABLE: OnceLock<Option<Instructions>> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        let has_avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512bf16");
+        let fastest = match amx::is_available() {
+            true => Instructions::Amx,
+            false => Instructions::Avx512Bf16,
+        };
+        // Both pack by AVX-512.
+        has_avx512.then_some(fastest)
+    })
+}
+
+/// A tile of the result in memory, at most 32 x 32.
+#[derive(Clone, Copy)]
+struct Tile {
+    at: *mut f32,
+    row_stride: usize,
+    rows: usize,
+    cols: usize,
+    /// Whether the product is added to what is there.
+    add: bool,
+}
+
+/// A left-hand side that all threads have rounded and packed: groups of rows, each `[steps][LINES]`.
+pub(in super::super) struct PackedLhs {
+    lines: Vec<Line>,
+    rows: usize,
+    k: usize,
+}
+
+impl PackedLhs {
+    /// `None` where nothing here reads it.
+    pub(super) fn new(mat: Mat<'_>) -> Option<Self> {
+        available()?;
+        let len = mat.cols.div_ceil(STEP) * LINES;
+        let n = mat.rows.div_ceil(GROUP) * len;
+        let mut lines = Vec::with_capacity(n);
+        let groups = lines.spare_capacity_mut()[..n].par_chunks_exact_mut(len.max(1));
+        groups.enumerate().for_each(|(group, lines)| {
+            let rows = group * GROUP..mat.rows.min((group + 1) * GROUP);
+            // SAFETY: the instructions are there, as was checked.
+            unsafe { pack_lhs(mat.rows(rows), lines) };
+        });
+        // SAFETY: every group was written.
+        unsafe { lines.set_len(n) };
+        let Mat { rows, cols: k, .. } = mat;
+        Some(Self { lines, rows, k })
+    }
+
+    pub(super) fn dims(&self) -> (usize, usize) {
+        (self.rows, self.k)
+    }
+
+    /// Some steps of a group.
+    fn steps(&self, group: usize, steps: Range<usize>) -> &[Line] {
+        let first = group * self.k.div_ceil(STEP);
+        &self.lines[(first + steps.start) * LINES..(first + steps.end) * LINES]
+    }
+}
+
+/// What a thread packs into.
+#[derive(Default)]
+struct Buffers {
+    lhs: Vec<Line>,
+    rhs: Vec<Line>,
+    /// Dequantized weights before they are packed.
+    weight: Scratch,
+}
+
+thread_local! {
+    static BUFFERS: Cell<Buffers> = Cell::default();
+}
+
+/// `dst = sum of the terms`, or the same added, by instructions that are [`available`]; the terms fit `dst`.
+pub(super) fn product(
+    instructions: Instructions,
+    dst: &mut MatMut<'_>,
+    into: Into,
+    terms: &[Term<'_>],
+) {
+    let _tiles = (instructions == Instructions::Amx).then(amx::Tiles::new);
+    let all: usize = terms.iter().map(steps_of).sum();
+    // Equal blocks.
+    let block_steps = all.div_ceil(all.div_ceil(MAX_STEPS).max(1)).max(1);
+    let mut buffers = BUFFERS.take();
+    for first in (0..dst.cols).step_by(BLOCK_COLS) {
+        let cols = first..dst.cols.min(first + BLOCK_COLS);
+        // Once even if k is 0: the result still has to be written.
+        for start in (0..all.max(1)).step_by(block_steps) {
+            let steps = start..all.min(start + block_steps);
+            let add = into == Into::Add || start > 0;
+            let block = Block {
+                terms,
+                cols: cols.clone(),
+                steps,
+                add,
+            };
+            // SAFETY: the instructions are there, and the tiles configured.
+            unsafe { block.multiply(instructions, dst, &mut buffers) };
+        }
+    }
+    BUFFERS.set(buffers);
+}
+
+fn steps_of(term: &Term<'_>) -> usize {
+    term.rhs.dims().0.div_ceil(STEP)
+}
+
+/// Some columns of a sum of products, over some steps of the terms' joined k.
+struct Block<'a> {
+    terms: &'a [Term<'a>],
+    cols: Range<usize>,
+    steps: Range<usize>,
+    add: bool,
+}
+
+impl Block<'_> {
+    /// # Safety
+    /// The processor has the instructions; for AMX, its tiles are configured.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn multiply(
+        &self,
+        instructions: Instructions,
+        dst: &mut MatMut<'_>,
+        buffers: &mut Buffers,
+    ) {
+        let Buffers { lhs, rhs, weight } = buffers;
+        let panel_lines = self.steps.len() * LINES;
+        grow(rhs, self.cols.len().div_ceil(GROUP) * panel_lines);
+        grow(lhs, panel_lines);
+        let mut at = 0;
+        for (term, steps) in self.parts() {
+            self.pack_rhs(term, steps.clone(), &mut rhs[at * LINES..], weight);
+            at += steps.len();
+        }
+        for (group, row) in (0..dst.rows).step_by(GROUP).enumerate() {
+            let rows = row..dst.rows.min(row + GROUP);
+            let mut parts: Vec<&[Line]> = Vec::with_capacity(self.terms.len());
+            let mut free = &mut lhs[..];
+            for (term, steps) in self.parts() {
+                parts.push(match term.lhs {
+                    Lhs::Packed(packed) => packed.steps(group, steps),
+                    Lhs::Bf16(lhs) | Lhs::F32(lhs) => {
+                        let (lines, rest) = free.split_at_mut(steps.len() * LINES);
+                        free = rest;
+                        let k = within(&steps, lhs.cols);
+                        pack_lhs(lhs.rows(rows.clone()).cols(k), as_uninit(lines));
+                        lines
+                    }
+                });
+            }
+            for (panel, col) in self.cols.clone().step_by(GROUP).enumerate() {
+                let tile = Tile {
+                    at: dst.data.wrapping_add(row * dst.row_stride + col),
+                    row_stride: dst.row_stride,
+                    rows: rows.len(),
+                    cols: GROUP.min(self.cols.end - col),
+                    add: self.add,
+                };
+                let rhs = &rhs[panel * panel_lines..][..panel_lines];
+                // SAFETY: as the caller promises; the tile lies in `dst`, and both sides hold the same steps.
+                unsafe {
+                    match instructions {
+                        Instructions::Amx => amx::multiply(&parts, rhs, tile),
+                        Instructions::Avx512Bf16 => avx512::multiply(&parts, rhs, tile),
+                    }
+                }
+            }
+        }
+    }
+
+    /// The terms that have a part in these steps, each with its own steps.
+    fn parts(&self) -> impl Iterator<Item = (&Term<'_>, Range<usize>)> {
+        let Range { start, end } = self.steps;
+        let mut first = 0;
+        self.terms.iter().filter_map(move |term| {
+            let own = first..first + steps_of(term);
+            first = own.end;
+            let (start, end) = (start.max(own.start), end.min(own.end));
+            (start < end).then(|| (term, start - own.start..end - own.start))
+        })
+    }
+
+    /// Packs the part `steps` of a term; the panels' own parts begin with the first of `lines`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn pack_rhs(
+        &self,
+        Term { rhs, factor, .. }: &Term<'_>,
+        steps: Range<usize>,
+        lines: &mut [Line],
+        scratch: &mut Scratch,
+    ) {
+        /// Steps of a weight that are dequantized at a time: with 32 rows of it 32 KiB, which stay in the L1 cache.
+        const STRIP_STEPS: usize = 8;
+        let panel_lines = self.steps.len() * LINES;
+        let k = within(&steps, rhs.dims().0);
+        let strip = match rhs {
+            Rhs::Transposed(_) => STRIP_STEPS,
+            Rhs::Mat(_) | Rhs::Weight(_) => 1,
+        };
+        let mut pack = |at: usize, panel: usize, lanes: Mat<'_>| {
+            pack_panel(
+                lanes,
+                *factor,
+                &mut lines[panel * panel_lines + at * LINES..],
+            );
+        };
+        for at in (0..steps.len()).step_by(strip) {
+            let k = k.start + at * STEP..k.end.min(k.start + (at + strip) * STEP);
+            let panels = self.cols.clone().step_by(GROUP).enumerate();
+            let panels = panels.map(|(panel, col)| (panel, col..self.cols.end.min(col + GROUP)));
+            match rhs {
+                Rhs::Mat(rhs) => {
+                    for (panel, cols) in panels {
+                        pack(at, panel, rhs.t().rows(cols).cols(k.clone()));
+                    }
+                }
+                Rhs::Weight(w) => {
+                    let values = scratch.take(k.len() * self.cols.len());
+                    w.weight
+                        .read_tile(shifted(&k, &w.outs), shifted(&self.cols, &w.ins), values);
+                    let values = Mat::new(values, k.len(), self.cols.len()).t();
+                    for (panel, cols) in panels {
+                        let first = cols.start - self.cols.start;
+                        pack(at, panel, values.rows(first..first + cols.len()));
+                    }
+                }
+                Rhs::Transposed(w) => {
+                    for (panel, cols) in panels {
+                        let values = scratch.take(cols.len() * k.len());
+                        w.weight
+                            .read_tile(shifted(&cols, &w.outs), shifted(&k, &w.ins), values);
+                        pack(at, panel, Mat::new(values, cols.len(), k.len()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The k of some steps, of `k` in all.
+fn within(steps: &Range<usize>, k: usize) -> Range<usize> {
+    steps.start * STEP..k.min(steps.end * STEP)
+}
+
+/// A range within a window that begins elsewhere.
+fn shifted(range: &Range<usize>, window: &Range<usize>) -> Range<usize> {
+    window.start + range.start..window.start + range.end
+}
+
+fn grow(lines: &mut Vec<Line>, len: usize) {
+    if lines.len() < len {
+        lines.resize(len, Line::ZERO);
+    }
+}
+
+fn as_uninit(lines: &mut [Line]) -> &mut [MaybeUninit<Line>] {
+    // SAFETY: the same memory; `pack_lhs` only writes whole lines to it.
+    unsafe { &mut *(std::ptr::from_mut(lines) as *mut [MaybeUninit<Line>]) }
+}
+
+/// Packs up to 32 rows; writes all lines of their steps.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pack_lhs(rows: Mat<'_>, lines: &mut [MaybeUninit<Line>]) {
+    let steps = lines.chunks_exact_mut(LINES).zip(blocks(rows));
+    for (lines, halves) in steps {
+        for (lines, half) in lines.chunks_exact_mut(LANES).zip(halves) {
+            for (line, values) in lines.iter_mut().zip(Rounded::of(half, 1.0).by_lane()) {
+                line.write(as_line(values));
+            }
+        }
+    }
+}
+
+/// Packs up to 32 columns, `lanes: [cols, k]`, each number multiplied by `factor` before it is rounded.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pack_panel(lanes: Mat<'_>, factor: f32, lines: &mut [Line]) {
+    for (lines, halves) in lines.chunks_exact_mut(LINES).zip(blocks(lanes)) {
+        for (half, block) in halves.into_iter().enumerate() {
+            for (pair, values) in Rounded::of(block, factor).by_pair().into_iter().enumerate() {
+                lines[2 * pair + half] = as_line(values);
+            }
+        }
+    }
+}
+
+/// Each step of up to 32 lanes, as two blocks of 16 lanes.
+fn blocks(lanes: Mat<'_>) -> impl Iterator<Item = [Mat<'_>; 2]> {
+    (0..lanes.cols).step_by(STEP).map(move |k| {
+        let step = lanes.cols(k..lanes.cols.min(k + STEP));
+        let middle = step.rows.min(LANES);
+        [step.rows(0..middle), step.rows(middle..step.rows)]
+    })
+}
+
+fn as_line(values: __m512i) -> Line {
+    // SAFETY: both are 64 bytes of plain data.
+    unsafe { std::mem::transmute::<__m512i, Line>(values) }
+}
+
+/// A block of 16 lanes (rows of a left-hand side, columns of a right-hand one) and 32 of k, in bf16.
+enum Rounded {
+    /// A vector for each lane.
+    ByLane([__m512i; LANES]),
+    /// One for each pair along k.
+    ByPair([__m512i; LANES]),
+}
+
+impl Rounded {
+    /// A block of at most that size, with zeros for what it lacks; times `factor`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    fn of(block: Mat<'_>, factor: f32) -> Self {
+        let (factor, data) = (_mm512_set1_ps(factor), block.data.as_ptr());
+        // SAFETY (of the loads below): the mask leaves elements of the block.
+        let load = |offset: usize, left: usize| unsafe {
+            let values = _mm512_maskz_loadu_ps(mask(left), data.wrapping_add(offset));
+            _mm512_mul_ps(values, factor)
+        };
+        let mut vectors = [_mm512_setzero_si512(); LANES];
+        if block.col_stride == 1 {
+            for (lane, vector) in vectors.iter_mut().enumerate().take(block.rows) {
+                let at = lane * block.row_stride;
+                let low = load(at, block.cols);
+                let high = load(at + LANES, block.cols.saturating_sub(LANES));
+                *vector = round_pair(low, high);
+            }
+            return Self::ByLane(vectors);
+        }
+        assert_eq!(
+            block.row_stride, 1,
+            "a matrix without rows or columns in one piece"
+        );
+        let interleave = interleave();
+        for (pair, vector) in vectors.iter_mut().enumerate().take(block.cols.div_ceil(2)) {
+            let at = 2 * pair * block.col_stride;
+            let even = load(at, block.rows);
+            let odd = match 2 * pair + 1 < block.cols {
+                true => load(at + block.col_stride, block.rows),
+                false => _mm512_setzero_ps(),
+            };
+            *vector = _mm512_permutexvar_epi16(interleave, round_pair(even, odd));
+        }
+        Self::ByPair(vectors)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn by_lane(self) -> [__m512i; LANES] {
+        match self {
+            Self::ByLane(lanes) => lanes,
+            Self::ByPair(pairs) => turned(pairs),
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn by_pair(self) -> [__m512i; LANES] {
+        match self {
+            Self::ByPair(pairs) => pairs,
+            Self::ByLane(lanes) => turned(lanes),
+        }
+    }
+}
+
+/// Transposes 16 x 16 pairs.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn turned(vectors: [__m512i; LANES]) -> [__m512i; LANES] {
+    transpose(vectors.map(|v| _mm512_castsi512_ps(v))).map(|v| _mm512_castps_si512(v))
+}
+
+/// 32 numbers in bf16, to the nearest, to even between two.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn round_pair(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: both are 64 bytes of plain data.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+/// Where the lanes 0, 16, 1, 17, ... come from.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn interleave() -> __m512i {
+    let indices: [u16; STEP] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
+    // SAFETY: 64 bytes are read of as many.
+    unsafe { _mm512_loadu_si512(indices.as_ptr().cast()) }
+}
