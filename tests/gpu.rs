@@ -1,5 +1,5 @@
-//! The whole engine in bf16 through its kernels against the engine of the CPU in f32: on the host emulator, and on a GPU where
-//! the tests are asked for one.
+//! The whole engine in bf16 against the engine of the CPU in f32: through its kernels, on the host emulator, and on a GPU where
+//! the tests are asked for one; and by the CPU's own code with products in bf16.
 //!
 //! bf16 rounds to one part in 256; the bounds are a few of those, as far as they add up over two blocks.
 
@@ -52,7 +52,7 @@ fn all_values(grads: &[(String, Vec<f32>)]) -> Vec<f32> {
         .collect()
 }
 
-placement_test!(logits_are_those_of_the_cpu, |placement| {
+placement_test!(also_on_the_cpu logits_are_those_of_the_cpu, |placement| {
     for name in CASES {
         let case = ReferenceCase::read(name);
         let batch = case.batch();
@@ -65,7 +65,7 @@ placement_test!(logits_are_those_of_the_cpu, |placement| {
     }
 });
 
-placement_test!(loss_and_gradients_are_those_of_the_cpu, |placement| {
+placement_test!(also_on_the_cpu loss_and_gradients_are_those_of_the_cpu, |placement| {
     let of_kinds = ["dora", "modules_to_save", "tied_embedding", "tied_head"];
     let of_kinds = of_kinds.map(|name| (name, ReferenceCase::of_adapter(name)));
     let cases = CASES.map(|name| (name, ReferenceCase::read(name)));
@@ -86,7 +86,7 @@ placement_test!(loss_and_gradients_are_those_of_the_cpu, |placement| {
     }
 });
 
-placement_test!(recomputing_gives_the_bits_of_keeping, |placement| {
+placement_test!(also_on_the_cpu recomputing_gives_the_bits_of_keeping, |placement| {
     use ActivationPolicy::{Keep, Recompute};
     for name in CASES {
         let case = ReferenceCase::read(name);
@@ -101,7 +101,7 @@ placement_test!(recomputing_gives_the_bits_of_keeping, |placement| {
 });
 
 placement_test!(
-    the_cache_gives_the_logits_of_the_whole_sequence,
+    also_on_the_cpu the_cache_gives_the_logits_of_the_whole_sequence,
     |placement| {
         for name in ["llama_odd", "mistral_sw", "qwen3"] {
             let case = ReferenceCase::read(name);
@@ -121,7 +121,7 @@ placement_test!(
     }
 );
 
-placement_test!(text_is_generated_as_on_the_cpu, |placement| {
+placement_test!(also_on_the_cpu text_is_generated_as_on_the_cpu, |placement| {
     let case = ReferenceCase::read("llama_gqa");
     let options = GenerateOptions {
         max_new_tokens: 4,
@@ -137,7 +137,7 @@ placement_test!(text_is_generated_as_on_the_cpu, |placement| {
     assert_eq!(write(placement), write(&Placement::cpu()));
 });
 
-placement_test!(evaluation_is_that_of_the_cpu, |placement| {
+placement_test!(also_on_the_cpu evaluation_is_that_of_the_cpu, |placement| {
     let case = ReferenceCase::read("qwen2");
     let run = |placement: &Placement| {
         let decoder = case.decoder_at(placement);
@@ -188,7 +188,7 @@ fn train(config: TrainConfig, placement: &Placement) -> (Vec<f64>, Vec<(String, 
     )
 }
 
-placement_test!(twenty_steps_learn_as_on_the_cpu, |placement| {
+placement_test!(also_on_the_cpu twenty_steps_learn_as_on_the_cpu, |placement| {
     for name in TRAINED_CASES {
         let case = ReferenceCase::read(name);
         let out = tempfile::tempdir().unwrap();
@@ -207,7 +207,7 @@ placement_test!(twenty_steps_learn_as_on_the_cpu, |placement| {
     }
 });
 
-placement_test!(a_run_repeats_and_resumes_bit_for_bit, |placement| {
+placement_test!(also_on_the_cpu a_run_repeats_and_resumes_bit_for_bit, |placement| {
     let case = ReferenceCase::read("llama_gqa");
     let out = tempfile::tempdir().unwrap();
     let short = || TrainConfig {
@@ -227,7 +227,7 @@ placement_test!(a_run_repeats_and_resumes_bit_for_bit, |placement| {
     assert!(losses == whole.0[2..] && adapter == whole.1);
 });
 
-placement_test!(threads_get_the_right_text_or_an_error, |placement| {
+placement_test!(also_on_the_cpu threads_get_the_right_text_or_an_error, |placement| {
     let case = ReferenceCase::read("llama_gqa");
     let decoder = case.decoder_at(placement);
     let options = GenerateOptions {

@@ -238,7 +238,7 @@ fn a_bad_value_is_an_error_that_names_its_key() {
         ),
         ("optim", "sgd", "use adamw_torch, adamw_8bit"),
         ("lora_target_modules", "(q_proj", "is not a regex"),
-        ("compute_dtype", "bf16", "only f32 is supported on the CPU"),
+        ("compute_dtype", "f16", "expected one of `f32`"),
         ("min_lr_rate", "0.1", "only used by"),
         ("seed", "9223372036854775808", "below 2^63"),
         ("threads", "0", "at least 1"),
@@ -253,6 +253,8 @@ fn a_bad_value_is_an_error_that_names_its_key() {
 fn keys_that_contradict_each_other_are_refused() {
     let error = from_flags(&[("eval_dataset", "e.jsonl"), ("eval_dataset_size", "4")]).unwrap_err();
     assert!(error.contains("not both"), "{error}");
+    let error = from_flags(&[("device", "cuda"), ("compute_dtype", "f32")]).unwrap_err();
+    assert!(error.contains("only bf16 is supported on CUDA"), "{error}");
     let error = from_flags(&[("lr_scheduler_type", "cosine_with_min_lr")]).unwrap_err();
     assert!(error.contains("`min_lr_rate`: is required"), "{error}");
 }
@@ -308,6 +310,7 @@ fn bf16_passes_where_it_says_what_the_device_does() {
         &[("bf16", "True"), cuda, ("compute_dtype", "bf16")],
         &[("bf16", "false")],
         &[("bf16", "False"), ("compute_dtype", "f32")],
+        &[("bf16", "True"), ("compute_dtype", "bf16")],
     ] {
         assert!(from_flags(given).is_ok(), "{given:?}");
     }
@@ -318,7 +321,7 @@ fn bf16_passes_where_it_says_what_the_device_does() {
     ] {
         let error = from_flags(given).unwrap_err();
         let named = error.starts_with(&format!("config key `{}`: ", given[0].0));
-        let says = error.contains("f32 on the CPU, bf16 on CUDA") && error.contains(remedy);
+        let says = error.contains("f32 or bf16 on the CPU, bf16 on CUDA") && error.contains(remedy);
         assert!(named && says, "{error}");
     }
 }

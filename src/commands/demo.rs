@@ -42,7 +42,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
-    let placement = Placement::open(args.device)?;
+    let placement = Placement::open(args.device, None)?;
     let files = DemoFiles::write(&args.out)?;
     let quantized = quantize_base(&files)?;
 

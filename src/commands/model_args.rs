@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use qlora::data::Tokenizer;
-use qlora::device::{DeviceKind, Placement};
+use qlora::device::{ComputeDtype, DeviceKind, Placement};
 use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
 use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER};
@@ -26,12 +26,16 @@ pub struct ModelArgs {
     /// cpu or cuda
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = parse_device)]
     device: DeviceKind,
+
+    /// What products take their factors in: f32 (unset) or bf16 on the CPU, bf16 on CUDA
+    #[arg(long = "compute_dtype", alias = "compute-dtype", value_name = "NAME", value_parser = parse_dtype)]
+    compute_dtype: Option<ComputeDtype>,
 }
 
 impl ModelArgs {
     /// The model with its adapter, if one is given.
     pub fn load(&self) -> anyhow::Result<Decoder> {
-        let placement = Placement::open(self.device)?;
+        let placement = Placement::open(self.device, self.compute_dtype)?;
         let checkpoint = Checkpoint::open(&self.model)?;
         if self.adapter.is_some() && self.quant_type.is_none() && !checkpoint.is_quantized() {
             eprintln!(
@@ -71,6 +75,12 @@ fn parse_quant_type(text: &str) -> Result<QuantType, String> {
         "fp4" => Ok(QuantType::Fp4),
         _ => Err("expected nf4 or fp4".to_string()),
     }
+}
+
+/// A type by the names that the configuration has for it.
+pub fn parse_dtype(text: &str) -> Result<ComputeDtype, String> {
+    let named = serde_json::from_value(text.into());
+    named.map_err(|_| "expected f32 or bf16".to_string())
 }
 
 /// A device by the name that the configuration has for it.

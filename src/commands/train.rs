@@ -33,7 +33,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
-    let placement = Placement::open(config.device)?;
+    let placement = Placement::open(config.device, config.compute_dtype)?;
     super::data_sources::prepare(&mut config)?;
     let mut trainer = Trainer::new(config, &placement)?;
     let outcome = train(&mut trainer)?;

@@ -44,7 +44,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
-    let placement = Placement::open(config.device)?;
+    let placement = Placement::open(config.device, config.compute_dtype)?;
     let options = ReplayOptions {
         checkpoint: args.checkpoint,
         steps: args.steps,

@@ -117,7 +117,7 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// In f32 on the CPU.
+    /// On the CPU, all in f32.
     pub fn cpu() -> Self {
         Self {
             device: Device::Cpu,
@@ -142,15 +142,23 @@ impl Placement {
         self.dtype != DType::F32
     }
 
-    /// Opens the device and loads its kernels.
+    /// Opens the device and loads its kernels, for products in `compute_dtype`; unset: f32 on the CPU, bf16 by kernels.
     ///
     /// # Errors
-    /// [`Error::Config`] for a device that this build or this machine does not have.
-    pub fn open(kind: DeviceKind) -> Result<Self> {
-        match kind {
-            DeviceKind::Cpu => Ok(Self::cpu()),
-            DeviceKind::Cuda => Ok(Self::kernels(open_cuda()?)),
-        }
+    /// [`Error::Config`] for a device that this build or this machine does not have, or one that has no such products.
+    pub fn open(kind: DeviceKind, compute_dtype: Option<ComputeDtype>) -> Result<Self> {
+        let placement = match kind {
+            DeviceKind::Cpu => Self::cpu(),
+            DeviceKind::Cuda if compute_dtype == Some(ComputeDtype::F32) => {
+                let reason = "only bf16 is supported on CUDA; use --compute_dtype bf16";
+                return Err(Error::config("compute_dtype", reason));
+            }
+            DeviceKind::Cuda => Self::kernels(open_cuda()?),
+        };
+        Ok(Self {
+            compute_dtype: compute_dtype.unwrap_or(placement.compute_dtype),
+            ..placement
+        })
     }
 
     /// Bytes that new tensors can take.

@@ -92,6 +92,12 @@ impl Trainer {
         placement: &Placement,
         mut watch: impl FnMut(Loaded),
     ) -> Result<Self> {
+        if let Some(dtype) = config.compute_dtype
+            && dtype != placement.compute_dtype
+        {
+            let reason = "is not what the model is placed in";
+            return Err(Error::config("compute_dtype", reason));
+        }
         initial_adapter::choose(&mut config)?;
         let base = store::Checkpoint::open(&config.model_name_or_path)?;
         let model = DecoderConfig::from_json(base.config(), &base.config_path())?;
@@ -129,7 +135,6 @@ impl Trainer {
         })?;
         let workload = workload(&config);
         let placement = Placement {
-            compute_dtype: config.compute_dtype(),
             residence: plan.residence,
             ..placement.clone()
         };

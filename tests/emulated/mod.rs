@@ -327,21 +327,35 @@ unsafe fn add(gemm: &Gemm, at: usize, sum: f32) {
 }
 
 /// `placement_test!(promise, |placement| { .. })`: the body as `promise::on_the_emulator` and, ignored unless it is asked for, as
-/// `promise::on_the_gpu`. With `in_every_order` before the promise, the emulator goes through [`ORDERS`].
+/// `promise::on_the_gpu`. With `in_every_order` before the promise, the emulator goes through [`ORDERS`]; with `also_on_the_cpu` there
+/// is `promise::on_the_cpu` too, with the products of the CPU's own code in bf16.
 #[allow(unused_macros)]
 macro_rules! placement_test {
     (in_every_order $promise:ident, |$placement:ident| $body:block) => {
-        placement_test!(&emulated::ORDERS, $promise, |$placement| $body);
+        placement_test!(&emulated::ORDERS, $promise, |$placement| $body, {});
+    };
+    (also_on_the_cpu $promise:ident, |$placement:ident| $body:block) => {
+        placement_test!(&emulated::ORDERS[..1], $promise, |$placement| $body, {
+            #[test]
+            fn on_the_cpu() {
+                body(&Placement {
+                    compute_dtype: qlora::device::ComputeDtype::Bf16,
+                    ..Placement::cpu()
+                });
+            }
+        });
     };
     ($promise:ident, |$placement:ident| $body:block) => {
-        placement_test!(&emulated::ORDERS[..1], $promise, |$placement| $body);
+        placement_test!(&emulated::ORDERS[..1], $promise, |$placement| $body, {});
     };
-    ($orders:expr, $promise:ident, |$placement:ident| $body:block) => {
+    ($orders:expr, $promise:ident, |$placement:ident| $body:block, { $($other:item)* }) => {
         mod $promise {
             #[allow(unused_imports)]
             use super::*;
 
             fn body($placement: &Placement) $body
+
+            $($other)*
 
             #[test]
             fn on_the_emulator() {
@@ -355,7 +369,7 @@ macro_rules! placement_test {
             #[test]
             #[ignore = "needs a GPU"]
             fn on_the_gpu() {
-                body(&Placement::open(qlora::device::DeviceKind::Cuda).unwrap());
+                body(&Placement::open(qlora::device::DeviceKind::Cuda, None).unwrap());
             }
         }
     };

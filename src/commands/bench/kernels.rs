@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use qlora::device::{self, DeviceKind, Placement};
+use qlora::device::{self, ComputeDtype, DeviceKind, Placement};
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
@@ -22,6 +22,9 @@ pub struct Args {
     /// cpu or cuda
     #[arg(long, value_name = "NAME", default_value = "cuda", value_parser = crate::commands::model_args::parse_device)]
     device: DeviceKind,
+    /// What products take their factors in: f32 (unset) or bf16 on the CPU, bf16 on CUDA
+    #[arg(long = "compute_dtype", alias = "compute-dtype", value_name = "NAME", value_parser = crate::commands::model_args::parse_dtype)]
+    compute_dtype: Option<ComputeDtype>,
     /// Tokens of a batch
     #[arg(long, value_name = "N", default_value_t = 8192)]
     tokens: usize,
@@ -92,7 +95,7 @@ pub fn product_rate(placement: &Placement, n: usize, d: usize) -> anyhow::Result
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let placement = Placement::open(args.device)?;
+    let placement = Placement::open(args.device, args.compute_dtype)?;
     let mut bench = Bench {
         placement,
         measured: Vec::new(),
@@ -188,7 +191,7 @@ impl Bench {
         let weight = DenseTensor::from_bf16(vec![d_out, d_in], &values);
         let weight = FrozenWeight::Dense(weight);
         if !self.placement.uses_kernels() {
-            return Ok(weight.into());
+            return Ok(Weight::on_host(weight, self.placement.compute_dtype));
         }
         let cache = DenseCache::new(&[], &self.placement.device)?;
         Ok(Weight::on_device(weight, &cache.into())?)

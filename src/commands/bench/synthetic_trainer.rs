@@ -126,10 +126,7 @@ impl Prepared {
         if let Some(threads) = config.threads {
             use_threads(threads)?;
         }
-        let placement = Placement {
-            compute_dtype: config.compute_dtype(),
-            ..Placement::open(config.device)?
-        };
+        let placement = Placement::open(config.device, config.compute_dtype)?;
         if config.max_steps < 1 {
             bail!("a benchmark needs --max_steps of at least 1");
         }

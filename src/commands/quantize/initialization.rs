@@ -76,7 +76,7 @@ impl InitArgs {
             adapter,
             quantization_iterations: self.quantization_iterations(method)?,
             seed: self.seed.unwrap_or(0),
-            device: Placement::open(self.device.unwrap_or(DeviceKind::Cpu))?.device,
+            device: Placement::open(self.device.unwrap_or(DeviceKind::Cpu), None)?.device,
             original_model: source.to_path_buf(),
             initialized_base: destination.to_path_buf(),
         };

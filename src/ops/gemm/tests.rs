@@ -119,9 +119,17 @@ fn check(terms: &[Term<'_>], rows: usize, cols: usize) {
                 }
                 let shared = Shared::new(&mut data);
                 // SAFETY: the only matrix of this data.
-                product(&mut unsafe { shared.mat(0, rows, cols, stride) }, into, terms);
+                product(
+                    &mut unsafe { shared.mat(0, rows, cols, stride) },
+                    into,
+                    terms,
+                );
                 for (row, values) in data.chunks_exact(stride).enumerate() {
-                    assert_eq!(values[cols..], [7.0; 5], "{name}: past the end of row {row}");
+                    assert_eq!(
+                        values[cols..],
+                        [7.0; 5],
+                        "{name}: past the end of row {row}"
+                    );
                     let want = &want[row * cols..][..cols];
                     for (col, (&value, (sum, size))) in values.iter().zip(want).enumerate() {
                         assert!(
