@@ -139,9 +139,10 @@ pub fn backward<'a>(
     let dx = cpu::build(x.shape(), |dx| {
         let mut dx_chunk = Vec::new();
         for_each_chunk(&x_data, &head, &rows, |chunk, logits| {
-            logits_backward(&chunk.losses, logits, d_loss);
+            let dz = logits_backward(&chunk.losses, logits, d_loss, head.compute_dtype());
             dx_chunk.resize(chunk.losses.len() * d, 0.0);
-            hidden_backward(logits, &head, &mut dx_chunk);
+            hidden_backward(&dz, &head, &mut dx_chunk);
+            drop(dz);
             for (token, values) in chunk.losses.iter().zip(dx_chunk.chunks_exact(d)) {
                 dx[token.row * d..(token.row + 1) * d].copy_from_slice(values);
             }
@@ -177,19 +178,15 @@ pub fn logits<'a>(x: &Tensor, head: impl std::convert::Into<Table<'a>>) -> Resul
     })
 }
 
-/// `dx = dz W` for a chunk.
-fn hidden_backward(dz: &Logits, head: &CpuTable<'_>, dx: &mut [f32]) {
-    let shape = (dz.rows, head.width());
+/// `dx = dz W` for a chunk, of whose `dz` each tile is given.
+fn hidden_backward(dz: &[SharedLhs<'_>], head: &CpuTable<'_>, dx: &mut [f32]) {
+    let shape = (dx.len() / head.width(), head.width());
     for_each_column_tile(Shared::new(dx), shape, HIDDEN_TILE, |mut tile, cols| {
-        for (words, dz) in dz.tiles() {
-            let into = if words.start == 0 {
-                Into::Overwrite
-            } else {
-                Into::Add
-            };
-            let dz = Mat::new(dz, tile.rows, words.len()).to(head.compute_dtype());
+        for (i, dz) in dz.iter().enumerate() {
+            let words = i * VOCAB_TILE..head.words().min((i + 1) * VOCAB_TILE);
+            let into = if i == 0 { Into::Overwrite } else { Into::Add };
             let weight = head.part(words, cols.clone());
-            matmul(&mut tile, into, dz, weight, 1.0);
+            matmul(&mut tile, into, dz.lhs(), weight, 1.0);
         }
     });
 }
@@ -220,11 +217,6 @@ struct Logits {
 impl Logits {
     fn words(&self, tile: usize) -> Range<usize> {
         tile * VOCAB_TILE..self.vocab.min((tile + 1) * VOCAB_TILE)
-    }
-
-    fn tiles(&self) -> impl Iterator<Item = (Range<usize>, &[f32])> {
-        let tiles = self.data.chunks(self.rows * VOCAB_TILE).enumerate();
-        tiles.map(|(tile, data)| (self.words(tile), data))
     }
 
     /// The data of each tile.
@@ -369,8 +361,13 @@ fn row_losses(chunk: &[(usize, u32)], logits: &Logits, peaks: &[Vec<Peak>]) -> V
     chunk.iter().enumerate().map(loss).collect()
 }
 
-/// Replaces the logits by their gradient.
-fn logits_backward(losses: &[TokenLoss], logits: &mut Logits, d_loss: f32) {
+/// Replaces the logits by their gradient; gives each tile of it for products in `dtype`.
+fn logits_backward<'a>(
+    losses: &[TokenLoss],
+    logits: &'a mut Logits,
+    d_loss: f32,
+    dtype: ComputeDtype,
+) -> Vec<SharedLhs<'a>> {
     let labels: Vec<usize> = losses.iter().map(|token| token.label as usize).collect();
     let lse: Vec<f32> = losses
         .iter()
@@ -379,26 +376,26 @@ fn logits_backward(losses: &[TokenLoss], logits: &mut Logits, d_loss: f32) {
         .map(|(i, (token, &label))| token.loss + logits.at(i, label))
         .collect();
     let rows = logits.rows;
-    logits
-        .data
-        .par_chunks_mut(rows * VOCAB_TILE)
-        .for_each(|tile| {
-            let width = tile.len() / rows;
-            for (z, &lse) in tile.chunks_exact_mut(width).zip(&lse) {
-                vectorized(
-                    #[inline(always)]
-                    move || {
-                        for z in z {
-                            *z = d_loss * exp(*z - lse);
-                        }
-                    },
-                );
+    let tiles = logits.data.par_chunks_mut(rows * VOCAB_TILE).enumerate();
+    let gradients = tiles.map(|(tile, data)| {
+        let (first, width) = (tile * VOCAB_TILE, data.len() / rows);
+        for ((z, &lse), &label) in data.chunks_exact_mut(width).zip(&lse).zip(&labels) {
+            let row = &mut *z;
+            vectorized(
+                #[inline(always)]
+                move || {
+                    for z in row {
+                        *z = d_loss * exp(*z - lse);
+                    }
+                },
+            );
+            if let Some(z) = label.checked_sub(first).and_then(|word| z.get_mut(word)) {
+                *z -= d_loss;
             }
-        });
-    for (i, &label) in labels.iter().enumerate() {
-        let at = logits.index(i, label);
-        logits.data[at] -= d_loss;
-    }
+        }
+        SharedLhs::new(Mat::new(data, rows, width), dtype)
+    });
+    gradients.collect()
 }
 
 /// The summed loss from differentiable primitives, with the head as a tensor `[V, D]` and every label below V.

@@ -15,7 +15,7 @@ pub struct Gpu {
 
 impl Gpu {
     fn open() -> Self {
-        let placement = Placement::open(DeviceKind::Cuda).unwrap();
+        let placement = Placement::open(DeviceKind::Cuda, None).unwrap();
         let runtime = device::runtime(&placement.device).unwrap();
         Self { placement, runtime }
     }

@@ -319,7 +319,7 @@ fn pack_lhs(rows: Mat<'_>, lines: &mut [MaybeUninit<Line>]) {
     let steps = lines.chunks_exact_mut(LINES).zip(blocks(rows));
     for (lines, halves) in steps {
         for (lines, half) in lines.chunks_exact_mut(LANES).zip(halves) {
-            for (line, values) in lines.iter_mut().zip(Rounded::of(half, 1.0).by_lane()) {
+            for (line, values) in lines.iter_mut().zip(by_lane(half, 1.0)) {
                 line.write(as_line(values));
             }
         }
@@ -331,7 +331,7 @@ fn pack_lhs(rows: Mat<'_>, lines: &mut [MaybeUninit<Line>]) {
 fn pack_panel(lanes: Mat<'_>, factor: f32, lines: &mut [Line]) {
     for (lines, halves) in lines.chunks_exact_mut(LINES).zip(blocks(lanes)) {
         for (half, block) in halves.into_iter().enumerate() {
-            for (pair, values) in Rounded::of(block, factor).by_pair().into_iter().enumerate() {
+            for (pair, values) in by_pair(block, factor).into_iter().enumerate() {
                 lines[2 * pair + half] = as_line(values);
             }
         }
@@ -352,76 +352,85 @@ fn as_line(values: __m512i) -> Line {
     unsafe { std::mem::transmute::<__m512i, Line>(values) }
 }
 
-/// A block of 16 lanes (rows of a left-hand side, columns of a right-hand one) and 32 of k, in bf16.
-enum Rounded {
-    /// A vector for each lane.
-    ByLane([__m512i; LANES]),
-    /// One for each pair along k.
-    ByPair([__m512i; LANES]),
+/// A block of up to 16 lanes (rows of a left-hand side, columns of a right-hand one) and up to 32 of k, `[lanes, k]`, times
+/// `factor` and in bf16: a vector for each lane, with zeros for what the block lacks.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn by_lane(block: Mat<'_>, factor: f32) -> [__m512i; LANES] {
+    match block.col_stride {
+        1 => read_lanes(block, factor),
+        _ => turned(read_pairs(block, factor)),
+    }
 }
 
-impl Rounded {
-    /// A block of at most that size, with zeros for what it lacks; times `factor`.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    fn of(block: Mat<'_>, factor: f32) -> Self {
-        let (factor, data) = (_mm512_set1_ps(factor), block.data.as_ptr());
-        // SAFETY (of the loads below): the mask leaves elements of the block.
-        let load = |offset: usize, left: usize| unsafe {
-            let values = _mm512_maskz_loadu_ps(mask(left), data.wrapping_add(offset));
-            _mm512_mul_ps(values, factor)
-        };
-        let mut vectors = [_mm512_setzero_si512(); LANES];
-        if block.col_stride == 1 {
-            for (lane, vector) in vectors.iter_mut().enumerate().take(block.rows) {
-                let at = lane * block.row_stride;
-                let low = load(at, block.cols);
-                let high = load(at + LANES, block.cols.saturating_sub(LANES));
-                *vector = round_pair(low, high);
-            }
-            return Self::ByLane(vectors);
+/// The same with a vector for each pair along k.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn by_pair(block: Mat<'_>, factor: f32) -> [__m512i; LANES] {
+    match block.col_stride {
+        1 => turned(read_lanes(block, factor)),
+        _ => read_pairs(block, factor),
+    }
+}
+
+/// A block whose lanes are in one piece.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn read_lanes(block: Mat<'_>, factor: f32) -> [__m512i; LANES] {
+    assert!(block.rows <= LANES && block.cols <= STEP);
+    let factor = _mm512_set1_ps(factor);
+    let (low, high) = (mask(block.cols), mask(block.cols.saturating_sub(LANES)));
+    let mut lanes = [_mm512_setzero_si512(); LANES];
+    for (lane, vector) in lanes.iter_mut().enumerate().take(block.rows) {
+        let at = block.data.as_ptr().wrapping_add(lane * block.row_stride);
+        // SAFETY: the masks leave elements of the block.
+        unsafe {
+            let low = _mm512_maskz_loadu_ps(low, at);
+            let high = _mm512_maskz_loadu_ps(high, at.wrapping_add(LANES));
+            *vector = round_pair(_mm512_mul_ps(low, factor), _mm512_mul_ps(high, factor));
         }
-        assert_eq!(
-            block.row_stride, 1,
-            "a matrix without rows or columns in one piece"
-        );
-        let interleave = interleave();
-        for (pair, vector) in vectors.iter_mut().enumerate().take(block.cols.div_ceil(2)) {
-            let at = 2 * pair * block.col_stride;
-            let even = load(at, block.rows);
-            let odd = match 2 * pair + 1 < block.cols {
-                true => load(at + block.col_stride, block.rows),
-                false => _mm512_setzero_ps(),
-            };
+    }
+    lanes
+}
+
+/// A block that has each k of its lanes in one piece.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn read_pairs(block: Mat<'_>, factor: f32) -> [__m512i; LANES] {
+    assert!(block.rows <= LANES && block.cols <= STEP);
+    assert_eq!(
+        block.row_stride, 1,
+        "a matrix with gaps in its rows and columns"
+    );
+    let (factor, interleave) = (_mm512_set1_ps(factor), interleave());
+    let all = mask(block.rows);
+    let mut pairs = [_mm512_setzero_si512(); LANES];
+    for (pair, vector) in pairs.iter_mut().enumerate().take(block.cols.div_ceil(2)) {
+        let even = block
+            .data
+            .as_ptr()
+            .wrapping_add(2 * pair * block.col_stride);
+        let odd = even.wrapping_add(block.col_stride);
+        let of_odd = if 2 * pair + 1 < block.cols { all } else { 0 };
+        // SAFETY: the masks leave elements of the block.
+        unsafe {
+            let even = _mm512_mul_ps(_mm512_maskz_loadu_ps(all, even), factor);
+            let odd = _mm512_mul_ps(_mm512_maskz_loadu_ps(of_odd, odd), factor);
             *vector = _mm512_permutexvar_epi16(interleave, round_pair(even, odd));
         }
-        Self::ByPair(vectors)
     }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn by_lane(self) -> [__m512i; LANES] {
-        match self {
-            Self::ByLane(lanes) => lanes,
-            Self::ByPair(pairs) => turned(pairs),
-        }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn by_pair(self) -> [__m512i; LANES] {
-        match self {
-            Self::ByPair(pairs) => pairs,
-            Self::ByLane(lanes) => turned(lanes),
-        }
-    }
+    pairs
 }
 
 /// Transposes 16 x 16 pairs.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn turned(vectors: [__m512i; LANES]) -> [__m512i; LANES] {
-    transpose(vectors.map(|v| _mm512_castsi512_ps(v))).map(|v| _mm512_castps_si512(v))
+    // SAFETY: vectors of the same bits.
+    unsafe {
+        let vectors = std::mem::transmute::<[__m512i; LANES], [__m512; LANES]>(vectors);
+        std::mem::transmute::<[__m512; LANES], [__m512i; LANES]>(transpose(vectors))
+    }
 }
 
 /// 32 numbers in bf16, to the nearest, to even between two.

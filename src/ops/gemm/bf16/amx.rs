@@ -5,6 +5,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
+use std::mem::MaybeUninit;
 
 use super::{GROUP, LINES, Line, Tile};
 
@@ -88,7 +89,7 @@ pub(super) unsafe fn multiply(lhs: &[&[Line]], rhs: &[Line], tile: Tile) {
 unsafe fn multiply_rows<const N: usize>(lhs: &[&[Line]], rhs: &[Line], tile: Tile) {
     debug_assert_eq!(lhs.iter().map(|part| part.len()).sum::<usize>(), rhs.len());
     let is_whole = tile.rows == N && tile.cols == GROUP;
-    let mut aside = [[0f32; GROUP]; GROUP];
+    let mut aside = MaybeUninit::<[[f32; GROUP]; GROUP]>::uninit();
     let (at, row_stride) = match is_whole {
         true => (tile.at, tile.row_stride),
         false => (aside.as_mut_ptr().cast(), GROUP),
@@ -193,6 +194,8 @@ unsafe fn multiply_rows<const N: usize>(lhs: &[&[Line]], rhs: &[Line], tile: Til
     if is_whole {
         return;
     }
+    // SAFETY: its first N rows were stored, and no others are read.
+    let aside = unsafe { std::slice::from_raw_parts(aside.as_ptr().cast::<[f32; GROUP]>(), N) };
     for (row, sums) in aside.iter().enumerate().take(tile.rows) {
         // SAFETY: a row of the tile.
         let row = unsafe {
