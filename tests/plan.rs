@@ -216,7 +216,7 @@ fn a_step_allocates_what_was_planned() {
     through_kernels();
 }
 
-/// In f32, where the weights stay in the memory map.
+/// Where the weights stay in the memory map.
 fn on_the_cpu() {
     const SHAPE: Shape = Shape {
         hidden_size: 256,
@@ -237,6 +237,14 @@ fn on_the_cpu() {
             ("gradient_checkpointing", "true"),
             ("modules_to_save", "embed_tokens,lm_head"),
         ],
+        &[
+            ("gradient_checkpointing", "true"),
+            ("compute_dtype", "bf16"),
+        ],
+        &[
+            ("gradient_checkpointing", "false"),
+            ("compute_dtype", "bf16"),
+        ],
     ]
     .into_iter()
     .enumerate()
@@ -250,7 +258,8 @@ fn on_the_cpu() {
         // A thread keeps its chunk of logits: a new one has to make it.
         std::thread::scope(|scope| {
             let run = scope.spawn(|| {
-                let (trainer, measured) = measure(config, &Placement::cpu());
+                let placement = Placement::open(config.device, config.compute_dtype).unwrap();
+                let (trainer, measured) = measure(config, &placement);
                 let planned = tensors(trainer.plan());
                 if run == 0 {
                     return;

@@ -93,7 +93,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
     };
     let engine = match config.device {
-        DeviceKind::Cpu => Engine::Cpu,
+        DeviceKind::Cpu => Engine::Cpu(config.compute_dtype()),
         DeviceKind::Cuda => Engine::Kernels,
     };
     let lora = match &config.adapter {

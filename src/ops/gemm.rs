@@ -156,6 +156,16 @@ impl<'a> SharedLhs<'a> {
         }
     }
 
+    /// Bytes that are packed of `[rows, k]`.
+    pub(super) fn packed_bytes(rows: usize, k: usize, dtype: ComputeDtype) -> u64 {
+        #[cfg(target_arch = "x86_64")]
+        if dtype == ComputeDtype::Bf16 {
+            return bf16::PackedLhs::bytes(rows, k);
+        }
+        let _ = (rows, k, dtype);
+        0
+    }
+
     pub(super) fn lhs(&self) -> Lhs<'_> {
         #[cfg(target_arch = "x86_64")]
         if let Some(packed) = &self.packed {

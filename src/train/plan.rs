@@ -10,7 +10,7 @@ mod step;
 pub use choice::STREAM_SLOTS;
 pub use run::LongestBatch;
 
-use crate::device::{Residence, Residency, Side};
+use crate::device::{ComputeDtype, Residence, Residency, Side};
 use crate::model::{ActivationPolicy, DecoderConfig, Module, TRAINED_ALIGNMENT};
 use crate::ops::adamw::moments_8bit::BLOCK_SIZE;
 use crate::ops::linear;
@@ -137,8 +137,8 @@ impl Footprint {
 /// Where and how a run computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
-    /// In f32 on the CPU: weights stay in the memory map and are dequantized by tiles.
-    Cpu,
+    /// On the CPU, in f32 but for products in this type: weights stay in the memory map and are dequantized by tiles.
+    Cpu(ComputeDtype),
     /// In bf16 by kernels: weights on the device, a block of them dequantized at a time.
     Kernels,
 }
@@ -207,7 +207,7 @@ impl From<Optim> for Moments {
 impl Workload {
     fn value_bytes(&self) -> u64 {
         match self.engine {
-            Engine::Cpu => 4,
+            Engine::Cpu(_) => 4,
             Engine::Kernels => 2,
         }
     }
@@ -256,7 +256,7 @@ impl Workload {
     /// Rows whose logits are there at a time.
     fn loss_chunk_rows(&self) -> usize {
         match self.engine {
-            Engine::Cpu => linear_cross_entropy::chunk_rows(self.model.vocab_size),
+            Engine::Cpu(_) => linear_cross_entropy::chunk_rows(self.model.vocab_size),
             Engine::Kernels => linear_cross_entropy::chunk_rows_on_device(self.model.vocab_size),
         }
         .min(self.label_rows)
@@ -368,7 +368,7 @@ impl Workload {
             lasting.add(Item::Dequantized, 2 * dequantized);
             lasting.add(Item::Vocabulary, self.vocabulary_bytes());
         }
-        if self.engine == Engine::Cpu {
+        if self.engine != Engine::Kernels {
             lasting.add(Item::LossChunk, self.logits_chunk_bytes());
             let threads = rayon::current_num_threads() as u64;
             lasting.add(Item::Threads, threads * linear::THREAD_SCRATCH_BYTES);

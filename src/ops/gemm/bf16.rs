@@ -101,6 +101,12 @@ impl PackedLhs {
         Some(Self { lines, rows, k })
     }
 
+    /// The size of one; 0 where there are none.
+    pub(super) fn bytes(rows: usize, k: usize) -> u64 {
+        let lines = rows.div_ceil(GROUP) * k.div_ceil(STEP) * LINES;
+        available().map_or(0, |_| (lines * size_of::<Line>()) as u64)
+    }
+
     pub(super) fn dims(&self) -> (usize, usize) {
         (self.rows, self.k)
     }

@@ -50,7 +50,7 @@ impl Workload {
             together: 1,
             ..self.clone()
         };
-        if self.engine == Engine::Cpu {
+        if self.engine != Engine::Kernels {
             return vec![alone];
         }
         let halves = std::iter::successors(Some(self.micro_batches), |&n| {

@@ -34,7 +34,7 @@ impl Engine {
     pub fn of(placement: &Placement) -> Self {
         match placement.uses_kernels() {
             true => Self::Kernels,
-            false => Self::Cpu,
+            false => Self::Cpu(placement.compute_dtype),
         }
     }
 }
@@ -162,8 +162,8 @@ impl Plan {
                     limit.map_or(free, |limit| limit.min(free)),
                 )
             }
-            (Some(limit), Engine::Cpu) => Self::within(workload, config, limit),
-            (None, Engine::Cpu) => {
+            (Some(limit), Engine::Cpu(_)) => Self::within(workload, config, limit),
+            (None, Engine::Cpu(_)) => {
                 let fitting = Self::within(workload, config, free / 2);
                 Ok(fitting.unwrap_or_else(|_| {
                     let kept = kept_by_config(workload, config).unwrap_or(0);

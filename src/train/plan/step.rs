@@ -209,12 +209,23 @@ impl Step<'_> {
 
     /// The output of a linear layer for so many rows, and the adapter's `u`.
     fn linear(&mut self, layer: usize, module: Module, rows: usize) -> [Held; 2] {
-        let (d_out, _) = self.workload.model.linear_shape(module);
+        let (d_out, d_in) = self.workload.model.linear_shape(module);
         if self.is_dora(layer, module) {
             return self.dora_forward(layer, module, rows);
         }
         let y = self.tile_values(rows, Item::Working, d_out);
-        [y, self.down_project(layer, module, rows)]
+        let u = self.down_project(layer, module, rows);
+        self.packed_lhs(Item::Working, rows, d_in);
+        [y, u]
+    }
+
+    /// What the CPU packs of a matrix that many products in bf16 read.
+    fn packed_lhs(&mut self, item: Item, rows: usize, width: usize) {
+        if let Engine::Cpu(dtype) = self.workload.engine {
+            let bytes = linear::packed_lhs_bytes(rows, width, dtype);
+            let packed = self.ledger.alloc(item, bytes);
+            self.ledger.free([packed]);
+        }
     }
 
     /// The adapter's `u`.
@@ -302,9 +313,11 @@ impl Step<'_> {
         rows: usize,
         dx: Option<usize>,
     ) -> Option<Held> {
+        let (d_out, _) = self.workload.model.linear_shape(module);
         if self.is_dora(layer, module) {
             let gradients = self.dora_backward(layer, module, rows);
             let dx = dx.map(|width| self.tile_values(rows, Item::Working, width));
+            self.packed_lhs(Item::Working, rows, d_out);
             self.ledger.free([gradients]);
             return dx;
         }
@@ -317,6 +330,7 @@ impl Step<'_> {
         self.dropout_scratch(layer, module, rows / instances, (1, 1));
         self.ledger.free(gradients);
         let dx = first.or_else(|| dx.map(|width| self.tile_values(rows, Item::Working, width)));
+        self.packed_lhs(Item::Working, rows, d_out);
         self.ledger.free([du].into_iter().chain(copies));
         dx
     }
@@ -507,13 +521,15 @@ impl Step<'_> {
         let gathered = self.ledger.alloc(Item::LossChunk, hidden);
         let logits = match self.workload.engine {
             // Kept from one step to the next.
-            Engine::Cpu => None,
+            Engine::Cpu(_) => None,
             Engine::Kernels => Some(self.ledger.alloc(Item::LossChunk, logits)),
         };
         // In f32 first, where it is a sum over parts of the head.
         let sum = (self.workload.pages_head())
             .then(|| self.ledger.alloc(Item::LossChunk, 4 * chunk * d as u64));
         let d_chunk = self.ledger.alloc(Item::LossChunk, hidden);
+        let vocab = self.workload.model.vocab_size;
+        self.packed_lhs(Item::LossChunk, chunk as usize, vocab);
         self.ledger
             .free([gathered, d_chunk].into_iter().chain(logits).chain(sum));
         self.ledger.free(columns);

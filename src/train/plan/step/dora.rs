@@ -32,6 +32,7 @@ impl Step<'_> {
         });
         let y = self.tile_values(rows, Item::Working, d_out);
         let u = self.rank_values(layer, module, rows);
+        self.packed_lhs(Item::Working, rows, d_in);
         self.ledger
             .free(split.into_iter().flatten().chain([scales]));
         [y, u]
