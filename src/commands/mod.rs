@@ -25,7 +25,7 @@ pub use shape_args::ShapeArgs;
 use std::io::Write;
 
 use anyhow::Context;
-use qlora::device::{Dequantized, Residence, Residency, Side};
+use qlora::device::{ComputeDtype, Dequantized, DeviceKind, Placement, Residence, Residency, Side};
 use qlora::train::plan::Plan;
 
 /// The user stopped the run; what was done is saved. Ends with status 130.
@@ -56,6 +56,18 @@ pub fn log(bar: &indicatif::ProgressBar, line: String) {
 /// A line on stderr, or nothing where nobody reads it any more.
 pub fn note(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Opens a device; says so where products in bf16 gain nothing there.
+pub fn open(device: DeviceKind, compute_dtype: Option<ComputeDtype>) -> qlora::Result<Placement> {
+    let placement = Placement::open(device, compute_dtype)?;
+    let is_slow = !placement.uses_kernels()
+        && placement.compute_dtype == ComputeDtype::Bf16
+        && !qlora::ops::has_bf16_instructions();
+    if is_slow {
+        note("--compute_dtype bf16: this processor has neither AMX nor AVX512-BF16, f32 is faster");
+    }
+    Ok(placement)
 }
 
 /// Lets a run go on when the reader of its output is gone (`qlora train 2>&1 | head`): what it makes are files.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use qlora::data::Tokenizer;
-use qlora::device::{ComputeDtype, DeviceKind, Placement};
+use qlora::device::{ComputeDtype, DeviceKind};
 use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
 use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER};
@@ -35,7 +35,7 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// The model with its adapter, if one is given.
     pub fn load(&self) -> anyhow::Result<Decoder> {
-        let placement = Placement::open(self.device, self.compute_dtype)?;
+        let placement = super::open(self.device, self.compute_dtype)?;
         let checkpoint = Checkpoint::open(&self.model)?;
         if self.adapter.is_some() && self.quant_type.is_none() && !checkpoint.is_quantized() {
             eprintln!(

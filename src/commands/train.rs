@@ -4,7 +4,6 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use qlora::device::Placement;
 use qlora::train::{Event, Outcome, Requests, TrainConfig, Trainer, checkpoint};
 
 use super::interrupt::Signals;
@@ -33,7 +32,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
-    let placement = Placement::open(config.device, config.compute_dtype)?;
+    let placement = super::open(config.device, config.compute_dtype)?;
     super::data_sources::prepare(&mut config)?;
     let mut trainer = Trainer::new(config, &placement)?;
     let outcome = train(&mut trainer)?;

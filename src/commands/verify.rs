@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
-use qlora::device::Placement;
 use qlora::train::{ReplayOptions, ReplayReport, TrainConfig, replay};
 
 /// The arguments of `qlora verify`.
@@ -44,7 +43,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(threads) = config.threads {
         super::use_threads(threads)?;
     }
-    let placement = Placement::open(config.device, config.compute_dtype)?;
+    let placement = super::open(config.device, config.compute_dtype)?;
     let options = ReplayOptions {
         checkpoint: args.checkpoint,
         steps: args.steps,

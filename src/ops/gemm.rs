@@ -126,7 +126,16 @@ impl<'a> From<Mat<'a>> for Lhs<'a> {
     }
 }
 
-impl Lhs<'_> {
+impl<'a> Lhs<'a> {
+    /// What is not packed, which few rows never are.
+    fn unpacked(self) -> Mat<'a> {
+        match self {
+            Self::F32(mat) | Self::Bf16(mat) => mat,
+            #[cfg(target_arch = "x86_64")]
+            Self::Packed(_) => unreachable!("it is packed"),
+        }
+    }
+
     fn dims(&self) -> (usize, usize) {
         match self {
             Self::F32(mat) | Self::Bf16(mat) => (mat.rows, mat.cols),
@@ -136,7 +145,7 @@ impl Lhs<'_> {
     }
 }
 
-/// A matrix that is the left-hand side of many products: for those in bf16 it is rounded once, by all threads.
+/// A matrix that is the left-hand side of many products: for those in bf16 it is rounded once, by all threads, unless it has few rows.
 pub(super) struct SharedLhs<'a> {
     mat: Mat<'a>,
     dtype: ComputeDtype,
@@ -150,7 +159,7 @@ impl<'a> SharedLhs<'a> {
             mat,
             dtype,
             #[cfg(target_arch = "x86_64")]
-            packed: (dtype == ComputeDtype::Bf16)
+            packed: (dtype == ComputeDtype::Bf16 && mat.rows >= MIN_PACKED_ROWS)
                 .then(|| bf16::PackedLhs::new(mat))
                 .flatten(),
         }
@@ -159,7 +168,7 @@ impl<'a> SharedLhs<'a> {
     /// Bytes that are packed of `[rows, k]`.
     pub(super) fn packed_bytes(rows: usize, k: usize, dtype: ComputeDtype) -> u64 {
         #[cfg(target_arch = "x86_64")]
-        if dtype == ComputeDtype::Bf16 {
+        if dtype == ComputeDtype::Bf16 && rows >= MIN_PACKED_ROWS {
             return bf16::PackedLhs::bytes(rows, k);
         }
         let _ = (rows, k, dtype);
@@ -275,12 +284,16 @@ impl<'a> Term<'a> {
     /// The same, if it is in f32.
     fn in_f32(&self) -> Option<F32Term<'a>> {
         match self.lhs {
-            Lhs::F32(lhs) => Some(Term {
-                lhs,
-                rhs: self.rhs.clone(),
-                factor: self.factor,
-            }),
+            Lhs::F32(lhs) => Some(self.with(lhs)),
             _ => None,
+        }
+    }
+
+    fn with<L>(&self, lhs: L) -> Term<'a, L> {
+        Term {
+            lhs,
+            rhs: self.rhs.clone(),
+            factor: self.factor,
         }
     }
 }
@@ -319,9 +332,10 @@ pub(super) fn matmul_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
     f32_sum(dst, into, &in_f32);
 }
 
+/// Fewer rows are a matter of reading the right-hand side once; packing it would cost more than it saves.
+const MIN_PACKED_ROWS: usize = 32;
+
 fn f32_sum(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
-    /// Fewer are a matter of reading the right-hand side once; packing it would cost more than it saves.
-    const MIN_PACKED_ROWS: usize = 32;
     #[cfg(target_arch = "x86_64")]
     if dst.rows >= MIN_PACKED_ROWS && packed::is_available() {
         // SAFETY: just checked.
@@ -333,7 +347,21 @@ fn f32_sum(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
     }
 }
 
+/// Whether the CPU here multiplies in bf16 by instructions of its own: elsewhere such products take longer than those in f32.
+pub fn has_bf16_instructions() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return bf16::available().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 fn bf16_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
+    let reads_weight = terms.iter().any(|term| !matches!(term.rhs, Rhs::Mat(_)));
+    if dst.rows < MIN_PACKED_ROWS && reads_weight {
+        // Text is written so, token by token.
+        let in_f32 = terms.iter().map(|term| term.with(term.lhs.unpacked()));
+        return f32_sum(dst, into, &in_f32.collect::<Vec<_>>());
+    }
     #[cfg(target_arch = "x86_64")]
     if let Some(instructions) = bf16::available() {
         return bf16::product(instructions, dst, into, terms);
@@ -344,9 +372,7 @@ fn bf16_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
 /// The same in f32, which makes the same products of the rounded numbers and sums them in another order.
 fn sum_of_rounded(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
     for (i, Term { lhs, rhs, factor }) in terms.iter().enumerate() {
-        let Lhs::Bf16(lhs) = *lhs else {
-            unreachable!("nothing is packed where nothing reads it")
-        };
+        let lhs = lhs.unpacked();
         let (k, cols) = rhs.dims();
         let values = lhs.rounded(1.0);
         let rhs = with_values(rhs, |rhs| rhs.rounded(*factor));

@@ -1,7 +1,8 @@
 //! One operation, one file: its formula, `forward`, `backward`, and a `reference` of differentiable candle primitives.
 //!
 //! Operations take and give candle tensors; which device does the work is decided here and nowhere above. In f32 on the
-//! CPU they compute over all threads of the rayon pool, in an order that does not depend on how many there are. In bf16
+//! CPU they compute over all threads of the rayon pool, in an order that does not depend on how many there are; matrix products
+//! are made there in the [`ComputeDtype`](crate::device::ComputeDtype) of a weight, an adapter or the heads. In bf16
 //! they launch the kernels of `cuda/`, which have the stem of their operation, on the device of the tensors.
 //! The `reference` of an operation works in any float type and is what tests hold `forward` and `backward` against.
 
@@ -28,3 +29,5 @@ mod cpu;
 mod gemm;
 mod launcher;
 mod simd;
+
+pub use gemm::has_bf16_instructions;

@@ -95,7 +95,7 @@ pub fn product_rate(placement: &Placement, n: usize, d: usize) -> anyhow::Result
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let placement = Placement::open(args.device, args.compute_dtype)?;
+    let placement = crate::commands::open(args.device, args.compute_dtype)?;
     let mut bench = Bench {
         placement,
         measured: Vec::new(),

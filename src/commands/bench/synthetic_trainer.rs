@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use qlora::device::{self, Placement};
 use qlora::train::{Loaded, Shape, SyntheticRun, TrainConfig, Trainer};
 
-use crate::commands::{ConfigFlags, ShapeArgs, return_freed_memory, use_threads};
+use crate::commands::{ConfigFlags, ShapeArgs, open, return_freed_memory, use_threads};
 
 /// Keys of `qlora train` with another default here, and what they mean here.
 const DEFAULTS: [(&str, &str, &str); 3] = [
@@ -126,7 +126,7 @@ impl Prepared {
         if let Some(threads) = config.threads {
             use_threads(threads)?;
         }
-        let placement = Placement::open(config.device, config.compute_dtype)?;
+        let placement = open(config.device, config.compute_dtype)?;
         if config.max_steps < 1 {
             bail!("a benchmark needs --max_steps of at least 1");
         }

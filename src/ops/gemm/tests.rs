@@ -216,3 +216,31 @@ fn a_sum_is_in_one_type() {
     });
     matmul_sum(&mut MatMut::new(&mut sums, 2, 2), Into::Overwrite, &terms);
 }
+
+#[test]
+fn few_rows_are_multiplied_with_a_weight_in_f32() {
+    let mut numbers = Numbers(3);
+    let values = DenseTensor::from_f32(vec![70, 90], &numbers.take(70 * 90));
+    let weight = FrozenWeight::Dense(values);
+    for rows in [1, MIN_PACKED_ROWS - 1] {
+        let x = numbers.take(rows * 90);
+        let product = |dtype| {
+            let lhs = SharedLhs::new(Mat::new(&x, rows, 90), dtype);
+            let rhs = Rhs::Transposed(Window {
+                weight: &weight,
+                outs: 0..70,
+                ins: 0..90,
+            });
+            let mut y = vec![0.0; rows * 70];
+            matmul(
+                &mut MatMut::new(&mut y, rows, 70),
+                Into::Overwrite,
+                lhs.lhs(),
+                rhs,
+                1.0,
+            );
+            y
+        };
+        assert_eq!(product(ComputeDtype::Bf16), product(ComputeDtype::F32));
+    }
+}
