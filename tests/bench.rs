@@ -96,6 +96,7 @@ fn a_small_model_is_measured_without_a_checkpoint() {
             .all(|seconds| seconds.as_f64().unwrap() >= 0.0)
     );
     assert!(speed["share_of_compute_floor"].as_f64().unwrap() > 0.0);
+    assert_eq!(speed["compute_dtype"], "f32");
     let memory = bench("memory", &dir.path().join("memory.svg"));
     let parts = memory["parts"].as_array().unwrap().iter();
     let planned: u64 = parts

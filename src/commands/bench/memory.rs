@@ -135,6 +135,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "step_seconds": seconds,
             "tokens_per_step": tokens,
             "device": config.device,
+            "compute_dtype": prepared.placement.compute_dtype,
             "machine": machine::describe(placement),
             "shape": prepared.shape,
         });

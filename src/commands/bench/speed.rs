@@ -86,6 +86,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             ),
             "threads": rayon::current_num_threads(),
             "device": config.device,
+            "compute_dtype": placement.compute_dtype,
             "machine": machine::describe(placement),
             "shape": prepared.shape,
             "version": env!("CARGO_PKG_VERSION"),

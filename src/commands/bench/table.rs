@@ -70,6 +70,10 @@ fn row(result: &Value) -> Option<String> {
         _ => String::new(),
     };
     let mut activations = text(&result["activations"])?;
+    // On a GPU they always are.
+    if result["device"] == "cpu" && result["compute_dtype"] == "bf16" {
+        activations += "; products in bf16";
+    }
     for elsewhere in result["not_on_the_device"].as_array()? {
         activations = format!("{activations}; {}", text(elsewhere)?);
     }
