@@ -5,7 +5,7 @@ mod reference_case;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use qlora::device::Placement;
+use qlora::device::{ComputeDtype, Placement};
 use qlora::train::schedule::SchedulerType;
 use qlora::train::{Outcome, TrainConfig, Trainer};
 use reference_case::{ReferenceCase, TRAINED_CASES, decoder_with_adapter, relative_error, values};
@@ -60,7 +60,8 @@ fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
 
 fn run(config: TrainConfig) -> PathBuf {
     let dir = config.output_dir.clone();
-    let outcome = Trainer::new(config, &Placement::cpu())
+    let placement = Placement::open(config.device, config.compute_dtype).unwrap();
+    let outcome = Trainer::new(config, &placement)
         .unwrap()
         .run(&AtomicBool::new(false), |_| ());
     assert_eq!(outcome.unwrap(), Outcome::Finished);
@@ -204,19 +205,22 @@ fn how_a_batch_is_divided_does_not_matter() {
 fn a_seed_gives_the_same_bytes_with_any_number_of_threads() {
     for name in TRAINED_CASES {
         let case = ReferenceCase::read(name);
-        let adapter = |threads, seed| {
-            let out = tempfile::tempdir().unwrap();
-            let config = TrainConfig {
-                seed,
-                ..seeded_config(&case, out.path())
+        for dtype in [ComputeDtype::F32, ComputeDtype::Bf16] {
+            let adapter = |threads, seed| {
+                let out = tempfile::tempdir().unwrap();
+                let config = TrainConfig {
+                    seed,
+                    compute_dtype: Some(dtype),
+                    ..seeded_config(&case, out.path())
+                };
+                let dir = with_threads(threads, || run(config));
+                std::fs::read(dir.join("adapter_model.safetensors")).unwrap()
             };
-            let dir = with_threads(threads, || run(config));
-            std::fs::read(dir.join("adapter_model.safetensors")).unwrap()
-        };
-        let one = adapter(1, 5);
-        assert!(adapter(1, 5) == one, "{name}: one thread twice");
-        assert!(adapter(2, 5) == one, "{name}: two threads");
-        assert!(adapter(1, 6) != one, "{name}: another seed");
+            let one = adapter(1, 5);
+            assert!(adapter(1, 5) == one, "{name} {dtype:?}: one thread twice");
+            assert!(adapter(2, 5) == one, "{name} {dtype:?}: two threads");
+            assert!(adapter(1, 6) != one, "{name} {dtype:?}: another seed");
+        }
     }
 }
 

@@ -6,14 +6,14 @@ use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::{Adapter, Checkpoint};
 use qlora::train::config::{ByteCount, KEYS};
-use qlora::train::plan::{Engine, Footprint, Item, LongestBatch, Plan, Workload};
+use qlora::train::plan::{Engine, Footprint, Item, LongestBatch, Plan, Rates, Workload};
 use qlora::train::{Shape, TrainConfig};
 use serde_json::json;
 
 use super::{ConfigFlags, ShapeArgs};
 
 /// Keys of `qlora train` that decide how much memory a run takes.
-const WITH_EFFECT: [&str; 21] = [
+const WITH_EFFECT: [&str; 22] = [
     "auto_find_batch_size",
     "preset",
     "source_max_len",
@@ -35,6 +35,7 @@ const WITH_EFFECT: [&str; 21] = [
     "optim",
     "gradient_checkpointing",
     "device",
+    "compute_dtype",
 ];
 
 #[derive(Debug, clap::Args)]
@@ -53,10 +54,13 @@ pub struct Args {
     /// Memory of the device, such as 24GiB or 80GB; unset: what the run takes with and without recomputing
     #[arg(long, value_name = "SIZE")]
     vram: Option<ByteCount>,
-    /// Products in bf16 that the device does, in TFLOP/s (`qlora bench kernels` measures it), for the tokens per second that it
-    /// can reach at most
+    /// Products that the device does, in TFLOP/s (`qlora bench kernels` measures it): says the tokens per second that it can reach at
+    /// most, and those to be expected
     #[arg(long, value_name = "X")]
     tflops: Option<f64>,
+    /// What weights can be streamed at, in GB/s: measured with an H200
+    #[arg(long, value_name = "X", default_value_t = 20.0, requires = "tflops")]
+    bus: f64,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -118,9 +122,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let workload = workload(&config);
     let report = Report::new(&workload, &config, args.vram);
+    let rates = args.tflops.map(|tflops| Rates {
+        product: tflops * 1e12,
+        bus: args.bus * 1e9,
+    });
     match args.json {
-        true => println!("{}", report.json(args.tflops)),
-        false => print!("{}", report.text(args.tflops)),
+        true => println!("{}", report.json(rates)),
+        false => print!("{}", report.text(rates)),
     }
     report.refusal.map_or(Ok(()), |error| Err(error.into()))
 }
@@ -162,13 +170,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Tokens in a second, at most, with this plan.
-    fn tokens_per_second(&self, plan: &Plan, tflops: f64) -> f64 {
-        let flops_per_token = self.workload.flops(plan.kept_blocks()) / self.workload.rows as f64;
-        tflops * 1e12 / flops_per_token
-    }
-
-    fn text(&self, tflops: Option<f64>) -> String {
+    fn text(&self, rates: Option<Rates>) -> String {
         let mut lines = vec![
             format!(
                 "{} x micro-batch of {} tokens, {} trained values",
@@ -194,12 +196,15 @@ impl<'a> Report<'a> {
             }
         }
         lines.push(row("in all", cells(&Footprint::total)));
-        if let Some(tflops) = tflops {
-            let speed = |plan: &Plan| format!("{:.0}", self.tokens_per_second(plan, tflops));
-            lines.push(row(
-                "tokens/s at most",
-                self.plans.iter().map(speed).collect(),
-            ));
+        if let Some(rates) = rates {
+            let speeds = |of: &dyn Fn(&Plan) -> Option<f64>| {
+                let speed = |plan| of(plan).map_or("unknown".into(), |speed| format!("{speed:.0}"));
+                self.plans.iter().map(speed).collect()
+            };
+            let at_most = |plan: &Plan| Some(self.workload.tokens_per_second_at_most(plan, rates));
+            let expected = |plan: &Plan| self.workload.tokens_per_second_expected(plan, rates);
+            lines.push(row("tokens/s at most", speeds(&at_most)));
+            lines.push(row("tokens/s expected", speeds(&expected)));
         }
         if self.plans.iter().any(|plan| plan.host.total() > 0) {
             let cell = |plan: &Plan| gigabytes(plan.host.total());
@@ -223,7 +228,7 @@ impl<'a> Report<'a> {
         lines.join("\n") + "\n"
     }
 
-    fn json(&self, tflops: Option<f64>) -> serde_json::Value {
+    fn json(&self, rates: Option<Rates>) -> serde_json::Value {
         let plan = |plan: &Plan| {
             let items =
                 Item::ALL.map(|item| (item.name().to_string(), plan.peak.bytes(item).into()));
@@ -239,7 +244,8 @@ impl<'a> Report<'a> {
                     "head": plan.host.head,
                 },
                 "not_on_the_device": super::on_the_host(plan),
-                "tokens_per_second_at_most": tflops.map(|tflops| self.tokens_per_second(plan, tflops)),
+                "tokens_per_second_at_most": rates.map(|rates| self.workload.tokens_per_second_at_most(plan, rates)),
+                "tokens_per_second_expected": rates.and_then(|rates| self.workload.tokens_per_second_expected(plan, rates)),
             })
         };
         json!({

@@ -112,15 +112,9 @@ impl Fingerprint {
 
 fn effective_keys(config: &TrainConfig) -> Result<BTreeMap<String, Value>> {
     let unreadable = |reason: String| Error::config("config.toml", reason);
-    let of_device = TrainConfig {
-        compute_dtype: None,
-        ..config.clone()
-    };
-    // Where the moments lie changes no result; a type that the device has by itself need not be given.
+    // Where the moments lie changes no result.
     let config = TrainConfig {
         optim: config.optim.resident(),
-        compute_dtype: (config.compute_dtype() != of_device.compute_dtype())
-            .then_some(config.compute_dtype()),
         ..config.clone()
     };
     let value = serde_json::to_value(config).map_err(|error| unreadable(error.to_string()))?;

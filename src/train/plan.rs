@@ -1,14 +1,16 @@
-//! What a run takes of the device's memory, by item, before it starts; and which activations it can keep.
+//! What a run takes of the device's memory, by item, before it starts; which activations it can keep, and how fast it will be.
 //!
 //! Weights, adapters and optimizer states follow from the shapes. What one micro-batch adds is found by going through a
 //! step with sizes instead of values (`step`), so that the peak is that of the longest batch at its worst moment.
 
 mod choice;
 mod run;
+mod speed;
 mod step;
 
 pub use choice::STREAM_SLOTS;
 pub use run::LongestBatch;
+pub use speed::Rates;
 
 use crate::device::{ComputeDtype, Residence, Residency, Side};
 use crate::model::{ActivationPolicy, DecoderConfig, Module, TRAINED_ALIGNMENT};
@@ -504,42 +506,6 @@ impl Workload {
     /// Values of all that is trained, with the gaps between the tensors.
     pub fn trained_values(&self) -> u64 {
         self.trained_tensors().sum()
-    }
-
-    /// FLOPs of the linear layers, the head and attention for one micro-batch with its instances, forward and backward, when
-    /// the activations of `kept` blocks are kept.
-    ///
-    /// A frozen weight takes 2 per element and token in forward and as many for the gradient of its input; attention at
-    /// full length 2 `(N + 1)` per query value and product, of which forward has 2 and backward 5. What is computed again is
-    /// forward without `down_proj`.
-    pub fn flops(&self, kept: usize) -> f64 {
-        let model = &self.model;
-        let rows = (self.rows * self.instances()) as f64;
-        let elements: usize = model.block_elements().iter().sum();
-        let linear = 2.0 * rows * elements as f64;
-        let product = rows * (self.positions + 1) as f64 * self.head_widths().0 as f64;
-        let (forward, backward) = (linear + 2.0 * product, linear + 5.0 * product);
-        let layers = model.num_layers as f64;
-        let again = layers - kept as f64;
-        // Backward makes the output of a layer with DoRA again; with dropout, W meets both parts of its input each time.
-        let adapted: usize = self
-            .adapted()
-            .map(|(module, _)| self.model.linear_shape(module))
-            .map(|(d_out, d_in)| d_out * d_in)
-            .sum();
-        let products = match (self.dora, self.dropout) {
-            (false, _) => 0.0,
-            (true, false) => layers,
-            (true, true) => (layers + again) + 2.0 * layers,
-        };
-        let dora = products / layers * 2.0 * rows * adapted as f64;
-        let (d_out, d_in) = model.linear_shape(Module::Down);
-        let forward_again = forward - 2.0 * rows * (d_out * d_in) as f64;
-        let label_rows = (self.label_rows * self.instances()) as f64;
-        // A gradient of its own takes as much as that of its input.
-        let of_head = if self.trains_head() { 6.0 } else { 4.0 };
-        let head = of_head * label_rows * self.vocabulary_values() as f64;
-        layers * (forward + backward) + again * forward_again + head + dora
     }
 
     fn is_paged(&self) -> bool {
