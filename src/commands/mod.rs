@@ -63,9 +63,11 @@ pub fn open(device: DeviceKind, compute_dtype: Option<ComputeDtype>) -> qlora::R
     let placement = Placement::open(device, compute_dtype)?;
     let is_slow = !placement.uses_kernels()
         && placement.compute_dtype == ComputeDtype::Bf16
-        && !qlora::ops::has_bf16_instructions();
+        && !qlora::ops::is_bf16_fast();
     if is_slow {
-        note("--compute_dtype bf16: this processor has neither AMX nor AVX512-BF16, f32 is faster");
+        note(
+            "--compute_dtype bf16: this processor has neither AMX nor the AVX512-BF16 of AMD, f32 is faster",
+        );
     }
     Ok(placement)
 }

@@ -145,7 +145,8 @@ impl<'a> Lhs<'a> {
     }
 }
 
-/// A matrix that is the left-hand side of many products: for those in bf16 it is rounded once, by all threads, unless it has few rows.
+/// A matrix that is the left-hand side of many products: for those in bf16 it is packed once, by all threads, unless it has
+/// few rows.
 pub(super) struct SharedLhs<'a> {
     mat: Mat<'a>,
     dtype: ComputeDtype,
@@ -347,10 +348,10 @@ fn f32_sum(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
     }
 }
 
-/// Whether the CPU here multiplies in bf16 by instructions of its own: elsewhere such products take longer than those in f32.
-pub fn has_bf16_instructions() -> bool {
+/// Whether the CPU here multiplies in bf16 faster than in f32.
+pub fn is_bf16_fast() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return bf16::available().is_some();
+    return bf16::is_fast();
     #[cfg(not(target_arch = "x86_64"))]
     false
 }

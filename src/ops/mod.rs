@@ -30,4 +30,4 @@ mod gemm;
 mod launcher;
 mod simd;
 
-pub use gemm::has_bf16_instructions;
+pub use gemm::is_bf16_fast;

@@ -64,6 +64,18 @@ pub(super) fn available() -> Option<Instructions> {
     })
 }
 
+/// Whether that is faster than f32, which AVX512-BF16 is on AMD's processors alone.
+pub(super) fn is_fast() -> bool {
+    /// "AuthenticAMD", as the processor spells it.
+    const AMD: [u32; 3] = [0x6874_7541, 0x6974_6e65, 0x444d_4163];
+    let id = __cpuid(0);
+    match available() {
+        Some(Instructions::Amx) => true,
+        Some(Instructions::Avx512Bf16) => [id.ebx, id.edx, id.ecx] == AMD,
+        None => false,
+    }
+}
+
 /// A tile of the result in memory, at most 32 x 32.
 #[derive(Clone, Copy)]
 struct Tile {

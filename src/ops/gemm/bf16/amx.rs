@@ -12,24 +12,27 @@ use super::{GROUP, LINES, Line, Tile};
 /// Rows of a tile register.
 const ROWS: usize = 16;
 
-/// Whether the processor has tiles of bf16, and Linux gives them to this process.
+/// Whether the processor has tiles of bf16, and the system gives them to this process.
 pub(super) fn is_available() -> bool {
-    /// Of `arch_prctl`: asks for a part of the processor's state that is not there by itself.
-    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
-    const XFEATURE_XTILEDATA: libc::c_long = 18;
     const AMX_BF16: u32 = 1 << 22;
     const AMX_TILE: u32 = 1 << 24;
     let has = |bits: u32| __cpuid_count(7, 0).edx & bits == bits;
+    has(AMX_BF16 | AMX_TILE) && are_tiles_granted()
+}
+
+/// Asks Linux for the part of the processor's state that no process has by itself.
+#[cfg(target_os = "linux")]
+fn are_tiles_granted() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+    let request = (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
     // SAFETY: this request touches no memory.
-    has(AMX_BF16 | AMX_TILE)
-        && cfg!(target_os = "linux")
-        && unsafe {
-            libc::syscall(
-                libc::SYS_arch_prctl,
-                ARCH_REQ_XCOMP_PERM,
-                XFEATURE_XTILEDATA,
-            ) == 0
-        }
+    unsafe { libc::syscall(libc::SYS_arch_prctl, request.0, request.1) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn are_tiles_granted() -> bool {
+    false
 }
 
 /// The tile registers of this thread, configured until this is dropped: each of 16 rows of 64 bytes.
