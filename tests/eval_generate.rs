@@ -108,6 +108,36 @@ fn eval_prints_the_reference_loss_and_writes_every_log_probability() {
 }
 
 #[test]
+fn eval_in_bf16_is_near_the_reference_and_not_the_same() {
+    let case = ReferenceCase::read("llama_gqa");
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("rows.jsonl");
+    write_rows(&case, &data);
+    let loss = |dtype: &str| {
+        let mut command = qlora();
+        command.arg("eval").arg("--data").arg(&data);
+        command.arg("--model").arg(&case.dir);
+        command.arg("--adapter").arg(case.dir.join("adapter"));
+        let found = stdout_json(command.args(["--json", "--compute_dtype", dtype]));
+        found["loss"].as_f64().unwrap()
+    };
+    let (rounded, exact) = (loss("bf16"), loss("f32"));
+    assert!((rounded - exact).abs() < 2e-3 * exact && rounded != exact);
+    let mut command = qlora();
+    command.args([
+        "eval",
+        "--model",
+        "m",
+        "--data",
+        "d",
+        "--compute-dtype",
+        "f16",
+    ]);
+    let refused = predicate::str::contains("expected f32 or bf16");
+    command.assert().code(2).stderr(refused);
+}
+
+#[test]
 fn a_place_that_cannot_be_written_is_refused_before_the_evaluation() {
     let case = ReferenceCase::read("qwen2");
     let dir = tempfile::tempdir().unwrap();
