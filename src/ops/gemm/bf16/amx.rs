@@ -77,21 +77,8 @@ impl Drop for Tiles {
 /// # Safety
 /// This thread has [`Tiles`]; the parts of `lhs` have as many lines as `rhs`, and `tile` is ours to write.
 pub(super) unsafe fn multiply(lhs: &[&[Line]], rhs: &[Line], tile: Tile) {
-    // SAFETY: as the caller promises.
-    unsafe {
-        if tile.rows > ROWS {
-            multiply_rows::<GROUP>(lhs, rhs, tile);
-        } else {
-            multiply_rows::<ROWS>(lhs, rhs, tile);
-        }
-    }
-}
-
-/// The same with two rows of tiles, or one.
-#[inline(always)]
-unsafe fn multiply_rows<const N: usize>(lhs: &[&[Line]], rhs: &[Line], tile: Tile) {
     debug_assert_eq!(lhs.iter().map(|part| part.len()).sum::<usize>(), rhs.len());
-    let is_whole = tile.rows == N && tile.cols == GROUP;
+    let is_whole = tile.rows == GROUP && tile.cols == GROUP;
     let mut aside = MaybeUninit::<[[f32; GROUP]; GROUP]>::uninit();
     let (at, row_stride) = match is_whole {
         true => (tile.at, tile.row_stride),
@@ -99,10 +86,8 @@ unsafe fn multiply_rows<const N: usize>(lhs: &[&[Line]], rhs: &[Line], tile: Til
     };
     let stride = row_stride * size_of::<f32>();
     let right = at.wrapping_add(ROWS);
-    let (below, below_right) = (
-        at.wrapping_add(ROWS * row_stride),
-        right.wrapping_add(ROWS * row_stride),
-    );
+    let below = at.wrapping_add(ROWS * row_stride);
+    let below_right = right.wrapping_add(ROWS * row_stride);
     let mut rhs = rhs.as_ptr();
     // SAFETY: tiles 0 to 3 are the result's from here to the store; every load and store is of 16 rows of 64 bytes that are
     // there: of the result, or what takes its place, of a step of 32 lines of `lhs`, and of 16 pairs of `rhs`, two lines each.
@@ -111,17 +96,15 @@ unsafe fn multiply_rows<const N: usize>(lhs: &[&[Line]], rhs: &[Line], tile: Til
             asm!(
                 "tileloadd tmm0, [{at} + {stride}*1]",
                 "tileloadd tmm1, [{right} + {stride}*1]",
-                at = in(reg) at, right = in(reg) right, stride = in(reg) stride,
+                "tileloadd tmm2, [{below} + {stride}*1]",
+                "tileloadd tmm3, [{below_right} + {stride}*1]",
+                at = in(reg) at,
+                right = in(reg) right,
+                below = in(reg) below,
+                below_right = in(reg) below_right,
+                stride = in(reg) stride,
                 options(nostack, readonly)
             );
-            if N > ROWS {
-                asm!(
-                    "tileloadd tmm2, [{at} + {stride}*1]",
-                    "tileloadd tmm3, [{right} + {stride}*1]",
-                    at = in(reg) below, right = in(reg) below_right, stride = in(reg) stride,
-                    options(nostack, readonly)
-                );
-            }
         } else {
             asm!(
                 "tilezero tmm0",
@@ -131,74 +114,47 @@ unsafe fn multiply_rows<const N: usize>(lhs: &[&[Line]], rhs: &[Line], tile: Til
                 options(nostack, nomem)
             );
         }
-        for part in lhs {
-            let steps = part.len() / LINES;
-            if steps == 0 {
-                continue;
-            }
-            if N > ROWS {
-                asm!(
-                    "2:",
-                    "tileloadd tmm4, [{a} + {line}*1]",
-                    "tileloadd tmm6, [{b} + {pair}*1]",
-                    "tileloadd tmm7, [{b} + {pair}*1 + 64]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tileloadd tmm5, [{a} + {line}*1 + 1024]",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "tdpbf16ps tmm2, tmm5, tmm6",
-                    "tdpbf16ps tmm3, tmm5, tmm7",
-                    "add {a}, 2048",
-                    "add {b}, 2048",
-                    "dec {steps}",
-                    "jnz 2b",
-                    a = inout(reg) part.as_ptr() => _,
-                    b = inout(reg) rhs,
-                    steps = inout(reg) steps => _,
-                    line = in(reg) size_of::<Line>(),
-                    pair = in(reg) 2 * size_of::<Line>(),
-                    options(nostack, readonly)
-                );
-            } else {
-                asm!(
-                    "2:",
-                    "tileloadd tmm4, [{a} + {line}*1]",
-                    "tileloadd tmm6, [{b} + {pair}*1]",
-                    "tileloadd tmm7, [{b} + {pair}*1 + 64]",
-                    "tdpbf16ps tmm0, tmm4, tmm6",
-                    "tdpbf16ps tmm1, tmm4, tmm7",
-                    "add {a}, 2048",
-                    "add {b}, 2048",
-                    "dec {steps}",
-                    "jnz 2b",
-                    a = inout(reg) part.as_ptr() => _,
-                    b = inout(reg) rhs,
-                    steps = inout(reg) steps => _,
-                    line = in(reg) size_of::<Line>(),
-                    pair = in(reg) 2 * size_of::<Line>(),
-                    options(nostack, readonly)
-                );
-            }
+        for part in lhs.iter().filter(|part| !part.is_empty()) {
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a} + {line}*1]",
+                "tileloadd tmm6, [{b} + {pair}*1]",
+                "tileloadd tmm7, [{b} + {pair}*1 + 64]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{a} + {line}*1 + 1024]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a}, 2048",
+                "add {b}, 2048",
+                "dec {steps}",
+                "jnz 2b",
+                a = inout(reg) part.as_ptr() => _,
+                b = inout(reg) rhs,
+                steps = inout(reg) part.len() / LINES => _,
+                line = in(reg) size_of::<Line>(),
+                pair = in(reg) 2 * size_of::<Line>(),
+                options(nostack, readonly)
+            );
         }
         asm!(
             "tilestored [{at} + {stride}*1], tmm0",
             "tilestored [{right} + {stride}*1], tmm1",
-            at = in(reg) at, right = in(reg) right, stride = in(reg) stride,
+            "tilestored [{below} + {stride}*1], tmm2",
+            "tilestored [{below_right} + {stride}*1], tmm3",
+            at = in(reg) at,
+            right = in(reg) right,
+            below = in(reg) below,
+            below_right = in(reg) below_right,
+            stride = in(reg) stride,
             options(nostack)
         );
-        if N > ROWS {
-            asm!(
-                "tilestored [{at} + {stride}*1], tmm2",
-                "tilestored [{right} + {stride}*1], tmm3",
-                at = in(reg) below, right = in(reg) below_right, stride = in(reg) stride,
-                options(nostack)
-            );
-        }
     }
     if is_whole {
         return;
     }
-    // SAFETY: its first N rows were stored, and no others are read.
-    let aside = unsafe { std::slice::from_raw_parts(aside.as_ptr().cast::<[f32; GROUP]>(), N) };
+    // SAFETY: all of it was stored.
+    let aside = unsafe { aside.assume_init_ref() };
     for (row, sums) in aside.iter().enumerate().take(tile.rows) {
         // SAFETY: a row of the tile.
         let row = unsafe {
