@@ -97,7 +97,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
     };
     let engine = match config.device {
-        DeviceKind::Cpu => Engine::Cpu(config.compute_dtype()),
+        DeviceKind::Cpu => Engine::Cpu(config.device.compute_dtype(config.compute_dtype)?),
         DeviceKind::Cuda => Engine::Kernels,
     };
     let lora = match &config.adapter {

@@ -39,6 +39,21 @@ impl DeviceKind {
         }
     }
 
+    /// The type of its products where `asked` is asked for; unset: f32 on the CPU, bf16 by kernels.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a type that it has no products in.
+    pub fn compute_dtype(self, asked: Option<ComputeDtype>) -> Result<ComputeDtype> {
+        match (self, asked) {
+            (Self::Cpu, asked) => Ok(asked.unwrap_or(ComputeDtype::F32)),
+            (Self::Cuda, None | Some(ComputeDtype::Bf16)) => Ok(ComputeDtype::Bf16),
+            (Self::Cuda, Some(ComputeDtype::F32)) => {
+                let reason = "only bf16 is supported on CUDA; use --compute_dtype bf16";
+                Err(Error::config("compute_dtype", reason))
+            }
+        }
+    }
+
     /// The device called `name`.
     pub fn named(name: &str) -> Option<Self> {
         [Self::Cpu, Self::Cuda]
@@ -142,21 +157,19 @@ impl Placement {
         self.dtype != DType::F32
     }
 
-    /// Opens the device and loads its kernels, for products in `compute_dtype`; unset: f32 on the CPU, bf16 by kernels.
+    /// Opens the device and loads its kernels, for products in what its [`compute_dtype`](DeviceKind::compute_dtype) makes of
+    /// what is asked for.
     ///
     /// # Errors
     /// [`Error::Config`] for a device that this build or this machine does not have, or one that has no such products.
     pub fn open(kind: DeviceKind, compute_dtype: Option<ComputeDtype>) -> Result<Self> {
+        let compute_dtype = kind.compute_dtype(compute_dtype)?;
         let placement = match kind {
             DeviceKind::Cpu => Self::cpu(),
-            DeviceKind::Cuda if compute_dtype == Some(ComputeDtype::F32) => {
-                let reason = "only bf16 is supported on CUDA; use --compute_dtype bf16";
-                return Err(Error::config("compute_dtype", reason));
-            }
             DeviceKind::Cuda => Self::kernels(open_cuda()?),
         };
         Ok(Self {
-            compute_dtype: compute_dtype.unwrap_or(placement.compute_dtype),
+            compute_dtype,
             ..placement
         })
     }

@@ -35,11 +35,6 @@ const OP: &str = "linear";
 /// block of activations.
 pub const THREAD_SCRATCH_BYTES: u64 = (2 << 20) + (256 << 10);
 
-/// Bytes that the CPU packs of a left-hand side `[rows, k]` for all of its products, while they last.
-pub fn packed_lhs_bytes(rows: usize, k: usize, dtype: ComputeDtype) -> u64 {
-    SharedLhs::packed_bytes(rows, k, dtype)
-}
-
 /// Columns of a result that are made at a time, for a result of `features` columns.
 ///
 /// Wide tiles read the other operand less often; narrow results still give every thread its share.

@@ -30,4 +30,4 @@ mod gemm;
 mod launcher;
 mod simd;
 
-pub use gemm::is_bf16_fast;
+pub use gemm::{is_bf16_fast, packed_lhs_bytes};

@@ -345,14 +345,6 @@ impl TrainConfig {
         (self.max_steps < 0).then(|| self.num_train_epochs.unwrap_or(DEFAULT_EPOCHS))
     }
 
-    /// The type that products take their factors in: unset, that of the device.
-    pub fn compute_dtype(&self) -> ComputeDtype {
-        self.compute_dtype.unwrap_or(match self.device {
-            DeviceKind::Cpu => ComputeDtype::F32,
-            DeviceKind::Cuda => ComputeDtype::Bf16,
-        })
-    }
-
     fn validate(&self) -> Result<()> {
         self.validate_sizes()?;
         self.validate_targets()?;
@@ -366,10 +358,7 @@ impl TrainConfig {
                 "splits rows off `dataset`; give it or `eval_dataset`, not both",
             ));
         }
-        if self.device == DeviceKind::Cuda && self.compute_dtype() == ComputeDtype::F32 {
-            let reason = "only bf16 is supported on CUDA; use --compute_dtype bf16";
-            return Err(Error::config("compute_dtype", reason));
-        }
+        self.device.compute_dtype(self.compute_dtype)?;
         Ok(())
     }
 

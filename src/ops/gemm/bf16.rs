@@ -19,7 +19,7 @@ use std::sync::OnceLock;
 use rayon::prelude::*;
 
 use super::kernel::{LANES, mask, transpose};
-use super::{Into, Lhs, Mat, MatMut, Rhs, Scratch, Term};
+use super::{Into, Lhs, Mat, MatMut, Scratch, Strips, Term, blocks, for_each_piece, parts};
 
 /// Numbers of a line: the k of a step.
 const STEP: usize = 32;
@@ -95,9 +95,9 @@ pub(in super::super) struct PackedLhs {
 }
 
 impl PackedLhs {
-    /// `None` where nothing here reads it.
-    pub(super) fn new(mat: Mat<'_>) -> Option<Self> {
-        available()?;
+    /// Where there are instructions that read it.
+    pub(super) fn new(mat: Mat<'_>) -> Self {
+        assert!(available().is_some(), "nothing reads what is packed");
         let len = mat.cols.div_ceil(STEP) * LINES;
         let n = mat.rows.div_ceil(GROUP) * len;
         let mut lines = Vec::with_capacity(n);
@@ -110,13 +110,13 @@ impl PackedLhs {
         // SAFETY: every group was written.
         unsafe { lines.set_len(n) };
         let Mat { rows, cols: k, .. } = mat;
-        Some(Self { lines, rows, k })
+        Self { lines, rows, k }
     }
 
-    /// The size of one; 0 where there are none.
+    /// The size of one.
     pub(super) fn bytes(rows: usize, k: usize) -> u64 {
         let lines = rows.div_ceil(GROUP) * k.div_ceil(STEP) * LINES;
-        available().map_or(0, |_| (lines * size_of::<Line>()) as u64)
+        (lines * size_of::<Line>()) as u64
     }
 
     pub(super) fn dims(&self) -> (usize, usize) {
@@ -155,27 +155,21 @@ pub(super) fn product(
     // Equal blocks.
     let block_steps = all.div_ceil(all.div_ceil(MAX_STEPS).max(1)).max(1);
     let mut buffers = BUFFERS.take();
-    for first in (0..dst.cols).step_by(BLOCK_COLS) {
-        let cols = first..dst.cols.min(first + BLOCK_COLS);
-        // Once even if k is 0: the result still has to be written.
-        for start in (0..all.max(1)).step_by(block_steps) {
-            let steps = start..all.min(start + block_steps);
-            let add = into == Into::Add || start > 0;
-            let block = Block {
-                terms,
-                cols: cols.clone(),
-                steps,
-                add,
-            };
-            // SAFETY: the instructions are there, and the tiles configured.
-            unsafe { block.multiply(instructions, dst, &mut buffers) };
-        }
+    for (cols, steps) in blocks(dst.cols, BLOCK_COLS, all, block_steps) {
+        let block = Block {
+            terms,
+            cols,
+            add: into == Into::Add || steps.start > 0,
+            steps,
+        };
+        // SAFETY: the instructions are there, and the tiles configured.
+        unsafe { block.multiply(instructions, dst, &mut buffers) };
     }
     BUFFERS.set(buffers);
 }
 
 fn steps_of(term: &Term<'_>) -> usize {
-    term.rhs.dims().0.div_ceil(STEP)
+    term.k().div_ceil(STEP)
 }
 
 /// Some columns of a sum of products, over some steps of the terms' joined k.
@@ -243,81 +237,43 @@ impl Block<'_> {
 
     /// The terms that have a part in these steps, each with its own steps.
     fn parts(&self) -> impl Iterator<Item = (&Term<'_>, Range<usize>)> {
-        let Range { start, end } = self.steps;
-        let mut first = 0;
-        self.terms.iter().filter_map(move |term| {
-            let own = first..first + steps_of(term);
-            first = own.end;
-            let (start, end) = (start.max(own.start), end.min(own.end));
-            (start < end).then(|| (term, start - own.start..end - own.start))
-        })
+        parts(self.terms, steps_of, &self.steps)
     }
 
     /// Packs the part `steps` of a term; the panels' own parts begin with the first of `lines`.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     fn pack_rhs(
         &self,
-        Term { rhs, factor, .. }: &Term<'_>,
+        term: &Term<'_>,
         steps: Range<usize>,
         lines: &mut [Line],
         scratch: &mut Scratch,
     ) {
-        /// Steps of a weight that are dequantized at a time: with 32 rows of it 32 KiB, which stay in the L1 cache.
-        const STRIP_STEPS: usize = 8;
+        // A strip of 32 KiB, at most, stays in the L1 cache.
+        let strips = Strips {
+            mat: STEP,
+            weight: STEP,
+            transposed: 8 * STEP,
+        };
         let panel_lines = self.steps.len() * LINES;
-        let k = within(&steps, rhs.dims().0);
-        let strip = match rhs {
-            Rhs::Transposed(_) => STRIP_STEPS,
-            Rhs::Mat(_) | Rhs::Weight(_) => 1,
-        };
-        let mut pack = |at: usize, panel: usize, lanes: Mat<'_>| {
-            pack_panel(
-                lanes,
-                *factor,
-                &mut lines[panel * panel_lines + at * LINES..],
-            );
-        };
-        for at in (0..steps.len()).step_by(strip) {
-            let k = k.start + at * STEP..k.end.min(k.start + (at + strip) * STEP);
-            let panels = self.cols.clone().step_by(GROUP).enumerate();
-            let panels = panels.map(|(panel, col)| (panel, col..self.cols.end.min(col + GROUP)));
-            match rhs {
-                Rhs::Mat(rhs) => {
-                    for (panel, cols) in panels {
-                        pack(at, panel, rhs.t().rows(cols).cols(k.clone()));
-                    }
-                }
-                Rhs::Weight(w) => {
-                    let values = scratch.take(k.len() * self.cols.len());
-                    w.weight
-                        .read_tile(shifted(&k, &w.outs), shifted(&self.cols, &w.ins), values);
-                    let values = Mat::new(values, k.len(), self.cols.len()).t();
-                    for (panel, cols) in panels {
-                        let first = cols.start - self.cols.start;
-                        pack(at, panel, values.rows(first..first + cols.len()));
-                    }
-                }
-                Rhs::Transposed(w) => {
-                    for (panel, cols) in panels {
-                        let values = scratch.take(cols.len() * k.len());
-                        w.weight
-                            .read_tile(shifted(&cols, &w.outs), shifted(&k, &w.ins), values);
-                        pack(at, panel, Mat::new(values, cols.len(), k.len()));
-                    }
-                }
-            }
-        }
+        let k = within(&steps, term.k());
+        for_each_piece(
+            &term.rhs,
+            (&k, &self.cols),
+            GROUP,
+            strips,
+            scratch,
+            |k, panel, piece| {
+                let first = panel * panel_lines + k / STEP * LINES;
+                pack_panel(piece.t(), term.factor, &mut lines[first..]);
+            },
+        );
     }
 }
 
 /// The k of some steps, of `k` in all.
 fn within(steps: &Range<usize>, k: usize) -> Range<usize> {
     steps.start * STEP..k.min(steps.end * STEP)
-}
-
-/// A range within a window that begins elsewhere.
-fn shifted(range: &Range<usize>, window: &Range<usize>) -> Range<usize> {
-    window.start + range.start..window.start + range.end
 }
 
 fn grow(lines: &mut Vec<Line>, len: usize) {
@@ -334,7 +290,7 @@ fn as_uninit(lines: &mut [Line]) -> &mut [MaybeUninit<Line>] {
 /// Packs up to 32 rows; writes all lines of their steps.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn pack_lhs(rows: Mat<'_>, lines: &mut [MaybeUninit<Line>]) {
-    let steps = lines.chunks_exact_mut(LINES).zip(blocks(rows));
+    let steps = lines.chunks_exact_mut(LINES).zip(halves(rows));
     for (lines, halves) in steps {
         for (lines, half) in lines.chunks_exact_mut(LANES).zip(halves) {
             for (line, values) in lines.iter_mut().zip(by_lane(half, 1.0)) {
@@ -347,7 +303,7 @@ fn pack_lhs(rows: Mat<'_>, lines: &mut [MaybeUninit<Line>]) {
 /// Packs up to 32 columns, `lanes: [cols, k]`, each number multiplied by `factor` before it is rounded.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn pack_panel(lanes: Mat<'_>, factor: f32, lines: &mut [Line]) {
-    for (lines, halves) in lines.chunks_exact_mut(LINES).zip(blocks(lanes)) {
+    for (lines, halves) in lines.chunks_exact_mut(LINES).zip(halves(lanes)) {
         for (half, block) in halves.into_iter().enumerate() {
             for (pair, values) in by_pair(block, factor).into_iter().enumerate() {
                 lines[2 * pair + half] = as_line(values);
@@ -356,8 +312,8 @@ fn pack_panel(lanes: Mat<'_>, factor: f32, lines: &mut [Line]) {
     }
 }
 
-/// Each step of up to 32 lanes, as two blocks of 16 lanes.
-fn blocks(lanes: Mat<'_>) -> impl Iterator<Item = [Mat<'_>; 2]> {
+/// Each step of up to 32 lanes, as two halves of 16 lanes.
+fn halves(lanes: Mat<'_>) -> impl Iterator<Item = [Mat<'_>; 2]> {
     (0..lanes.cols).step_by(STEP).map(move |k| {
         let step = lanes.cols(k..lanes.cols.min(k + STEP));
         let middle = step.rows.min(LANES);

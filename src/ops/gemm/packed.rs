@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::kernel::{
     Ahead, LANES, LHS_STRIDE, Lhs, MAX_K, ROWS, Tile, VECS, mask, multiply, transpose,
 };
-use super::{F32Term, Into, Mat, MatMut, Rhs, Scratch};
+use super::{F32Term, Into, Mat, MatMut, Scratch, Strips, blocks, for_each_piece, parts};
 
 /// Columns of a block: with 768 steps of k, 3/4 of the L2 cache of a Zen 4.
 const BLOCK_COLS: usize = 256;
@@ -40,21 +40,16 @@ pub(super) fn is_available() -> bool {
 /// The processor has AVX-512 F, the terms fit `dst`, and there is at least one.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn product(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
-    let k: usize = terms.iter().map(|term| term.lhs.cols).sum();
+    let k: usize = terms.iter().map(F32Term::k).sum();
     // Equal blocks, of whole blocks of quantization where there are several.
     let block_k = match k.div_ceil(MAX_K) {
         0 | 1 => k.max(1),
         blocks => k.div_ceil(blocks).next_multiple_of(64),
     };
     let mut buffers = BUFFERS.take();
-    for first in (0..dst.cols).step_by(BLOCK_COLS) {
-        let cols = first..dst.cols.min(first + BLOCK_COLS);
-        // Once even if k is 0: the result still has to be written.
-        for start in (0..k.max(1)).step_by(block_k) {
-            let steps = start..k.min(start + block_k);
-            let add = into == Into::Add || start > 0;
-            block(dst, add, terms, cols.clone(), steps, &mut buffers);
-        }
+    for (cols, steps) in blocks(dst.cols, BLOCK_COLS, k, block_k) {
+        let add = into == Into::Add || steps.start > 0;
+        block(dst, add, terms, cols, steps, &mut buffers);
     }
     BUFFERS.set(buffers);
 }
@@ -76,7 +71,7 @@ fn block(
         cols: cols.len(),
     };
     let mut at = 0;
-    for (term, within) in parts(terms, &steps) {
+    for (term, within) in parts(terms, F32Term::k, &steps) {
         let len = within.len();
         pack_rhs(
             &mut rhs,
@@ -95,7 +90,7 @@ fn block(
         let rows = ROWS.min(dst.rows - row);
         lhs.clear();
         let mut at = 0;
-        for (term, within) in parts(terms, &steps) {
+        for (term, within) in parts(terms, F32Term::k, &steps) {
             let part = term.lhs.rows(row..row + rows).cols(within);
             lhs.push(readable(part, &mut copies[at..]));
             at += part.cols;
@@ -121,21 +116,6 @@ fn block(
             }
         }
     }
-}
-
-/// The terms that have a part in `steps` of the joined k, each with its own steps.
-fn parts<'a, 'b>(
-    terms: &'a [F32Term<'b>],
-    steps: &Range<usize>,
-) -> impl Iterator<Item = (&'a F32Term<'b>, Range<usize>)> {
-    let Range { start, end } = *steps;
-    let mut first = 0;
-    terms.iter().filter_map(move |term| {
-        let own = first..first + term.lhs.cols;
-        first = own.end;
-        let (start, end) = (start.max(own.start), end.min(own.end));
-        (start < end).then(|| (term, start - own.start..end - own.start))
-    })
 }
 
 /// The next rows of the first term's left-hand side.
@@ -198,43 +178,22 @@ fn pack_rhs(
     cols: Range<usize>,
     scratch: &mut Scratch,
 ) {
-    /// Rows of a weight that are dequantized at a time: 16 KiB, which stay in the L1 cache.
-    const STRIP: usize = 16;
-    match &term.rhs {
-        Rhs::Mat(rhs) => {
-            let rhs = rhs.rows(steps).cols(cols);
-            for panel in 0..rhs.cols.div_ceil(PANEL) {
-                let cols = panel * PANEL..rhs.cols.min((panel + 1) * PANEL);
-                pack_panel(panels.panel(panel), at, rhs.cols(cols), term.factor);
-            }
-        }
-        Rhs::Weight(w) => {
-            let ins = w.ins.start + cols.start..w.ins.start + cols.end;
-            for start in steps.clone().step_by(STRIP) {
-                let rows = start..steps.end.min(start + STRIP);
-                let strip = scratch.take(rows.len() * ins.len());
-                let outs = w.outs.start + rows.start..w.outs.start + rows.end;
-                w.weight.read_tile(outs, ins.clone(), strip);
-                let strip = Mat::new(strip, rows.len(), ins.len());
-                for panel in 0..strip.cols.div_ceil(PANEL) {
-                    let cols = panel * PANEL..strip.cols.min((panel + 1) * PANEL);
-                    let at = at + start - steps.start;
-                    pack_panel(panels.panel(panel), at, strip.cols(cols), term.factor);
-                }
-            }
-        }
-        Rhs::Transposed(w) => {
-            let ins = w.ins.start + steps.start..w.ins.start + steps.end;
-            for (panel, start) in cols.clone().step_by(PANEL).enumerate() {
-                let rows = start..cols.end.min(start + PANEL);
-                let strip = scratch.take(rows.len() * ins.len());
-                let outs = w.outs.start + rows.start..w.outs.start + rows.end;
-                w.weight.read_tile(outs, ins.clone(), strip);
-                let strip = Mat::new(strip, rows.len(), ins.len()).t();
-                pack_panel(panels.panel(panel), at, strip, term.factor);
-            }
-        }
-    }
+    // 16 rows of a weight are 16 KiB, which stay in the L1 cache.
+    let strips = Strips {
+        mat: MAX_K,
+        weight: 16,
+        transposed: MAX_K,
+    };
+    for_each_piece(
+        &term.rhs,
+        (&steps, &cols),
+        PANEL,
+        strips,
+        scratch,
+        |k, panel, piece| {
+            pack_panel(panels.panel(panel), at + k, piece, term.factor);
+        },
+    );
 }
 
 /// Writes `factor * rhs` from step `at` of a panel on, with zeros in the columns that `rhs` lacks.

@@ -146,8 +146,10 @@ impl ForeignKey {
         let accepted: &[&str] = match self.accepted {
             Accepted::Any => return Ok(()),
             Accepted::Only(accepted) => accepted,
-            Accepted::WhetherBf16 if config.compute_dtype() == ComputeDtype::Bf16 => &["true"],
-            Accepted::WhetherBf16 => &["false"],
+            Accepted::WhetherBf16 => match config.device.compute_dtype(config.compute_dtype)? {
+                ComputeDtype::Bf16 => &["true"],
+                ComputeDtype::F32 => &["false"],
+            },
         };
         let is_accepted = |accepted: &&str| match (accepted.parse::<f64>(), text.parse::<f64>()) {
             (Ok(a), Ok(b)) => a == b,

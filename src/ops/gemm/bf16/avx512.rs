@@ -18,11 +18,8 @@ const VECS: usize = 2;
 pub(super) unsafe fn multiply(lhs: &[&[Line]], rhs: &[Line], tile: Tile) {
     for first in (0..tile.rows).step_by(ROWS) {
         let mut sums = [[_mm512_setzero_ps(); VECS]; ROWS];
-        let mut rhs = rhs.chunks_exact(LINES);
-        for lhs in lhs.iter().flat_map(|part| part.chunks_exact(LINES)) {
-            let Some(rhs) = rhs.next() else {
-                unreachable!("both sides have the same steps")
-            };
+        let lhs = lhs.iter().flat_map(|part| part.chunks_exact(LINES));
+        for (lhs, rhs) in lhs.zip(rhs.chunks_exact(LINES)) {
             for pair in 0..STEP / 2 {
                 let b = [vector(&rhs[2 * pair]), vector(&rhs[2 * pair + 1])];
                 for (sums, a) in sums.iter_mut().zip(&lhs[first..first + ROWS]) {
