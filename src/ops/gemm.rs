@@ -444,6 +444,10 @@ fn f32_sum(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
         // SAFETY: just checked.
         return unsafe { packed::product(dst, into, terms) };
     }
+    sum_by_crate(dst, into, terms);
+}
+
+fn sum_by_crate(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
     for (i, F32Term { lhs, rhs, factor }) in terms.iter().enumerate() {
         let into = if i == 0 { into } else { Into::Add };
         with_values(rhs, |rhs| matmul_by_crate(dst, into, *lhs, rhs, *factor));
@@ -617,18 +621,54 @@ fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
     result
 }
 
-/// Gives `f` the tiles of `width` columns of the row-major `dst: [rows, cols]`, in parallel.
+/// What the rows or the columns of a result are divided into for the threads: `most` at a time, or less if that leaves some
+/// thread without two shares; there are `beside` of the others.
+///
+/// No element of a product may depend on the number of threads. The crate `gemm` takes its sums in another order where a result
+/// has at most 64 rows and columns, or 256 elements in all; so no share is as small, or all are whatever the number of threads.
+fn shares(
+    len: usize,
+    beside: usize,
+    most: usize,
+) -> impl IndexedParallelIterator<Item = Range<usize>> {
+    /// Rows and columns that our own kernels pack together.
+    const UNIT: usize = 32;
+    let units = len.div_ceil(UNIT);
+    // Of three units, the last of which may not be whole.
+    let smallest = if beside < 4 { 0 } else { units / 3 };
+    let wanted = 2 * rayon::current_num_threads();
+    let shares = wanted.min(smallest).max(len.div_ceil(most));
+    let start = move |share| len.min(UNIT * (units * share / shares));
+    let shares = (0..shares).into_par_iter();
+    shares.map(move |share| start(share)..start(share + 1))
+}
+
+/// Gives `f` tiles of the row-major `dst: [rows, cols]`, all of its rows and up to `widest` columns, in parallel.
 pub(super) fn for_each_column_tile(
     dst: Shared<'_>,
     (rows, cols): (usize, usize),
-    width: usize,
+    widest: usize,
     f: impl Fn(MatMut<'_>, Range<usize>) + Sync,
 ) {
     assert_eq!(dst.len, rows * cols, "tiles of a matrix");
-    (0..cols.div_ceil(width)).into_par_iter().for_each(|tile| {
-        let range = tile * width..cols.min((tile + 1) * width);
+    shares(cols, rows, widest).for_each(|range| {
         // SAFETY: tiles are disjoint ranges of columns.
         let tile = unsafe { dst.mat(range.start, rows, range.len(), cols) };
+        f(tile, range);
+    });
+}
+
+/// The same with all of its columns and up to `tallest` rows.
+pub(super) fn for_each_row_tile(
+    dst: Shared<'_>,
+    (rows, cols): (usize, usize),
+    tallest: usize,
+    f: impl Fn(MatMut<'_>, Range<usize>) + Sync,
+) {
+    assert_eq!(dst.len, rows * cols, "tiles of a matrix");
+    shares(rows, cols, tallest).for_each(|range| {
+        // SAFETY: tiles are disjoint ranges of rows.
+        let tile = unsafe { dst.mat(range.start * cols, range.len(), cols, cols) };
         f(tile, range);
     });
 }
@@ -641,19 +681,9 @@ pub(super) fn matmul_by_rows(
     rhs: Mat<'_>,
     factor: f32,
 ) {
-    const ROWS: usize = 256;
-    let cols = rhs.cols;
-    assert_eq!(dst.len(), lhs.rows * cols, "matmul shapes");
-    dst.par_chunks_mut((ROWS * cols).max(1))
-        .enumerate()
-        .for_each(|(i, chunk)| {
-            let rows = i * ROWS..lhs.rows.min((i + 1) * ROWS);
-            matmul(
-                &mut MatMut::new(chunk, rows.len(), cols),
-                into,
-                lhs.rows(rows).to(dtype),
-                rhs,
-                factor,
-            );
-        });
+    const TALLEST: usize = 256;
+    let shape = (lhs.rows, rhs.cols);
+    for_each_row_tile(Shared::new(dst), shape, TALLEST, |mut tile, rows| {
+        matmul(&mut tile, into, lhs.rows(rows).to(dtype), rhs, factor);
+    });
 }

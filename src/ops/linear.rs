@@ -35,12 +35,8 @@ const OP: &str = "linear";
 /// block of activations.
 pub const THREAD_SCRATCH_BYTES: u64 = (2 << 20) + (256 << 10);
 
-/// Columns of a result that are made at a time, for a result of `features` columns.
-///
-/// Wide tiles read the other operand less often; narrow results still give every thread its share.
-fn tile_width(features: usize) -> usize {
-    if features >= 1024 { 256 } else { 192 }
-}
+/// Columns of a result that are made at a time, at most: wide tiles read the other operand less often.
+const WIDEST_TILE: usize = 256;
 
 /// An adapter's factors, `a: [R, in]`, `b: [out, R]`.
 #[derive(Clone, Copy)]
@@ -122,8 +118,7 @@ pub fn forward_with_u(
     };
     let bias = bias.map(|bias| read(OP, bias)).transpose()?;
     let fill = |y: Shared<'_>| {
-        let width = tile_width(d_out);
-        for_each_column_tile(y, (n, d_out), width, |mut tile, outs| {
+        for_each_column_tile(y, (n, d_out), WIDEST_TILE, |mut tile, outs| {
             let base = Term {
                 lhs: x.lhs(),
                 rhs: Rhs::Transposed(Window {
@@ -270,7 +265,7 @@ pub fn backward_lora(
     for_each_column_tile(
         Shared::new(&mut d_b_transposed),
         (r, d_out),
-        tile_width(d_out),
+        WIDEST_TILE,
         |mut tile, outs| {
             matmul(
                 &mut tile,
@@ -302,8 +297,8 @@ pub fn backward_lora(
             masked::add_grad_a(x, du_mat, d_a);
         }
         None => {
-            let (d_a, width) = (Shared::new(d_a), tile_width(d_in));
-            for_each_column_tile(d_a, (r, d_in), width, |mut tile, ins| {
+            let d_a = Shared::new(d_a);
+            for_each_column_tile(d_a, (r, d_in), WIDEST_TILE, |mut tile, ins| {
                 let x = Mat::new(&x, n, d_in).cols(ins);
                 matmul(&mut tile, Into::Add, du_mat.t().to(dtype), x, 1.0);
             });
@@ -346,8 +341,7 @@ pub fn backward_input(
         None => None,
     };
     let add = |dx: Shared<'_>, into: Into| {
-        let width = tile_width(d_in);
-        for_each_column_tile(dx, (n, d_in), width, |mut tile, ins| {
+        for_each_column_tile(dx, (n, d_in), WIDEST_TILE, |mut tile, ins| {
             let base = Term {
                 lhs: dy.lhs(),
                 rhs: Rhs::Weight(Window {

@@ -29,7 +29,7 @@ const CHUNK_BYTES: usize = 64 << 20;
 const MAX_CHUNK_ROWS: usize = 1024;
 /// Words of the vocabulary whose logits lie together: rows of a whole vocabulary would each start on another page.
 const VOCAB_TILE: usize = 512;
-/// Columns of `dx` made at a time.
+/// Columns of `dx` made at a time, at most.
 const HIDDEN_TILE: usize = 384;
 
 thread_local! {

@@ -1,4 +1,5 @@
-//! Products in bf16 against the same products of the rounded numbers in f64, by every kind of instructions that there is.
+//! Products in bf16 against the same products of the rounded numbers in f64, by every kind of instructions that there is; all
+//! products with one thread against those with many.
 
 use super::*;
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
@@ -38,7 +39,7 @@ impl Owned {
     }
 }
 
-type Product = Box<dyn Fn(&mut MatMut<'_>, Into, &[Term<'_>])>;
+type Product = Box<dyn Fn(&mut MatMut<'_>, Into, &[Term<'_>]) + Sync>;
 
 /// Every way to make a product here.
 fn ways() -> Vec<(String, Product)> {
@@ -242,5 +243,92 @@ fn few_rows_are_multiplied_with_a_weight_in_f32() {
             y
         };
         assert_eq!(product(ComputeDtype::Bf16), product(ComputeDtype::F32));
+    }
+}
+
+/// Every way to make a product here in f32.
+fn ways_in_f32() -> Vec<(String, Product)> {
+    fn in_f32<'a>(terms: &[Term<'a>]) -> Vec<F32Term<'a>> {
+        terms.iter().filter_map(Term::in_f32).collect()
+    }
+    let mut ways: Vec<(String, Product)> = vec![(
+        "crate".into(),
+        Box::new(move |dst, into, terms| sum_by_crate(dst, into, &in_f32(terms))),
+    )];
+    #[cfg(target_arch = "x86_64")]
+    if packed::is_available() {
+        ways.push((
+            "packed".into(),
+            // SAFETY: just checked.
+            Box::new(move |dst, into, terms| unsafe { packed::product(dst, into, &in_f32(terms)) }),
+        ));
+    }
+    ways
+}
+
+/// The same bytes come out of a run with any number of threads.
+#[test]
+fn an_element_has_the_same_bits_with_any_number_of_threads() {
+    let mut numbers = Numbers(4);
+    for (rows, k, cols) in [
+        (200, 1100, 300),
+        (300, 1100, 200),
+        (97, 600, 8),
+        (3, 600, 700),
+        (40, 700, 257),
+        (300, 64, 2),
+    ] {
+        let values = DenseTensor::from_f32(vec![cols, k], &numbers.take(cols * k));
+        let weight = FrozenWeight::Dense(values);
+        let (x, b) = (numbers.matrix(rows, k), numbers.matrix(k, cols));
+        let terms = |in_rows: Range<usize>, in_cols: Range<usize>, dtype| {
+            let lhs = |is_transposed| x.mat(rows, k, is_transposed).rows(in_rows.clone());
+            let window = Window {
+                weight: &weight,
+                outs: in_cols.clone(),
+                ins: 0..k,
+            };
+            let base = Term {
+                lhs: lhs(false).to(dtype),
+                rhs: Rhs::Transposed(window),
+                factor: 1.0,
+            };
+            let adapter = Term {
+                lhs: lhs(true).to(dtype),
+                rhs: b.mat(k, cols, false).cols(in_cols).into(),
+                factor: 0.7,
+            };
+            [base, adapter]
+        };
+        for (dtype, ways) in [
+            (ComputeDtype::F32, ways_in_f32()),
+            (ComputeDtype::Bf16, ways()),
+        ] {
+            for (name, product) in ways {
+                let bits = |threads: usize, by_rows: bool| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    let mut sums = vec![0.0; rows * cols];
+                    let fill = |dst: Shared<'_>| match by_rows {
+                        true => for_each_row_tile(dst, (rows, cols), 256, |mut tile, rows| {
+                            product(&mut tile, Into::Overwrite, &terms(rows, 0..cols, dtype));
+                        }),
+                        false => for_each_column_tile(dst, (rows, cols), 256, |mut tile, cols| {
+                            product(&mut tile, Into::Overwrite, &terms(0..rows, cols, dtype));
+                        }),
+                    };
+                    pool.unwrap().install(|| fill(Shared::new(&mut sums)));
+                    sums.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>()
+                };
+                for by_rows in [true, false] {
+                    let of_one = bits(1, by_rows);
+                    for threads in [2, 3, 40] {
+                        assert!(
+                            bits(threads, by_rows) == of_one,
+                            "{name}, {rows} x {k} x {cols}, tiles of rows {by_rows}, {threads} threads"
+                        );
+                    }
+                }
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::super::cpu::{self, expect_dims, read};
 use super::super::gemm::{Into, Mat, Shared, Term, for_each_column_tile, matmul_sum};
 use super::super::launcher::{Factor, Launcher};
-use super::{Lora, OP, down_project, expect_factors, masked, tile_width};
+use super::{Lora, OP, WIDEST_TILE, down_project, expect_factors, masked};
 use crate::Result;
 
 /// `y += scaling u B^T`; gives `u = x' A^T`, which backward needs.
@@ -25,19 +25,14 @@ pub fn add_adapter(x: &Tensor, lora: Lora<'_>, y: &Tensor) -> Result<Tensor> {
     let (u_data, b) = (read(OP, &u)?, read(OP, lora.b)?);
     let r = lora.b.dim(1)?;
     cpu::write(OP, y, |y| {
-        for_each_column_tile(
-            Shared::new(y),
-            (n, d_out),
-            tile_width(d_out),
-            |mut tile, outs| {
-                let term = Term {
-                    lhs: Mat::new(&u_data, n, r).to(lora.compute_dtype),
-                    rhs: Mat::new(&b, d_out, r).rows(outs).t().into(),
-                    factor: lora.scaling,
-                };
-                matmul_sum(&mut tile, Into::Add, &[term]);
-            },
-        );
+        for_each_column_tile(Shared::new(y), (n, d_out), WIDEST_TILE, |mut tile, outs| {
+            let term = Term {
+                lhs: Mat::new(&u_data, n, r).to(lora.compute_dtype),
+                rhs: Mat::new(&b, d_out, r).rows(outs).t().into(),
+                factor: lora.scaling,
+            };
+            matmul_sum(&mut tile, Into::Add, &[term]);
+        });
     })?;
     drop(u_data);
     Ok(u)
@@ -58,16 +53,18 @@ pub fn add_adapter_backward(du: &Tensor, lora: Lora<'_>, dx: &Tensor) -> Result<
     let (du, a) = (Mat::new(&du, n, r), Mat::new(&a, r, d_in));
     let dtype = lora.compute_dtype;
     cpu::write(OP, dx, |dx| {
-        let (dx, width) = (Shared::new(dx), tile_width(d_in));
-        for_each_column_tile(dx, (n, d_in), width, |mut tile, ins| match lora.mask {
-            Some(mask) => masked::add_up_project((du, dtype), a, mask, ins, &mut tile),
-            None => {
-                let term = Term {
-                    lhs: du.to(dtype),
-                    rhs: a.cols(ins).into(),
-                    factor: 1.0,
-                };
-                matmul_sum(&mut tile, Into::Add, &[term]);
+        let dx = Shared::new(dx);
+        for_each_column_tile(dx, (n, d_in), WIDEST_TILE, |mut tile, ins| {
+            match lora.mask {
+                Some(mask) => masked::add_up_project((du, dtype), a, mask, ins, &mut tile),
+                None => {
+                    let term = Term {
+                        lhs: du.to(dtype),
+                        rhs: a.cols(ins).into(),
+                        factor: 1.0,
+                    };
+                    matmul_sum(&mut tile, Into::Add, &[term]);
+                }
             }
         });
     })

@@ -7,12 +7,12 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::super::dropout::Mask;
-use super::super::gemm::{Into, Mat, MatMut, Shared, for_each_column_tile, matmul};
+use super::super::gemm::{
+    Into, Mat, MatMut, Shared, for_each_column_tile, for_each_row_tile, matmul,
+};
 use super::super::simd::prefetch;
-use super::tile_width;
+use super::WIDEST_TILE;
 use crate::device::ComputeDtype;
 
 /// Rows, and at most as many columns, of a block that is masked: 256 KiB, a part of the L2 cache.
@@ -65,11 +65,8 @@ impl Masked<'_> {
 /// # Shapes
 /// `x: [N, in]`, `a: [R, in]`, `u: [N, R]`.
 pub(super) fn down_project(x: Masked<'_>, a: Mat<'_>, u: &mut [f32]) {
-    let r = a.rows;
-    let tasks = u.par_chunks_mut((BLOCK * r).max(1)).enumerate();
-    tasks.for_each(|(task, u)| {
-        let rows = task * BLOCK..task * BLOCK + u.len() / r;
-        let mut u = MatMut::new(u, rows.len(), r);
+    let shape = (u.len() / a.rows, a.rows);
+    for_each_row_tile(Shared::new(u), shape, BLOCK, |mut u, rows| {
         for ins in blocks(x.cols) {
             with_block(|block| {
                 x.read(rows.clone(), ins.clone(), block);
@@ -92,21 +89,16 @@ pub(super) fn down_project(x: Masked<'_>, a: Mat<'_>, u: &mut [f32]) {
 /// `x: [N, in]`, `du: [N, R]`, `d_a: [R, in]`.
 pub(super) fn add_grad_a(x: Masked<'_>, du: Mat<'_>, d_a: &mut [f32]) {
     let dims = (du.cols, x.cols);
-    for_each_column_tile(
-        Shared::new(d_a),
-        dims,
-        tile_width(x.cols),
-        |mut tile, ins| {
-            for rows in blocks(du.rows) {
-                with_block(|block| {
-                    x.read(rows.clone(), ins.clone(), block);
-                    let block = Mat::new(block, rows.len(), ins.len());
-                    let du = du.rows(rows).t().to(x.dtype);
-                    matmul(&mut tile, Into::Add, du, block, x.mask.keep_scale());
-                });
-            }
-        },
-    );
+    for_each_column_tile(Shared::new(d_a), dims, WIDEST_TILE, |mut tile, ins| {
+        for rows in blocks(du.rows) {
+            with_block(|block| {
+                x.read(rows.clone(), ins.clone(), block);
+                let block = Mat::new(block, rows.len(), ins.len());
+                let du = du.rows(rows).t().to(x.dtype);
+                matmul(&mut tile, Into::Add, du, block, x.mask.keep_scale());
+            });
+        }
+    });
 }
 
 /// `dx = keep_scale mask (du A)` for the columns `ins` of `dx: [N, in]`, at most [`BLOCK`] of them.
