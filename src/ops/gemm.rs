@@ -1,4 +1,4 @@
-//! Matrix products on the CPU: checked views, sums of products, and tiles of a result handed to threads.
+//! Matrix products on the CPU: checked views (`mat`), sums of products, and tiles of a result handed to threads (`tiles`).
 //!
 //! In f32 our own kernel makes them where there is AVX-512 (`kernel`, `packed`), elsewhere the crate `gemm`. In bf16, with sums
 //! in f32, they are made by AMX or AVX512-BF16 (`bf16`), elsewhere in f32 of rounded numbers.
@@ -7,88 +7,38 @@
 mod bf16;
 #[cfg(target_arch = "x86_64")]
 mod kernel;
+mod mat;
 #[cfg(target_arch = "x86_64")]
 mod packed;
+#[cfg(target_arch = "x86_64")]
+mod pieces;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use std::cell::Cell;
-use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use gemm::Parallelism;
-use rayon::prelude::*;
 
 use crate::device::ComputeDtype;
 use crate::quant::FrozenWeight;
 
-/// A matrix inside a slice of f32, by its strides in elements.
+pub(super) use mat::{Mat, MatMut, Shared};
+pub(super) use tiles::{for_each_column_tile, for_each_row_tile, matmul_by_rows};
+
+/// The left-hand side of a product, which decides in what numbers the product is made.
 #[derive(Clone, Copy)]
-pub(super) struct Mat<'a> {
-    data: &'a [f32],
-    pub(super) rows: usize,
-    pub(super) cols: usize,
-    row_stride: usize,
-    col_stride: usize,
+pub(super) enum Lhs<'a> {
+    F32(Mat<'a>),
+    /// Both sides are rounded to bf16 as they are read; sums are in f32.
+    Bf16(Mat<'a>),
+    /// The same, of a side that was rounded before.
+    #[cfg(target_arch = "x86_64")]
+    Packed(&'a bf16::PackedLhs),
 }
 
 impl<'a> Mat<'a> {
-    /// A row-major matrix at the start of `data` whose rows begin `row_stride` elements apart.
-    pub(super) fn strided(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert!(cols <= row_stride || rows <= 1, "rows of a matrix overlap");
-        assert!(
-            rows == 0 || data.len() >= (rows - 1) * row_stride + cols,
-            "matrix past the end of its data"
-        );
-        Self {
-            data,
-            rows,
-            cols,
-            row_stride,
-            col_stride: 1,
-        }
-    }
-
-    /// A row-major matrix without gaps.
-    pub(super) fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self::strided(data, rows, cols, cols)
-    }
-
-    /// The transposed view.
-    pub(super) fn t(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
-    }
-
-    /// A range of rows of this view.
-    pub(super) fn rows(self, rows: Range<usize>) -> Self {
-        assert!(
-            rows.start <= rows.end && rows.end <= self.rows,
-            "rows outside the matrix"
-        );
-        let start = if rows.is_empty() {
-            0
-        } else {
-            rows.start * self.row_stride
-        };
-        Self {
-            data: &self.data[start..],
-            rows: rows.len(),
-            ..self
-        }
-    }
-
-    /// A range of columns of this view.
-    pub(super) fn cols(self, cols: Range<usize>) -> Self {
-        self.t().rows(cols).t()
-    }
-
     /// As the left-hand side of a product in `dtype`.
     pub(super) fn to(self, dtype: ComputeDtype) -> Lhs<'a> {
         match dtype {
@@ -107,17 +57,6 @@ impl<'a> Mat<'a> {
 
 fn round(value: f32) -> f32 {
     half::bf16::from_f32(value).to_f32()
-}
-
-/// The left-hand side of a product, which decides in what numbers the product is made.
-#[derive(Clone, Copy)]
-pub(super) enum Lhs<'a> {
-    F32(Mat<'a>),
-    /// Both sides are rounded to bf16 as they are read; sums are in f32.
-    Bf16(Mat<'a>),
-    /// The same, of a side that was rounded before.
-    #[cfg(target_arch = "x86_64")]
-    Packed(&'a bf16::PackedLhs),
 }
 
 impl<'a> From<Mat<'a>> for Lhs<'a> {
@@ -189,51 +128,6 @@ pub fn packed_lhs_bytes(rows: usize, k: usize, dtype: ComputeDtype) -> u64 {
     0
 }
 
-/// A row-major matrix to be written; unlike a slice, several of them can lie between each other's rows.
-pub(super) struct MatMut<'a> {
-    data: *mut f32,
-    pub(super) rows: usize,
-    pub(super) cols: usize,
-    row_stride: usize,
-    lifetime: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: a MatMut is the only way to its elements, like a mutable slice.
-unsafe impl Send for MatMut<'_> {}
-
-impl<'a> MatMut<'a> {
-    pub(super) fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
-        assert!(data.len() >= rows * cols, "matrix past the end of its data");
-        Self {
-            data: data.as_mut_ptr(),
-            rows,
-            cols,
-            row_stride: cols,
-            lifetime: PhantomData,
-        }
-    }
-
-    /// A range of rows.
-    pub(super) fn rows(&mut self, rows: Range<usize>) -> MatMut<'_> {
-        assert!(
-            rows.start <= rows.end && rows.end <= self.rows,
-            "rows outside the matrix"
-        );
-        MatMut {
-            data: self.data.wrapping_add(rows.start * self.row_stride),
-            rows: rows.len(),
-            lifetime: PhantomData,
-            ..*self
-        }
-    }
-
-    pub(super) fn row(&mut self, row: usize) -> &mut [f32] {
-        assert!(row < self.rows, "row outside the matrix");
-        // SAFETY: the constructors checked that every row lies in the data, which is exclusively ours.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.row_stride), self.cols) }
-    }
-}
-
 /// What a product does with the values already there.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Into {
@@ -288,98 +182,6 @@ type F32Term<'a> = Term<'a, Mat<'a>>;
 impl<L> Term<'_, L> {
     fn k(&self) -> usize {
         self.rhs.dims().0
-    }
-}
-
-/// Blocks of columns of a sum of products over blocks of the terms' joined k, those of the same columns one after another. There
-/// is one even if k is 0: the result still has to be written.
-fn blocks(
-    cols: usize,
-    block_cols: usize,
-    k: usize,
-    block_k: usize,
-) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-    let block = |start: usize, len: usize, all: usize| start..all.min(start + len);
-    (0..cols).step_by(block_cols).flat_map(move |first| {
-        let steps = (0..k.max(1)).step_by(block_k);
-        steps.map(move |start| (block(first, block_cols, cols), block(start, block_k, k)))
-    })
-}
-
-/// The terms that have a part in `steps` of their joined k, each with its own steps, of which it has `steps_of`.
-fn parts<'t, T>(
-    terms: &'t [T],
-    steps_of: impl Fn(&T) -> usize,
-    steps: &Range<usize>,
-) -> impl Iterator<Item = (&'t T, Range<usize>)> {
-    let Range { start, end } = *steps;
-    let mut first = 0;
-    terms.iter().filter_map(move |term| {
-        let own = first..first + steps_of(term);
-        first = own.end;
-        let (start, end) = (start.max(own.start), end.min(own.end));
-        (start < end).then(|| (term, start - own.start..end - own.start))
-    })
-}
-
-/// How many k of a right-hand side are read at a time.
-struct Strips {
-    /// Of a matrix, for all columns: more are read panel by panel, each row of which may begin on another page.
-    mat: usize,
-    /// Of a weight `[outs, ins]`, for all columns.
-    weight: usize,
-    /// Of a weight `[ins, outs]`, for one panel.
-    transposed: usize,
-}
-
-/// Gives `f` the part `steps` by `cols` of a right-hand side in pieces `[k, up to width columns]`, with the first k of each,
-/// counted from that of `steps`, and its panel. Weights are dequantized into `scratch`.
-fn for_each_piece(
-    rhs: &Rhs<'_>,
-    (steps, cols): (&Range<usize>, &Range<usize>),
-    width: usize,
-    strips: Strips,
-    scratch: &mut Scratch,
-    mut f: impl FnMut(usize, usize, Mat<'_>),
-) {
-    let panels = || {
-        let starts = cols.clone().step_by(width).enumerate();
-        starts.map(|(panel, start)| (panel, start..cols.end.min(start + width)))
-    };
-    let shifted = |range: &Range<usize>, by: usize| range.start + by..range.end + by;
-    let strips_of = |len: usize| {
-        let starts = steps.clone().step_by(len);
-        starts.map(move |start| start..steps.end.min(start + len))
-    };
-    match rhs {
-        Rhs::Mat(rhs) => {
-            for k in strips_of(strips.mat) {
-                for (panel, cols) in panels() {
-                    f(k.start - steps.start, panel, rhs.rows(k.clone()).cols(cols));
-                }
-            }
-        }
-        Rhs::Weight(Window { weight, outs, ins }) => {
-            for k in strips_of(strips.weight) {
-                let strip = scratch.take(k.len() * cols.len());
-                weight.read_tile(shifted(&k, outs.start), shifted(cols, ins.start), strip);
-                let strip = Mat::new(strip, k.len(), cols.len());
-                for (panel, part) in panels() {
-                    let part = part.start - cols.start..part.end - cols.start;
-                    f(k.start - steps.start, panel, strip.cols(part));
-                }
-            }
-        }
-        Rhs::Transposed(Window { weight, outs, ins }) => {
-            for k in strips_of(strips.transposed) {
-                for (panel, part) in panels() {
-                    let strip = scratch.take(part.len() * k.len());
-                    weight.read_tile(shifted(&part, outs.start), shifted(&k, ins.start), strip);
-                    let strip = Mat::new(strip, part.len(), k.len()).t();
-                    f(k.start - steps.start, panel, strip);
-                }
-            }
-        }
     }
 }
 
@@ -537,63 +339,6 @@ fn matmul_by_crate(dst: &mut MatMut<'_>, into: Into, lhs: Mat<'_>, rhs: Mat<'_>,
     }
 }
 
-/// A slice that is shared out among threads as matrices which do not meet.
-pub(super) struct Shared<'a> {
-    data: *mut f32,
-    len: usize,
-    lifetime: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: access goes through `mat`, whose caller promises that no two matrices in use meet.
-unsafe impl Sync for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    pub(super) fn new(data: &'a mut [f32]) -> Self {
-        Self {
-            data: data.as_mut_ptr(),
-            len: data.len(),
-            lifetime: PhantomData,
-        }
-    }
-
-    /// Data that has no values yet.
-    ///
-    /// # Safety
-    /// What is taken from it has to be overwritten before it is read.
-    pub(super) unsafe fn uninit(data: &'a mut [MaybeUninit<f32>]) -> Self {
-        Self {
-            data: data.as_mut_ptr().cast(),
-            len: data.len(),
-            lifetime: PhantomData,
-        }
-    }
-
-    /// The matrix that begins at element `start`.
-    ///
-    /// # Safety
-    /// No other matrix in use at the same time may share an element with this one.
-    pub(super) unsafe fn mat(
-        &self,
-        start: usize,
-        rows: usize,
-        cols: usize,
-        row_stride: usize,
-    ) -> MatMut<'_> {
-        assert!(
-            rows == 0 || start + (rows - 1) * row_stride + cols <= self.len,
-            "matrix past the end of its data"
-        );
-        MatMut {
-            // SAFETY: within the data, as just checked.
-            data: unsafe { self.data.add(start) },
-            rows,
-            cols,
-            row_stride,
-            lifetime: PhantomData,
-        }
-    }
-}
-
 /// Memory for intermediate values, as long as the longest use of it so far.
 #[derive(Default)]
 struct Scratch(Vec<f32>);
@@ -619,71 +364,4 @@ fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
     let result = f(&mut scratch);
     SCRATCH.set(scratch);
     result
-}
-
-/// What the rows or the columns of a result are divided into for the threads: `most` at a time, or less if that leaves some
-/// thread without two shares; there are `beside` of the others.
-///
-/// No element of a product may depend on the number of threads. The crate `gemm` takes its sums in another order where a result
-/// has at most 64 rows and columns, or 256 elements in all; so no share is as small, or all are whatever the number of threads.
-fn shares(
-    len: usize,
-    beside: usize,
-    most: usize,
-) -> impl IndexedParallelIterator<Item = Range<usize>> {
-    /// Rows and columns that our own kernels pack together.
-    const UNIT: usize = 32;
-    let units = len.div_ceil(UNIT);
-    // Of three units, the last of which may not be whole.
-    let smallest = if beside < 4 { 0 } else { units / 3 };
-    let wanted = 2 * rayon::current_num_threads();
-    let shares = wanted.min(smallest).max(len.div_ceil(most));
-    let start = move |share| len.min(UNIT * (units * share / shares));
-    let shares = (0..shares).into_par_iter();
-    shares.map(move |share| start(share)..start(share + 1))
-}
-
-/// Gives `f` tiles of the row-major `dst: [rows, cols]`, all of its rows and up to `widest` columns, in parallel.
-pub(super) fn for_each_column_tile(
-    dst: Shared<'_>,
-    (rows, cols): (usize, usize),
-    widest: usize,
-    f: impl Fn(MatMut<'_>, Range<usize>) + Sync,
-) {
-    assert_eq!(dst.len, rows * cols, "tiles of a matrix");
-    shares(cols, rows, widest).for_each(|range| {
-        // SAFETY: tiles are disjoint ranges of columns.
-        let tile = unsafe { dst.mat(range.start, rows, range.len(), cols) };
-        f(tile, range);
-    });
-}
-
-/// The same with all of its columns and up to `tallest` rows.
-pub(super) fn for_each_row_tile(
-    dst: Shared<'_>,
-    (rows, cols): (usize, usize),
-    tallest: usize,
-    f: impl Fn(MatMut<'_>, Range<usize>) + Sync,
-) {
-    assert_eq!(dst.len, rows * cols, "tiles of a matrix");
-    shares(rows, cols, tallest).for_each(|range| {
-        // SAFETY: tiles are disjoint ranges of rows.
-        let tile = unsafe { dst.mat(range.start * cols, range.len(), cols, cols) };
-        f(tile, range);
-    });
-}
-
-/// `dst = factor * lhs rhs` in `dtype`, or the same added, row-major, in parallel over tiles of rows.
-pub(super) fn matmul_by_rows(
-    dst: &mut [f32],
-    into: Into,
-    (lhs, dtype): (Mat<'_>, ComputeDtype),
-    rhs: Mat<'_>,
-    factor: f32,
-) {
-    const TALLEST: usize = 256;
-    let shape = (lhs.rows, rhs.cols);
-    for_each_row_tile(Shared::new(dst), shape, TALLEST, |mut tile, rows| {
-        matmul(&mut tile, into, lhs.rows(rows).to(dtype), rhs, factor);
-    });
 }

@@ -19,7 +19,8 @@ use std::sync::OnceLock;
 use rayon::prelude::*;
 
 use super::kernel::{LANES, mask, transpose};
-use super::{Into, Lhs, Mat, MatMut, Scratch, Strips, Term, blocks, for_each_piece, parts};
+use super::pieces::{Strips, blocks, for_each_piece, parts};
+use super::{Into, Lhs, Mat, MatMut, Scratch, Term};
 
 /// Numbers of a line: the k of a step.
 const STEP: usize = 32;

@@ -10,7 +10,8 @@ use std::ops::Range;
 use super::kernel::{
     Ahead, LANES, LHS_STRIDE, Lhs, MAX_K, ROWS, Tile, VECS, mask, multiply, transpose,
 };
-use super::{F32Term, Into, Mat, MatMut, Scratch, Strips, blocks, for_each_piece, parts};
+use super::pieces::{Strips, blocks, for_each_piece, parts};
+use super::{F32Term, Into, Mat, MatMut, Scratch};
 
 /// Columns of a block: with 768 steps of k, 3/4 of the L2 cache of a Zen 4.
 const BLOCK_COLS: usize = 256;
