@@ -218,7 +218,12 @@ fn a_seed_gives_the_same_bytes_with_any_number_of_threads() {
             };
             let one = adapter(1, 5);
             assert!(adapter(1, 5) == one, "{name} {dtype:?}: one thread twice");
-            assert!(adapter(2, 5) == one, "{name} {dtype:?}: two threads");
+            for threads in [2, 40] {
+                assert!(
+                    adapter(threads, 5) == one,
+                    "{name} {dtype:?}: {threads} threads"
+                );
+            }
             assert!(adapter(1, 6) != one, "{name} {dtype:?}: another seed");
         }
     }
