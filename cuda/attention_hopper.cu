@@ -265,7 +265,8 @@ struct HopperBackwardQ {
         commit_products();
         wait_for_products<0>();
         hold_in_place(sum[0]);
-        __syncthreads();  // nobody reads the queries any more
+        copy_async_wait<0>();  // the tile behind the last one, of zeros
+        __syncthreads();       // nobody reads the queries any more
         const HeadRows<bf16> to(dq, tile.query_row, head, heads.num_heads, E);
         const auto scale = [&](int, int) { return heads.scale; };
         store_rows<E, 1>(sum, scale, shared + warp_row * E, to, warp_row, queries, E, true);

@@ -28,6 +28,7 @@ enum class FaultKind : unsigned {
     Uninitialized = 8,      // shared memory was read that the block has not written
     Race = 9,               // two threads met at one address, at least one writing, with nothing that orders them
     Undefined = 10,         // what C++ leaves undefined: a signed overflow, a shift too far, an index beyond its array
+    UnderWay = 11,          // a thread ended before its copies or products
 };
 
 struct Fault {

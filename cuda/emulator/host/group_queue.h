@@ -25,6 +25,8 @@ class GroupQueue {
         under_way_.erase(under_way_.begin(), under_way_.begin() + static_cast<std::ptrdiff_t>(over));
     }
 
+    bool is_empty() const { return under_way_.empty(); }
+
     void clear() {
         under_way_.clear();
         open_group_ = 0;

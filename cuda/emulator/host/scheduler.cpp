@@ -38,6 +38,10 @@ uint64_t Machine::random() { return next_random(random_); }
 void Machine::thread_main() {
     announce_fiber_start();
     machine->launch_->body(machine->launch_->arguments);
+    // What lands in shared memory after its block has ended may land in that of the next one.
+    if (!machine->thread().copies.is_empty() || !machine->thread().products.is_empty()) {
+        emulator::fail(FaultKind::UnderWay, "the thread ends while a copy or a product of a warpgroup is under way");
+    }
     machine->set_state(machine->current_, State::Exited);
     machine->alive_--;
     if (machine->at_barrier_ > 0 && machine->at_barrier_ == machine->alive_) {

@@ -31,6 +31,8 @@ pub enum FaultKind {
     Race,
     /// What C++ leaves undefined: a signed overflow, a shift too far, an index beyond its array.
     Undefined,
+    /// A thread ended before its copies or products.
+    UnderWay,
 }
 
 impl FaultKind {
@@ -47,6 +49,7 @@ impl FaultKind {
             8 => Self::Uninitialized,
             9 => Self::Race,
             10 => Self::Undefined,
+            11 => Self::UnderWay,
             _ => return None,
         })
     }

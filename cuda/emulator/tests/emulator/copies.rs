@@ -92,6 +92,20 @@ fn a_wait_may_leave_the_newest_group() {
 }
 
 #[test]
+fn a_thread_that_ends_before_its_copy_is_told() {
+    let run_with = |wait| {
+        let mut input = chunks(32);
+        let arguments = Arguments::new().buffer(&mut input).number(wait);
+        run_watched(
+            &launch_of("copy_after_the_end", 1, Order::Forward),
+            &arguments,
+        )
+    };
+    run_with(1).unwrap();
+    assert_eq!(run_with(0).unwrap_err().kind, FaultKind::UnderWay);
+}
+
+#[test]
 fn another_lane_sees_a_copy_after_a_barrier_only() {
     for order in ORDERS {
         let (mut input, mut out) = (chunks(32), vec![Chunk::default(); 32]);

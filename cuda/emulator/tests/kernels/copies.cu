@@ -10,6 +10,7 @@ KERNEL(32, copy_and_wait)(const uint4* in, uint4* out, unsigned wait) {
         copy_async_wait<0>();
     }
     out[threadIdx.x] = tile[threadIdx.x];
+    copy_async_wait<0>();
 }
 
 KERNEL(32, copy_of_nothing)(uint4* out) {
@@ -40,6 +41,15 @@ KERNEL(32, copy_without_commit)(const uint4* in, uint4* out) {
     copy_async_16(&tile[threadIdx.x], &in[threadIdx.x], true);
     copy_async_wait<0>();
     out[threadIdx.x] = tile[threadIdx.x];
+}
+
+KERNEL(32, copy_after_the_end)(const uint4* in, unsigned wait) {
+    SHARED(uint4, tile, 32);
+    copy_async_16(&tile[threadIdx.x], &in[threadIdx.x], true);
+    copy_async_commit();
+    if (wait) {
+        copy_async_wait<0>();
+    }
 }
 
 // A lane reads what its neighbour copied: the wait alone is not enough.
