@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::Interrupted;
+use commands::{Interrupted, on_threads};
 
 /// 4-bit QLoRA fine-tuning, in the file formats of transformers, PEFT and bitsandbytes.
 #[derive(Debug, Parser)]
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     commands::mapped_file_fault::explain();
     // clap prints its own errors and ends with status 2.
     let cli = Cli::parse();
-    match on_threads(cli) {
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", commands::one_line(&error));
@@ -56,25 +56,17 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the command on one of the threads that share its work: an operation then has one thread less to wake (2 % of a
-/// training step).
-fn on_threads(cli: Cli) -> anyhow::Result<()> {
-    if let Some(threads) = cli.threads {
-        commands::use_threads(threads)?;
-    }
-    rayon::scope(|_| run(cli))
-}
-
-fn run(cli: Cli) -> anyhow::Result<()> {
-    match cli.command {
-        Command::Quantize(args) => commands::quantize::run(args),
-        Command::Demo(args) => commands::demo::run(args),
+fn run(Cli { threads, command }: Cli) -> anyhow::Result<()> {
+    match command {
+        Command::Quantize(args) => on_threads(threads, || commands::quantize::run(args)),
+        Command::Demo(args) => on_threads(threads, || commands::demo::run(args)),
+        Command::Plan(args) => on_threads(threads, || commands::plan::run(*args)),
+        Command::Eval(args) => on_threads(threads, || commands::eval::run(args)),
+        Command::Generate(args) => on_threads(threads, || commands::generate::run(args)),
+        Command::Inspect(args) => on_threads(threads, || commands::inspect::run(args)),
+        Command::Bench(args) => on_threads(threads, || commands::bench::run(args)),
+        // The configuration of a run may say how many threads; `threads` is among the flags of it.
         Command::Train(args) => commands::train::run(args),
-        Command::Plan(args) => commands::plan::run(*args),
-        Command::Eval(args) => commands::eval::run(args),
-        Command::Generate(args) => commands::generate::run(args),
-        Command::Inspect(args) => commands::inspect::run(args),
-        Command::Verify(args) => commands::verify::run(args),
-        Command::Bench(args) => commands::bench::run(args),
+        Command::Verify(args) => commands::verify::run(args, threads),
     }
 }

@@ -100,6 +100,26 @@ fn a_record_and_a_tensor_that_are_otherwise_are_named() {
 }
 
 #[test]
+fn a_run_is_done_again_with_its_own_threads_or_with_those_that_are_asked_for() {
+    let (first, again) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    run(TrainConfig {
+        threads: Some(3),
+        ..config(first.path())
+    })
+    .unwrap();
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("qlora"));
+    command.arg("train").arg(first.path().join("config.toml"));
+    let output = command.arg("--output_dir").arg(again.path()).output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_same_end(again.path(), first.path());
+    for arguments in [&[][..], &["--threads", "5"]] {
+        let output = verify(again.path(), arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+}
+
+#[test]
 fn any_number_of_threads_gives_the_same_adapter_and_records() {
     let whole = tempfile::tempdir().unwrap();
     let on = |threads: usize, dir: &Path| {

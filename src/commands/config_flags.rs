@@ -12,7 +12,7 @@ pub struct ConfigFlags {
     pub overrides: Vec<(String, String)>,
 }
 
-/// `--threads` is a flag of the whole program.
+/// `--threads` is a flag of the whole program, and a key of a run.
 const THREADS: &str = "threads";
 
 impl clap::Args for ConfigFlags {

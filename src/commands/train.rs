@@ -24,14 +24,15 @@ pub struct Args {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     super::outlive_closed_pipe();
-    let mut config = TrainConfig::load(args.config.as_deref(), &args.flags.overrides)?;
+    let config = TrainConfig::load(args.config.as_deref(), &args.flags.overrides)?;
     if args.print_config {
         print!("{}", config.resolved_toml()?);
         return Ok(());
     }
-    if let Some(threads) = config.threads {
-        super::use_threads(threads)?;
-    }
+    super::on_threads(config.threads, || fine_tune(config))
+}
+
+fn fine_tune(mut config: TrainConfig) -> anyhow::Result<()> {
     let placement = super::open(config.device, config.compute_dtype)?;
     super::data_sources::prepare(&mut config)?;
     let mut trainer = Trainer::new(config, &placement)?;

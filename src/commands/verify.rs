@@ -36,13 +36,15 @@ struct RunArgs {
     json: bool,
 }
 
-pub fn run(args: Args) -> anyhow::Result<()> {
+/// `threads`: instead of what the configuration of the run says.
+pub fn run(args: Args, threads: Option<usize>) -> anyhow::Result<()> {
     let What::Run(args) = args.what;
     let dir = ("output_dir".to_string(), args.dir.display().to_string());
     let config = TrainConfig::load(Some(&args.dir.join("config.toml")), &[dir])?;
-    if let Some(threads) = config.threads {
-        super::use_threads(threads)?;
-    }
+    super::on_threads(threads.or(config.threads), || verify(args, config))
+}
+
+fn verify(args: RunArgs, config: TrainConfig) -> anyhow::Result<()> {
     let placement = super::open(config.device, config.compute_dtype)?;
     let options = ReplayOptions {
         checkpoint: args.checkpoint,

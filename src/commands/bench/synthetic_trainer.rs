@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use qlora::device::{self, Placement};
 use qlora::train::{Loaded, Shape, SyntheticRun, TrainConfig, Trainer};
 
-use crate::commands::{ConfigFlags, ShapeArgs, open, return_freed_memory, use_threads};
+use crate::commands::{ConfigFlags, ShapeArgs, open, return_freed_memory};
 
 /// Keys of `qlora train` with another default here, and what they mean here.
 const DEFAULTS: [(&str, &str, &str); 3] = [
@@ -123,9 +123,6 @@ impl Prepared {
         }
         overrides.push(("shuffle".to_string(), false.to_string()));
         let mut config = TrainConfig::load_partial(None, &overrides)?;
-        if let Some(threads) = config.threads {
-            use_threads(threads)?;
-        }
         let placement = open(config.device, config.compute_dtype)?;
         if config.max_steps < 1 {
             bail!("a benchmark needs --max_steps of at least 1");
