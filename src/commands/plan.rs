@@ -6,7 +6,7 @@ use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::{Adapter, Checkpoint};
 use qlora::train::config::{ByteCount, KEYS};
-use qlora::train::plan::{Engine, Footprint, Item, LongestBatch, Plan, Rates, Workload};
+use qlora::train::plan::{Engine, Item, LongestBatch, Plan, Rates, Workload};
 use qlora::train::{Shape, TrainConfig};
 use serde_json::json;
 
@@ -171,6 +171,31 @@ impl<'a> Report<'a> {
     }
 
     fn text(&self, rates: Option<Rates>) -> String {
+        let cells = |cell: &dyn Fn(&Plan) -> String| self.plans.iter().map(cell).collect();
+        let mut rows: Vec<(&str, Vec<String>)> = vec![("activations", cells(&super::activations))];
+        for item in Item::ALL {
+            if self.plans.iter().any(|plan| plan.peak.bytes(item) > 0) {
+                let cell = |plan: &Plan| gigabytes(plan.peak.bytes(item));
+                rows.push((item.name(), cells(&cell)));
+            }
+        }
+        rows.push(("in all", cells(&|plan| gigabytes(plan.peak.total()))));
+        if let Some(rates) = rates {
+            let at_most = |plan: &Plan| self.workload.tokens_per_second_at_most(plan, rates);
+            let at_most = |plan: &Plan| format!("{:.0}", at_most(plan));
+            rows.push(("tokens/s at most", cells(&at_most)));
+            let expected = |plan: &Plan| self.workload.tokens_per_second_expected(plan, rates);
+            let expected = |plan: &Plan| {
+                expected(plan).map_or("unknown".into(), |speed| format!("{speed:.0}"))
+            };
+            rows.push(("tokens/s expected", cells(&expected)));
+        }
+        if self.plans.iter().any(|plan| plan.host.total() > 0) {
+            let cell = |plan: &Plan| gigabytes(plan.host.total());
+            rows.push(("in pinned host memory", cells(&cell)));
+        }
+        let width = rows.iter().flat_map(|(_, cells)| cells).map(String::len);
+        let width = width.max().unwrap_or_default() + 2;
         let mut lines = vec![
             format!(
                 "{} x micro-batch of {} tokens, {} trained values",
@@ -180,39 +205,10 @@ impl<'a> Report<'a> {
             ),
             String::new(),
         ];
-        let row = |name: &str, cells: Vec<String>| {
-            let cells: String = cells.iter().map(|cell| format!("{cell:>24}")).collect();
+        lines.extend(rows.iter().map(|(name, cells)| {
+            let cells: String = cells.iter().map(|cell| format!("{cell:>width$}")).collect();
             format!("{name:<28}{cells}")
-        };
-        let cells = |bytes: &dyn Fn(&Footprint) -> u64| {
-            let cell = |plan: &Plan| gigabytes(bytes(&plan.peak));
-            self.plans.iter().map(cell).collect()
-        };
-        let heads = self.plans.iter().map(super::activations).collect();
-        lines.push(row("activations", heads));
-        for item in Item::ALL {
-            if self.plans.iter().any(|plan| plan.peak.bytes(item) > 0) {
-                lines.push(row(item.name(), cells(&|peak| peak.bytes(item))));
-            }
-        }
-        lines.push(row("in all", cells(&Footprint::total)));
-        if let Some(rates) = rates {
-            let speeds = |of: &dyn Fn(&Plan) -> Option<f64>| {
-                let speed = |plan| of(plan).map_or("unknown".into(), |speed| format!("{speed:.0}"));
-                self.plans.iter().map(speed).collect()
-            };
-            let at_most = |plan: &Plan| Some(self.workload.tokens_per_second_at_most(plan, rates));
-            let expected = |plan: &Plan| self.workload.tokens_per_second_expected(plan, rates);
-            lines.push(row("tokens/s at most", speeds(&at_most)));
-            lines.push(row("tokens/s expected", speeds(&expected)));
-        }
-        if self.plans.iter().any(|plan| plan.host.total() > 0) {
-            let cell = |plan: &Plan| gigabytes(plan.host.total());
-            lines.push(row(
-                "in pinned host memory",
-                self.plans.iter().map(cell).collect(),
-            ));
-        }
+        }));
         if let (Some(limit), None, [plan]) = (self.limit, &self.refusal, &self.plans[..]) {
             lines.push(String::new());
             let elsewhere = super::on_the_host(plan);

@@ -200,7 +200,10 @@ impl Workload {
     }
 
     fn fits_somehow(&self, limit: u64) -> bool {
-        self.ways().iter().any(|way| way.fits(limit, 0))
+        let ways = self.ways();
+        // Several micro-batches together never take less than one at a time.
+        let mut alone = ways.iter().filter(|way| way.together == 1);
+        alone.any(|way| way.fits(limit, 0))
     }
 }
 
