@@ -38,10 +38,6 @@ uint64_t Machine::random() { return next_random(random_); }
 void Machine::thread_main() {
     announce_fiber_start();
     machine->launch_->body(machine->launch_->arguments);
-    // What lands in shared memory after its block has ended may land in that of the next one.
-    if (!machine->thread().copies.is_empty() || !machine->thread().products.is_empty()) {
-        emulator::fail(FaultKind::UnderWay, "the thread ends while a copy or a product of a warpgroup is under way");
-    }
     machine->set_state(machine->current_, State::Exited);
     machine->alive_--;
     if (machine->at_barrier_ > 0 && machine->at_barrier_ == machine->alive_) {
@@ -166,6 +162,11 @@ void Machine::resume(unsigned thread) {
     is_in_a_thread_ = true;
     resume_fiber(scheduler_, threads_[thread].execution, stacks_.bottom(thread));
     is_in_a_thread_ = false;
+    // What lands in shared memory after its block has ended may land in that of the next one.
+    const Thread& resumed = threads_[thread];
+    if (resumed.state == State::Exited && !(resumed.copies.is_empty() && resumed.products.is_empty())) {
+        report(FaultKind::UnderWay, "the thread ended while a copy or a product of a warpgroup was under way");
+    }
 }
 
 void Machine::wait_for_others() { suspend_fiber(thread().execution, scheduler_, false); }
