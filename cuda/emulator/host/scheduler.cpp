@@ -164,7 +164,8 @@ void Machine::resume(unsigned thread) {
     is_in_a_thread_ = false;
     // What lands in shared memory after its block has ended may land in that of the next one.
     const Thread& resumed = threads_[thread];
-    if (resumed.state == State::Exited && !(resumed.copies.is_empty() && resumed.products.is_empty())) {
+    const bool has_work = !resumed.copies.is_empty() || !resumed.products.is_empty();
+    if (has_work && resumed.state == State::Exited && fault_->kind == FaultKind::None) {
         report(FaultKind::UnderWay, "the thread ended while a copy or a product of a warpgroup was under way");
     }
 }

@@ -20,12 +20,12 @@ fn shares(
     /// Rows and columns that our own kernels pack together.
     const UNIT: usize = 32;
     let units = len.div_ceil(UNIT);
-    // Of three units, the last of which may not be whole.
-    let smallest = if beside < 4 { 0 } else { units / 3 };
+    // Three units in each, the last of which may not be whole.
+    let possible = if beside < 4 { 0 } else { units / 3 };
     let wanted = 2 * rayon::current_num_threads();
-    let shares = wanted.min(smallest).max(len.div_ceil(most));
-    let start = move |share| len.min(UNIT * (units * share / shares));
-    let shares = (0..shares).into_par_iter();
+    let count = wanted.min(possible).max(len.div_ceil(most));
+    let start = move |share| len.min(UNIT * (units * share / count));
+    let shares = (0..count).into_par_iter();
     shares.map(move |share| start(share)..start(share + 1))
 }
 
