@@ -8,7 +8,7 @@
 //! ```text
 //! commands (binary)
 //! train
-//! infer
+//! infer      export
 //! model      data
 //! ops        store
 //! quant
@@ -22,6 +22,7 @@
 pub mod data;
 pub mod device;
 mod error;
+pub mod export;
 pub mod infer;
 pub mod model;
 pub mod ops;

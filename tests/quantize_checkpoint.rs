@@ -10,7 +10,7 @@ use qlora::quant::{
     Absmax, DenseTensor, DoubleQuant, FrozenWeight, Params4bit, QuantType, QuantizeOptions,
 };
 use qlora::store::{
-    Checkpoint, Existing, QuantizeJob, QuantizeReport, SafetensorsWriter, TensorSpec, quantize,
+    Checkpoint, Existing, QuantizeJob, SafetensorsWriter, TensorSpec, WriteReport, quantize,
 };
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -90,7 +90,7 @@ fn job(source: &Path, destination: &Path) -> QuantizeJob {
     }
 }
 
-fn run(job: &QuantizeJob) -> qlora::Result<QuantizeReport> {
+fn run(job: &QuantizeJob) -> qlora::Result<WriteReport> {
     quantize(job, |_| {})
 }
 

@@ -16,7 +16,7 @@ use qlora::data::Tokenizer;
 use qlora::device::{DeviceKind, Placement};
 use qlora::model::Decoder;
 use qlora::quant::QuantizeOptions;
-use qlora::store::{Adapter, Checkpoint, Existing, QuantizeJob, QuantizeReport, quantize};
+use qlora::store::{Adapter, Checkpoint, Existing, QuantizeJob, WriteReport, quantize};
 use qlora::train::{Outcome, TrainConfig, Trainer};
 
 use super::Interrupted;
@@ -78,7 +78,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn quantize_base(files: &DemoFiles) -> anyhow::Result<QuantizeReport> {
+fn quantize_base(files: &DemoFiles) -> anyhow::Result<WriteReport> {
     let job = QuantizeJob {
         source: files.base.clone(),
         destination: files.quantized.clone(),

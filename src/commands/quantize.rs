@@ -9,7 +9,7 @@ use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 use qlora::model::DecoderConfig;
 use qlora::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use qlora::store::{
-    Checkpoint, Existing, INITIAL_ADAPTER, QuantizeJob, QuantizeProgress, quantize, quantize_with,
+    Checkpoint, Existing, INITIAL_ADAPTER, QuantizeJob, WriteProgress, quantize, quantize_with,
 };
 use serde_json::json;
 
@@ -77,7 +77,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         max_shard_bytes: args.max_shard_size,
     };
     let bar = progress_bar()?;
-    let progress = |progress: QuantizeProgress| {
+    let progress = |progress: WriteProgress| {
         bar.set_length(progress.total_bytes);
         bar.set_position(progress.done_bytes);
         bar.set_message(progress.tensor.to_string());

@@ -18,6 +18,7 @@ mod manifest;
 mod mapped_file;
 mod mapped_ranges;
 mod matrix_dropout;
+mod model_dir;
 mod module_patterns;
 mod modules_to_save;
 mod path_pattern;
@@ -40,10 +41,11 @@ pub use manifest::{Manifest, ManifestWriter};
 pub use mapped_file::MappedFile;
 pub use mapped_ranges::mapped_path_at;
 pub use matrix_dropout::{MatrixDropoutScale, MatrixDropoutSettings};
+pub use model_dir::{
+    ModelDir, Quantization, TensorSource, WeightQuantizer, WriteProgress, WriteReport,
+};
 pub use module_patterns::ModulePatterns;
 pub use modules_to_save::ModulesToSave;
-pub use quantize::{
-    QuantizeJob, QuantizeProgress, QuantizeReport, WeightQuantizer, quantize, quantize_with,
-};
+pub use quantize::{QuantizeJob, quantize, quantize_with};
 pub use safetensors_writer::{SafetensorsWriter, TensorSpec, write_tensors};
 pub use target_modules::TargetModules;

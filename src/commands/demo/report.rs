@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::Context;
-use qlora::store::{AtomicFile, QuantizeReport};
+use qlora::store::{AtomicFile, WriteReport};
 use qlora::train::metrics::{EvalRecord, StepRecord};
 use serde_json::{Value, json};
 
@@ -61,7 +61,7 @@ pub struct Report<'a> {
     pub before: &'a [String],
     /// Answers with the adapter.
     pub after: &'a [String],
-    pub quantized: QuantizeReport,
+    pub quantized: WriteReport,
     pub training: &'a Training,
     pub files: &'a DemoFiles,
     pub loss_curve: &'a Path,

@@ -2,9 +2,12 @@
 
 use std::cmp::Reverse;
 
-use super::{QuantizeJob, bitsandbytes};
+use candle_core::DType;
+use safetensors::Dtype;
+
+use super::{ModelDir, TensorSource, bitsandbytes};
 use crate::quant::QuantizeOptions;
-use crate::store::{Checkpoint, TensorSpec};
+use crate::store::TensorSpec;
 use crate::{Error, Result};
 
 /// The layers that are quantized, by the last part of their name.
@@ -36,14 +39,18 @@ impl PlannedTensor {
 }
 
 /// The tensors of each shard, in the order to write them. A weight and its state stay together.
-pub(super) fn plan(checkpoint: &Checkpoint, job: &QuantizeJob) -> Result<Vec<Vec<PlannedTensor>>> {
-    let mut names: Vec<&str> = checkpoint.names().collect();
-    names.sort_by_cached_key(|name| natural_key(name));
+pub(super) fn plan(
+    source: &dyn TensorSource,
+    options: Option<QuantizeOptions>,
+    dir: &ModelDir<'_>,
+) -> Result<Vec<Vec<PlannedTensor>>> {
+    let mut specs = source.specs()?;
+    specs.sort_by(|a, b| natural_key(&a.name).cmp(&natural_key(&b.name)));
     let mut shards: Vec<Vec<PlannedTensor>> = Vec::new();
     let mut free_bytes = 0;
     let mut quantized = 0;
-    for name in names {
-        let tensor = plan_tensor(checkpoint, name, job.options)?;
+    for spec in specs {
+        let tensor = plan_tensor(spec, options)?;
         quantized += usize::from(tensor.is_quantized());
         let bytes = tensor.written_bytes();
         match shards.last_mut() {
@@ -52,17 +59,17 @@ pub(super) fn plan(checkpoint: &Checkpoint, job: &QuantizeJob) -> Result<Vec<Vec
                 shard.push(tensor);
             }
             _ => {
-                free_bytes = job.max_shard_bytes.saturating_sub(bytes);
+                free_bytes = dir.max_shard_bytes.saturating_sub(bytes);
                 shards.push(vec![tensor]);
             }
         }
     }
-    if quantized == 0 {
+    if options.is_some() && quantized == 0 {
         let reason = format!(
             "has no weight to quantize (names that end in {})",
             LINEAR_LAYERS.join(", ")
         );
-        return Err(Error::malformed(&job.source, reason));
+        return Err(Error::malformed(dir.origin, reason));
     }
     for shard in &mut shards {
         // Stable: within a type the natural order stays.
@@ -76,27 +83,36 @@ pub(super) fn plan(checkpoint: &Checkpoint, job: &QuantizeJob) -> Result<Vec<Vec
     Ok(shards)
 }
 
-fn plan_tensor(
-    checkpoint: &Checkpoint,
-    name: &str,
-    options: QuantizeOptions,
-) -> Result<PlannedTensor> {
-    let info = checkpoint.file(name)?.info(name)?;
-    let source = TensorSpec::new(name, info.dtype, info.shape.clone());
-    if !is_linear_weight(name) {
-        let written = vec![source.clone()];
-        return Ok(PlannedTensor { source, written });
-    }
-    let weight = checkpoint.tensor(name)?;
-    if weight.shape.len() != 2 {
-        return Err(Error::TensorMismatch {
-            tensor: name.to_string(),
-            expected: "a weight of two dimensions".into(),
-            found: format!("{:?}", weight.shape),
-        });
-    }
-    let written = bitsandbytes::planned(name, &weight.shape, weight.dtype, options);
+fn plan_tensor(source: TensorSpec, options: Option<QuantizeOptions>) -> Result<PlannedTensor> {
+    let written = match options {
+        Some(options) if is_linear_weight(&source.name) => {
+            let dtype = dense_dtype(&source)?;
+            if source.shape.len() != 2 {
+                return Err(Error::TensorMismatch {
+                    tensor: source.name,
+                    expected: "a weight of two dimensions".into(),
+                    found: format!("{:?}", source.shape),
+                });
+            }
+            bitsandbytes::planned(&source.name, &source.shape, dtype, options)
+        }
+        _ => vec![source.clone()],
+    };
     Ok(PlannedTensor { source, written })
+}
+
+/// The type of a tensor of real numbers.
+pub(super) fn dense_dtype(spec: &TensorSpec) -> Result<DType> {
+    match spec.dtype {
+        Dtype::BF16 => Ok(DType::BF16),
+        Dtype::F16 => Ok(DType::F16),
+        Dtype::F32 => Ok(DType::F32),
+        other => Err(Error::TensorMismatch {
+            tensor: spec.name.clone(),
+            expected: "bf16, f16 or f32".into(),
+            found: format!("{other:?}"),
+        }),
+    }
 }
 
 fn is_linear_weight(name: &str) -> bool {

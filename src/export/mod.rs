@@ -1,0 +1,5 @@
+//! A trained adapter for other programs: merged into its model, or in the files of llama.cpp.
+
+mod model_tensor;
+
+pub use model_tensor::{ModelTensor, Norm};

@@ -1,0 +1,88 @@
+//! The tensors that a decoder is stored as, each with its name and shape in a Hugging Face checkpoint.
+
+use crate::model::{DecoderConfig, Module, ModuleToSave};
+
+/// A tensor of a decoder; the number is that of its layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelTensor {
+    Embedding,
+    Head,
+    FinalNorm,
+    Norm(usize, Norm),
+    Weight(usize, Module),
+    Bias(usize, Module),
+}
+
+/// A norm of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Norm {
+    Input,
+    PostAttention,
+    Query,
+    Key,
+}
+
+impl Norm {
+    const ALL: [Self; 4] = [Self::Input, Self::PostAttention, Self::Query, Self::Key];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Input => "input_layernorm",
+            Self::PostAttention => "post_attention_layernorm",
+            Self::Query => "self_attn.q_norm",
+            Self::Key => "self_attn.k_norm",
+        }
+    }
+
+    /// Whether it is over `head_dim`, which only some models have.
+    fn is_of_heads(self) -> bool {
+        matches!(self, Self::Query | Self::Key)
+    }
+}
+
+impl ModelTensor {
+    /// All tensors of a decoder; the head is one of them where the model does not tie it to the embedding.
+    pub fn all(config: &DecoderConfig) -> Vec<Self> {
+        let mut tensors = vec![Self::Embedding, Self::FinalNorm];
+        if !config.tie_word_embeddings {
+            tensors.push(Self::Head);
+        }
+        for layer in 0..config.num_layers {
+            let norms = Norm::ALL.into_iter();
+            let norms = norms.filter(|norm| config.qk_norm || !norm.is_of_heads());
+            tensors.extend(norms.map(|norm| Self::Norm(layer, norm)));
+            for module in Module::ALL {
+                tensors.push(Self::Weight(layer, module));
+                if config.has_bias(module) {
+                    tensors.push(Self::Bias(layer, module));
+                }
+            }
+        }
+        tensors
+    }
+
+    /// `model.layers.0.self_attn.q_proj.weight`.
+    pub fn name(self) -> String {
+        match self {
+            Self::Embedding => format!("{}.weight", ModuleToSave::Embedding.path()),
+            Self::Head => format!("{}.weight", ModuleToSave::Head.path()),
+            Self::FinalNorm => "model.norm.weight".into(),
+            Self::Norm(layer, norm) => format!("model.layers.{layer}.{}.weight", norm.name()),
+            Self::Weight(layer, module) => format!("{}.weight", module.path(layer)),
+            Self::Bias(layer, module) => format!("{}.bias", module.path(layer)),
+        }
+    }
+
+    pub fn shape(self, config: &DecoderConfig) -> Vec<usize> {
+        match self {
+            Self::Embedding | Self::Head => vec![config.vocab_size, config.hidden_size],
+            Self::Norm(_, norm) if norm.is_of_heads() => vec![config.head_dim],
+            Self::FinalNorm | Self::Norm(..) => vec![config.hidden_size],
+            Self::Weight(_, module) => {
+                let (d_out, d_in) = config.linear_shape(module);
+                vec![d_out, d_in]
+            }
+            Self::Bias(_, module) => vec![config.linear_shape(module).0],
+        }
+    }
+}
