@@ -33,6 +33,7 @@ enum Command {
     Eval(commands::eval::Args),
     /// Write text from a prompt
     Generate(commands::generate::Args),
+    Export(commands::export::Args),
     /// Show what is in a data file, a model or an adapter
     Inspect(commands::inspect::Args),
     /// Hold what a run left against what it does now
@@ -63,6 +64,7 @@ fn run(Cli { threads, command }: Cli) -> anyhow::Result<()> {
         Command::Plan(args) => on_threads(threads, || commands::plan::run(*args)),
         Command::Eval(args) => on_threads(threads, || commands::eval::run(args)),
         Command::Generate(args) => on_threads(threads, || commands::generate::run(args)),
+        Command::Export(args) => on_threads(threads, || commands::export::run(args)),
         Command::Inspect(args) => on_threads(threads, || commands::inspect::run(args)),
         Command::Bench(args) => on_threads(threads, || commands::bench::run(args)),
         // The configuration of a run may say how many threads; `threads` is among the flags of it.

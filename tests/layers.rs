@@ -18,7 +18,8 @@ const LAYERS: &[(&str, &[&str])] = &[
         &["model", "ops", "data", "store", "device", "quant", "infer"],
     ),
     ("infer", &["model", "data"]),
-    ("export", &["model", "quant", "store"]),
+    // `device` for the placement of the model that is merged.
+    ("export", &["model", "quant", "store", "device", "data"]),
 ];
 
 /// What only the binary may use.

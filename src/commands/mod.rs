@@ -6,6 +6,7 @@ mod data_sources;
 pub mod demo;
 mod ensemble_args;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod inspect;
 pub mod interrupt;

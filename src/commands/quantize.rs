@@ -120,13 +120,13 @@ fn check_model(source: &Path) -> anyhow::Result<DecoderConfig> {
 }
 
 /// A bar on stderr, hidden where that is not a terminal.
-fn progress_bar() -> anyhow::Result<ProgressBar> {
+pub(super) fn progress_bar() -> anyhow::Result<ProgressBar> {
     let template = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left  {msg}";
     let style = ProgressStyle::with_template(template).context("progress bar")?;
     Ok(ProgressBar::new(0).with_style(style))
 }
 
-fn parse_quant_type(text: &str) -> Result<QuantType, String> {
+pub(super) fn parse_quant_type(text: &str) -> Result<QuantType, String> {
     match text.to_ascii_lowercase().as_str() {
         "nf4" => Ok(QuantType::Nf4),
         "fp4" => Ok(QuantType::Fp4),
@@ -135,7 +135,7 @@ fn parse_quant_type(text: &str) -> Result<QuantType, String> {
 }
 
 /// A number of bytes with a unit: decimal as in transformers' `max_shard_size` (`4GB`) or binary (`4GiB`).
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
     let wrong = || "write it as 500MB, 4GB or 4GiB".to_string();
     let unit = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
     let number: f64 = text[..text.len() - unit.len()]

@@ -1,5 +1,7 @@
 //! A trained adapter for other programs: merged into its model, or in the files of llama.cpp.
 
+mod merged;
 mod model_tensor;
 
+pub use merged::{Merged, MergedQuantizer};
 pub use model_tensor::{ModelTensor, Norm};

@@ -18,7 +18,7 @@ impl LoraLinear {
         let rows = merged.par_chunks_mut(d_in.max(1)).enumerate();
         let Some(lora) = &self.lora else {
             rows.for_each(|(row, merged)| self.weight.read_range(row * d_in, merged));
-            return Ok(DenseTensor::from_f32(vec![d_out, d_in], &merged));
+            return Ok(DenseTensor::from_f32_vec(vec![d_out, d_in], merged));
         };
         let (a, b) = (lora.a.master()?, lora.b.master()?);
         let r = b.len() / d_out.max(1);
@@ -44,6 +44,6 @@ impl LoraLinear {
                 merged.iter_mut().for_each(|w| *w *= scale);
             }
         });
-        Ok(DenseTensor::from_f32(vec![d_out, d_in], &merged))
+        Ok(DenseTensor::from_f32_vec(vec![d_out, d_in], merged))
     }
 }

@@ -1,10 +1,15 @@
 //! Dense weights as stored: little-endian bf16, f16 or f32 bytes at any alignment, widened to f32 when read.
 
+use bytes::Bytes;
 use candle_core::DType;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
 
 use super::{DenseTensor, isa::Isa};
 use crate::{Error, Result};
+
+/// Elements that a thread converts at a time.
+const CHUNK: usize = 1 << 16;
 
 impl DenseTensor {
     /// An f32 tensor with a copy of `values`, row-major.
@@ -14,6 +19,15 @@ impl DenseTensor {
             dtype: DType::F32,
             shape,
             data,
+        }
+    }
+
+    /// An f32 tensor of `values`, row-major, which are not copied.
+    pub fn from_f32_vec(shape: Vec<usize>, values: Vec<f32>) -> Self {
+        Self {
+            dtype: DType::F32,
+            shape,
+            data: Bytes::from_owner(Values(values)),
         }
     }
 
@@ -87,6 +101,46 @@ impl DenseTensor {
         }
     }
 
+    /// The numbers in `dtype`, bf16, f16 or f32, to nearest even; the bytes are shared where they are that already.
+    ///
+    /// # Errors
+    /// [`Error::TensorMismatch`] with the tensor's `name` for a number that is not finite in `dtype`.
+    pub fn to_dtype(&self, name: &str, dtype: DType) -> Result<Self> {
+        if self.dtype == dtype {
+            return Ok(self.clone());
+        }
+        let mut values = vec![0f32; self.numel()];
+        let mut bytes = vec![0u8; values.len() * dtype.size_in_bytes()];
+        let chunks = values.par_chunks_mut(CHUNK);
+        let chunks = chunks.zip(bytes.par_chunks_mut(CHUNK * dtype.size_in_bytes()));
+        chunks
+            .enumerate()
+            .try_for_each(|(chunk, (values, bytes))| {
+                self.read_range(chunk * CHUNK, values);
+                match dtype {
+                    DType::BF16 => narrow(values, bytes, |v| {
+                        let v = bf16::from_f32(v);
+                        (v.to_le_bytes(), v.is_finite())
+                    }),
+                    DType::F16 => narrow(values, bytes, |v| {
+                        let v = f16::from_f32(v);
+                        (v.to_le_bytes(), v.is_finite())
+                    }),
+                    _ => narrow(values, bytes, |v| (v.to_le_bytes(), v.is_finite())),
+                }
+                .map_err(|value| Error::TensorMismatch {
+                    tensor: name.to_owned(),
+                    expected: format!("numbers that {} can hold", dtype.as_str()),
+                    found: value.to_string(),
+                })
+            })?;
+        Ok(Self {
+            dtype,
+            shape: self.shape.clone(),
+            data: bytes.into(),
+        })
+    }
+
     /// All elements, widened to f32.
     pub fn to_f32_vec(&self) -> Vec<f32> {
         let mut values = vec![0f32; self.numel()];
@@ -112,6 +166,31 @@ impl DenseTensor {
             },
             other => panic!("a {} tensor is not a dense weight", other.as_str()),
         }
+    }
+}
+
+/// Writes each value as `narrowed` gives it, with whether it is finite then; the first that is not is the error.
+fn narrow<const BYTES: usize>(
+    values: &[f32],
+    bytes: &mut [u8],
+    narrowed: impl Fn(f32) -> ([u8; BYTES], bool),
+) -> Result<(), f32> {
+    for (&value, bytes) in values.iter().zip(bytes.as_chunks_mut().0) {
+        let is_finite;
+        (*bytes, is_finite) = narrowed(value);
+        if !is_finite {
+            return Err(value);
+        }
+    }
+    Ok(())
+}
+
+/// What owns the memory of an f32 tensor.
+struct Values(Vec<f32>);
+
+impl AsRef<[u8]> for Values {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
     }
 }
 

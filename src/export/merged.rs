@@ -1,0 +1,289 @@
+//! A model with an adapter in its weights: `W + scaling B A` for each layer that has one, as `merge_and_unload` of PEFT.
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use bytes::Bytes;
+use candle_core::DType;
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use super::model_tensor::ModelTensor;
+use crate::device::Placement;
+use crate::model::{Decoder, DecoderConfig, ModuleToSave};
+use crate::quant::{Absmax, DenseTensor, DoubleQuant, FrozenWeight, Params4bit, QuantizeOptions};
+use crate::store::{Adapter, Checkpoint, TensorSource, TensorSpec, WeightQuantizer};
+use crate::{Error, Result};
+
+/// A model whose adapter is merged into it, weight by weight as they are asked for.
+#[derive(Debug)]
+pub struct Merged {
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    config: DecoderConfig,
+    dtype: DType,
+    rounding: Mutex<Rounding>,
+}
+
+/// Squared norms over all weights that have an adapter.
+#[derive(Debug, Clone, Copy, Default)]
+struct Rounding {
+    /// Of what the adapter adds.
+    change: f64,
+    /// Of what is stored less what should be.
+    error: f64,
+}
+
+impl Merged {
+    /// Lays `adapter` on the model of `checkpoint`, which is first quantized where `quantize` says how. `dtype` is what the
+    /// merged model is stored in, bf16, f16 or f32; `None` for that of the checkpoint's weights.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::load`] and [`Decoder::load_adapter`].
+    pub fn new(
+        checkpoint: Checkpoint,
+        adapter: &Adapter,
+        quantize: Option<QuantizeOptions>,
+        dtype: Option<DType>,
+    ) -> Result<Self> {
+        let mut decoder = Decoder::load(&checkpoint, quantize, &Placement::cpu())?;
+        decoder.load_adapter(adapter)?;
+        let is_trained = |module| decoder.vocabulary(module).trained.is_some();
+        let mut config = decoder.config().clone();
+        config.tie_word_embeddings &= !ModuleToSave::ALL.into_iter().any(is_trained);
+        let of_weights = decoder.linears().next();
+        let of_weights = of_weights.map(|(_, _, linear)| match &*linear.weight {
+            FrozenWeight::Dense(weight) => weight.dtype,
+            FrozenWeight::Quantized(weight) => weight.dtype,
+        });
+        Ok(Self {
+            dtype: dtype.or(of_weights).unwrap_or(DType::F32),
+            checkpoint,
+            decoder,
+            config,
+            rounding: Mutex::default(),
+        })
+    }
+
+    /// Of the merged model: its head is one of its own where the adapter has trained it or the embedding.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// What it is stored in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// How the weights below the adapter are quantized, or would be.
+    pub fn quantize_options(&self) -> QuantizeOptions {
+        let mut linears = self.decoder.linears();
+        let quantized = linears.find_map(|(_, _, linear)| match &*linear.weight {
+            FrozenWeight::Dense(_) => None,
+            FrozenWeight::Quantized(params) => Some(options_of(params)),
+        });
+        quantized.unwrap_or_default()
+    }
+
+    /// The directory of the model below the adapter.
+    pub fn origin(&self) -> &Path {
+        self.checkpoint.dir()
+    }
+
+    /// `config.json` of the merged model.
+    pub fn config_json(&self) -> Value {
+        let mut json = self.checkpoint.config().clone();
+        let Some(fields) = json.as_object_mut() else {
+            return json;
+        };
+        fields.remove("quantization_config");
+        let key = match fields.contains_key("dtype") {
+            true => "dtype",
+            false => "torch_dtype",
+        };
+        let dtype = match self.dtype {
+            DType::BF16 => "bfloat16",
+            DType::F16 => "float16",
+            _ => "float32",
+        };
+        fields.insert(key.into(), json!(dtype));
+        if self.config.tie_word_embeddings != self.decoder.config().tie_word_embeddings {
+            fields.insert("tie_word_embeddings".into(), json!(false));
+        }
+        json
+    }
+
+    /// How much of what the adapter adds was lost by storing the weights so far: |stored - (W + s B A)| / |s B A| in the
+    /// Frobenius norm over all of them; `None` where nothing is added.
+    pub fn rounding_error(&self) -> Option<f64> {
+        let rounding = *self.rounding.lock().unwrap_or_else(PoisonError::into_inner);
+        (rounding.change > 0.0).then(|| (rounding.error / rounding.change).sqrt())
+    }
+
+    fn part(&self, name: &str) -> Result<ModelTensor> {
+        let mut parts = ModelTensor::all(&self.config).into_iter();
+        let part = parts.find(|part| part.name() == name);
+        part.ok_or_else(|| Error::MissingTensor {
+            path: self.checkpoint.dir().to_path_buf(),
+            tensor: name.to_string(),
+        })
+    }
+
+    /// The embedding or the head: the trained one, or that of the model.
+    fn vocabulary(&self, module: ModuleToSave) -> Result<DenseTensor> {
+        let vocabulary = self.decoder.vocabulary(module);
+        if let Some(trained) = &vocabulary.trained {
+            let shape = trained.value.dims().to_vec();
+            return Ok(DenseTensor::from_f32_vec(shape, trained.master()?));
+        }
+        Ok(match &*vocabulary.frozen {
+            FrozenWeight::Dense(weight) => weight.clone(),
+            FrozenWeight::Quantized(weight) => {
+                let mut values = vec![0.0; weight.numel()];
+                weight.dequantize_range(0, &mut values);
+                DenseTensor::from_f32_vec(weight.shape.clone(), values)
+            }
+        })
+    }
+
+    /// Counts what is lost of a weight by storing it as `stored`, a function of row and values.
+    fn count_rounding(
+        &self,
+        part: ModelTensor,
+        merged: &DenseTensor,
+        stored: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        let ModelTensor::Weight(layer, module) = part else {
+            return;
+        };
+        let linear = self.decoder.linear(layer, module);
+        if linear.lora.is_none() {
+            return;
+        }
+        let (rows, cols) = (merged.shape[0], merged.shape[1]);
+        let of_rows: Vec<Rounding> = (0..rows)
+            .into_par_iter()
+            .map_init(
+                || [(); 3].map(|()| vec![0f32; cols]),
+                |[base, exact, rounded], row| {
+                    linear.weight.read_range(row * cols, base);
+                    merged.read_range(row * cols, exact);
+                    stored(row, rounded);
+                    Rounding {
+                        change: squared_distance(exact, base),
+                        error: squared_distance(exact, rounded),
+                    }
+                },
+            )
+            .collect();
+        let mut rounding = self.rounding.lock().unwrap_or_else(PoisonError::into_inner);
+        for row in of_rows {
+            rounding.change += row.change;
+            rounding.error += row.error;
+        }
+    }
+}
+
+impl TensorSource for Merged {
+    fn specs(&self) -> Result<Vec<TensorSpec>> {
+        let dtype = match self.dtype {
+            DType::BF16 => Dtype::BF16,
+            DType::F16 => Dtype::F16,
+            _ => Dtype::F32,
+        };
+        let parts = ModelTensor::all(&self.config).into_iter();
+        let spec =
+            |part: ModelTensor| TensorSpec::new(part.name(), dtype, part.shape(&self.config));
+        Ok(parts.map(spec).collect())
+    }
+
+    fn bytes(&self, spec: &TensorSpec) -> Result<Bytes> {
+        let tensor = self.tensor(&spec.name)?;
+        let stored = tensor.to_dtype(&spec.name, self.dtype)?;
+        let cols = tensor.shape.last().copied().unwrap_or(1);
+        self.count_rounding(self.part(&spec.name)?, &tensor, |row, values| {
+            stored.read_range(row * cols, values);
+        });
+        Ok(stored.data)
+    }
+
+    fn tensor(&self, name: &str) -> Result<DenseTensor> {
+        match self.part(name)? {
+            ModelTensor::Embedding => self.vocabulary(ModuleToSave::Embedding),
+            ModelTensor::Head => self.vocabulary(ModuleToSave::Head),
+            ModelTensor::Weight(layer, module) => {
+                self.decoder.linear(layer, module).merged_weight()
+            }
+            ModelTensor::FinalNorm | ModelTensor::Norm(..) | ModelTensor::Bias(..) => {
+                self.checkpoint.tensor(name)
+            }
+        }
+    }
+
+    fn release(&self, name: &str) -> Result<()> {
+        // A 4-bit weight's scales and state are named after it.
+        let stored = self.checkpoint.names().filter(|stored| {
+            let rest = stored.strip_prefix(name);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        });
+        for stored in stored {
+            self.checkpoint.file(stored)?.release(stored)?;
+        }
+        Ok(())
+    }
+}
+
+/// Quantizes the merged weights; one without an adapter stays as it is where it is in 4 bits of the same kind already.
+#[derive(Debug)]
+pub struct MergedQuantizer<'a>(pub &'a Merged);
+
+impl WeightQuantizer for MergedQuantizer<'_> {
+    fn begin(&mut self, _: &Path, _: &[TensorSpec]) -> Result<()> {
+        Ok(())
+    }
+
+    fn quantize(
+        &mut self,
+        name: &str,
+        weight: &DenseTensor,
+        options: QuantizeOptions,
+    ) -> Result<Params4bit> {
+        let part = self.0.part(name)?;
+        if let ModelTensor::Weight(layer, module) = part {
+            let linear = self.0.decoder.linear(layer, module);
+            if let (None, FrozenWeight::Quantized(params)) = (&linear.lora, &*linear.weight)
+                && options_of(params) == options
+            {
+                return Ok(params.clone());
+            }
+        }
+        let mut params = Params4bit::quantize(name, weight, options)?;
+        params.dtype = self.0.dtype;
+        let cols = weight.shape[1];
+        self.0.count_rounding(part, weight, |row, values| {
+            params.dequantize_range(row * cols, values);
+        });
+        Ok(params)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn options_of(params: &Params4bit) -> QuantizeOptions {
+    QuantizeOptions {
+        quant_type: params.quant_type,
+        block_size: params.block_size,
+        double_quant: match params.absmax {
+            Absmax::Single(_) => DoubleQuant::No,
+            Absmax::Double { .. } => DoubleQuant::Yes,
+        },
+    }
+}
+
+fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
+    let differences = a.iter().zip(b).map(|(a, b)| f64::from(a - b));
+    differences.map(|difference| difference * difference).sum()
+}
