@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use qlora::data::Tokenizer;
-use qlora::device::{ComputeDtype, DeviceKind};
+use qlora::device::{ComputeDtype, DeviceKind, Placement};
 use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
 use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER};
@@ -43,10 +43,6 @@ impl ModelArgs {
                 self.model.display()
             );
         }
-        let quantize = self.quant_type.map(|quant_type| QuantizeOptions {
-            quant_type,
-            ..QuantizeOptions::default()
-        });
         if self.adapter.is_none() && self.model.join(INITIAL_ADAPTER).is_dir() {
             eprintln!(
                 "{}: was made together with an adapter and is used without one; --adapter takes {} or what was trained from it",
@@ -54,13 +50,23 @@ impl ModelArgs {
                 self.model.join(INITIAL_ADAPTER).display()
             );
         }
-        let mut decoder = Decoder::load(&checkpoint, quantize, &placement)?;
+        let mut decoder = self.load_base(&placement)?;
         if let Some(dir) = &self.adapter {
             decoder
                 .load_adapter(&Adapter::read(dir)?)
                 .with_context(|| format!("{}: does not fit the model", dir.display()))?;
         }
         Ok(decoder)
+    }
+
+    /// The model without an adapter.
+    pub fn load_base(&self, placement: &Placement) -> anyhow::Result<Decoder> {
+        let quantize = self.quant_type.map(|quant_type| QuantizeOptions {
+            quant_type,
+            ..QuantizeOptions::default()
+        });
+        let checkpoint = Checkpoint::open(&self.model)?;
+        Ok(Decoder::load(&checkpoint, quantize, placement)?)
     }
 
     /// The model's tokenizer; `None` if there is none, which is enough for rows of token ids.

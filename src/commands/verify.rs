@@ -1,4 +1,6 @@
-//! `qlora verify`: whether what a run left can be made again, bit for bit.
+//! `qlora verify`: whether what a run left can be made again, bit for bit, and whether what was exported predicts the same.
+
+mod export;
 
 use std::path::PathBuf;
 
@@ -16,6 +18,8 @@ pub struct Args {
 enum What {
     /// Do steps of a run again from a checkpoint and compare records and tensors
     Run(RunArgs),
+    /// Hold the predictions of an exported model against those of the model with its adapter
+    Export(Box<export::Args>),
 }
 
 #[derive(Debug, clap::Args)]
@@ -38,7 +42,10 @@ struct RunArgs {
 
 /// `threads`: instead of what the configuration of the run says.
 pub fn run(args: Args, threads: Option<usize>) -> anyhow::Result<()> {
-    let What::Run(args) = args.what;
+    let args = match args.what {
+        What::Run(args) => args,
+        What::Export(args) => return super::on_threads(threads, || export::run(*args)),
+    };
     let dir = ("output_dir".to_string(), args.dir.display().to_string());
     let config = TrainConfig::load(Some(&args.dir.join("config.toml")), &[dir])?;
     super::on_threads(threads.or(config.threads), || verify(args, config))

@@ -1,10 +1,12 @@
 //! What a model is used for once it is trained: scoring text that is given ([`evaluate`]) and writing text ([`generate`]).
 
+mod agreement;
 mod ensemble;
 mod evaluate;
 mod generate;
 mod sampling;
 
+pub use agreement::{Agreement, agreement};
 pub use ensemble::{Ensemble, evaluate_ensemble};
 pub use evaluate::{ECE_BINS, Evaluation, LogProbs, evaluate};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
