@@ -1,0 +1,364 @@
+//! An adapter that is merged into its model predicts what the two predict, in every kind and every format that is written.
+
+mod reference_case;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use candle_core::DType;
+use qlora::device::Placement;
+use qlora::export::{Merged, MergedQuantizer, ModelTensor};
+use qlora::model::{Decoder, DecoderConfig, Module};
+use qlora::quant::{DenseTensor, FrozenWeight, Params4bit};
+use qlora::store::{
+    Adapter, Checkpoint, Existing, ModelDir, Quantization, TensorSource, WriteReport,
+};
+use reference_case::{ADAPTER_CASES, CASES, ReferenceCase, largest_difference, sequences, values};
+use serde_json::Value;
+
+fn merged(case: &ReferenceCase, dtype: Option<DType>) -> Merged {
+    let adapter = Adapter::read(&case.adapter).unwrap();
+    Merged::new(Checkpoint::open(&case.dir).unwrap(), &adapter, None, dtype).unwrap()
+}
+
+/// Writes it to `destination`, in shards of at most `max_shard_bytes`.
+fn write(
+    merged: &Merged,
+    in_4_bits: bool,
+    destination: &Path,
+    max_shard_bytes: u64,
+) -> WriteReport {
+    let dir = ModelDir {
+        origin: merged.origin(),
+        config: merged.config_json(),
+        destination,
+        existing: Existing::Refuse,
+        max_shard_bytes,
+    };
+    let mut quantizer = MergedQuantizer(merged);
+    let quantization = in_4_bits.then_some(Quantization {
+        options: merged.quantize_options(),
+        quantizer: &mut quantizer,
+    });
+    dir.write(merged, quantization, |_| ()).unwrap()
+}
+
+fn logits(model: &Path, case: &ReferenceCase) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
+    values(&decoder.logits(sequences(&case.batch())).unwrap())
+}
+
+fn config(model: &Path) -> Value {
+    serde_json::from_slice(&fs::read(model.join("config.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn a_merged_model_has_the_logits_of_peft() {
+    let cases = CASES.map(ReferenceCase::read).into_iter();
+    let of_adapters = ADAPTER_CASES.map(ReferenceCase::of_adapter);
+    for case in cases.chain(of_adapters) {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("merged");
+        let merged = merged(&case, Some(DType::F32));
+        write(&merged, false, &out, u64::MAX);
+        let name = case.adapter.display();
+        assert_eq!(merged.rounding_error(), Some(0.0), "{name}");
+        let difference = largest_difference(&logits(&out, &case), &case.logits.concat());
+        assert!(difference < 1e-4, "{name}: {difference}");
+        let config = config(&out);
+        assert!(config.get("quantization_config").is_none(), "{name}");
+        let dtype = config.get("dtype").or(config.get("torch_dtype"));
+        assert_eq!(dtype.unwrap(), "float32", "{name}");
+    }
+}
+
+#[test]
+fn tied_embeddings_part_only_where_one_of_them_was_trained() {
+    let is_tied = |model: &Path| {
+        let has_head = Checkpoint::open(model).unwrap().contains("lm_head.weight");
+        let config = DecoderConfig::from_json(&config(model), model).unwrap();
+        assert_eq!(config.tie_word_embeddings, !has_head);
+        config.tie_word_embeddings
+    };
+    for (name, stays_tied) in [("tied_embedding", false), ("tied_head", false)] {
+        let case = ReferenceCase::of_adapter(name);
+        assert!(is_tied(&case.dir), "{name}");
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("merged");
+        write(&merged(&case, None), false, &out, u64::MAX);
+        assert_eq!(is_tied(&out), stays_tied, "{name}");
+    }
+    let tied = CASES.map(ReferenceCase::read).into_iter();
+    let tied: Vec<_> = tied.filter(|case| is_tied(&case.dir)).collect();
+    assert!(!tied.is_empty());
+    for case in tied {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("merged");
+        write(&merged(&case, None), false, &out, u64::MAX);
+        assert!(is_tied(&out), "{}", case.dir.display());
+    }
+}
+
+/// The weights of the linear layers with their names, and whether they have an adapter.
+fn linears(merged: &Merged, adapter: &Adapter) -> Vec<(String, bool)> {
+    let layers = 0..merged.config().num_layers;
+    let linears = layers.flat_map(|layer| Module::ALL.map(|module| (layer, module)));
+    let weight = |(layer, module): (usize, Module)| {
+        let name = ModelTensor::Weight(layer, module).name();
+        let a = format!("base_model.model.{}.lora_A.weight", module.path(layer));
+        (name, adapter.tensors.contains_key(&a))
+    };
+    linears.map(weight).collect()
+}
+
+#[test]
+fn sixteen_bits_are_the_exact_weights_rounded_once_and_what_that_loses_is_told() {
+    let case = ReferenceCase::of_adapter("rslora_q_v");
+    for dtype in [DType::BF16, DType::F16] {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("merged");
+        let merged = merged(&case, Some(dtype));
+        let report = write(&merged, false, &out, u64::MAX);
+        let (mut error, mut change) = (0.0, 0.0);
+        let written = Checkpoint::open(&out).unwrap();
+        let base = Checkpoint::open(&case.dir).unwrap();
+        for (name, has_adapter) in linears(&merged, &Adapter::read(&case.adapter).unwrap()) {
+            let exact = merged.tensor(&name).unwrap();
+            let stored = written.tensor(&name).unwrap();
+            assert_eq!(stored.dtype, dtype);
+            assert_eq!(stored.data, exact.to_dtype(&name, dtype).unwrap().data);
+            if has_adapter {
+                let base = base.weight(&name).unwrap();
+                let mut before = vec![0.0; exact.numel()];
+                base.read_range(0, &mut before);
+                let distance = |a: &[f32], b: &[f32]| -> f64 {
+                    let d = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2));
+                    d.sum()
+                };
+                let exact = exact.to_f32_vec();
+                error += distance(&stored.to_f32_vec(), &exact);
+                change += distance(&exact, &before);
+            }
+        }
+        let (told, expected) = (merged.rounding_error().unwrap(), (error / change).sqrt());
+        assert!((told / expected - 1.0).abs() < 1e-6, "{told} {expected}");
+        assert!(expected > 1e-4 && expected < 0.1, "{expected}");
+        assert_eq!(report.quantized_tensors, 0);
+        assert_eq!(report.written_bytes, report.source_bytes);
+    }
+}
+
+#[test]
+fn in_four_bits_a_weight_without_an_adapter_keeps_its_bits() {
+    for name in ["one_layer", "rslora_q_v"] {
+        let case = ReferenceCase::of_adapter(name);
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("merged");
+        let merged = merged(&case, None);
+        let report = write(&merged, true, &out, u64::MAX);
+        let of_quantization = &config(&out)["quantization_config"];
+        assert_eq!(of_quantization["bnb_4bit_quant_type"], "nf4");
+        let params = |model: &Path, name: &str| match Checkpoint::open(model).unwrap().weight(name)
+        {
+            Ok(FrozenWeight::Quantized(params)) => params,
+            other => panic!("{name}: {other:?}"),
+        };
+        let same = |a: &Params4bit, b: &Params4bit| {
+            a.packed == b.packed && a.nbytes() == b.nbytes() && a.dtype == b.dtype && {
+                let values = |p: &Params4bit| {
+                    let mut values = vec![0f32; p.numel()];
+                    p.dequantize_range(0, &mut values);
+                    values
+                };
+                values(a) == values(b)
+            }
+        };
+        let linears = linears(&merged, &Adapter::read(&case.adapter).unwrap());
+        assert_eq!(report.quantized_tensors, linears.len());
+        assert!(linears.iter().any(|(_, has_adapter)| *has_adapter));
+        for (name, has_adapter) in linears {
+            let (before, after) = (params(&case.dir, &name), params(&out, &name));
+            if has_adapter {
+                let exact = merged.tensor(&name).unwrap();
+                let options = merged.quantize_options();
+                let mut expected = Params4bit::quantize(&name, &exact, options).unwrap();
+                expected.dtype = before.dtype;
+                assert!(same(&after, &expected), "{name}");
+                assert!(!same(&after, &before), "{name}");
+            } else {
+                assert!(same(&after, &before), "{name}");
+            }
+        }
+        let lost = merged.rounding_error().unwrap();
+        assert!(lost > 0.0 && lost.is_finite(), "{lost}");
+    }
+}
+
+#[test]
+fn shards_hold_what_one_file_holds() {
+    let case = ReferenceCase::read("llama_gqa");
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
+    for (in_4_bits, max_shard_bytes) in [(false, 60_000), (true, 60_000)] {
+        let (whole, parts) = (
+            whole.join(in_4_bits.to_string()),
+            parts.join(in_4_bits.to_string()),
+        );
+        write(&merged(&case, None), in_4_bits, &whole, u64::MAX);
+        let report = write(&merged(&case, None), in_4_bits, &parts, max_shard_bytes);
+        assert!(report.shards > 1, "{report:?}");
+        assert_eq!(logits(&whole, &case), logits(&parts, &case));
+    }
+}
+
+#[test]
+fn numbers_that_a_type_does_not_hold_are_refused() {
+    let tensor = DenseTensor::from_f32(vec![2], &[1.0, 70000.0]);
+    assert!(tensor.to_dtype("w", DType::BF16).is_ok());
+    let error = tensor.to_dtype("w", DType::F16).unwrap_err().to_string();
+    assert!(error.contains("`w`") && error.contains("70000"), "{error}");
+}
+
+fn qlora(arguments: &[&str], directory: &Path) -> Output {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin("qlora"));
+    command
+        .args(arguments)
+        .current_dir(directory)
+        .output()
+        .unwrap()
+}
+
+fn failure(arguments: &[&str], directory: &Path) -> String {
+    let output = qlora(arguments, directory);
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+/// An adapter and its model in `dir`, as `adapter` and `model`.
+fn lay_out(case: &ReferenceCase, dir: &Path) {
+    for (from, to) in [(&case.dir, "model"), (&case.adapter, "adapter")] {
+        fs::create_dir(dir.join(to)).unwrap();
+        for entry in fs::read_dir(from).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                fs::copy(&path, dir.join(to).join(path.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+    let path = dir.join("adapter/adapter_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["base_model_name_or_path"] = "model".into();
+    fs::write(&path, config.to_string()).unwrap();
+}
+
+#[test]
+fn the_command_exports_and_verify_tells_an_export_from_the_model_below() {
+    let case = ReferenceCase::read("llama_gqa");
+    let dir = tempfile::tempdir().unwrap();
+    lay_out(&case, dir.path());
+    let export = |to: &str, more: &[&str]| {
+        let arguments = [
+            "export",
+            "--adapter",
+            "adapter",
+            "--to",
+            to,
+            "--out",
+            to,
+            "--json",
+        ];
+        let output = qlora(&[&arguments[..], more].concat(), dir.path());
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let report = export("merged", &[]);
+    assert_eq!(report["base"], "model");
+    assert!(report["rounding_error"].as_f64().unwrap() > 0.0);
+    export("merged-4bit", &[]);
+    export("merged", &["--overwrite", "--dtype", "f32"]);
+
+    let verify = |exported: &str| {
+        let of = ["--model", "model", "--adapter", "adapter", "--json"];
+        let output = qlora(
+            &[&["verify", "export", exported][..], &of].concat(),
+            dir.path(),
+        );
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), report)
+    };
+    let (status, report) = verify("merged");
+    assert_eq!(status, Some(0));
+    assert!(report["exported"]["kl"].as_f64().unwrap().abs() < 1e-6);
+    assert_eq!(report["exported"]["same_top_token"], 1.0);
+    assert!(report["without_adapter"]["kl"].as_f64().unwrap() > 1e-2);
+    assert_eq!(verify("merged-4bit").0, Some(0));
+    let (status, report) = verify("model");
+    assert_eq!((status, &report["same"]), (Some(1), &false.into()));
+}
+
+#[test]
+fn what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing() {
+    let case = ReferenceCase::read("llama_gqa");
+    let dir = tempfile::tempdir().unwrap();
+    lay_out(&case, dir.path());
+    let export = [
+        "export",
+        "--adapter",
+        "adapter",
+        "--to",
+        "merged",
+        "--out",
+        "out",
+    ];
+    let refused = |more: &[&str], parts: &[&str]| {
+        let message = failure(&[&export[..], more].concat(), dir.path());
+        assert_eq!(message.trim_end().lines().count(), 1, "{message}");
+        for part in parts {
+            assert!(message.contains(part), "`{part}` is not in `{message}`");
+        }
+        assert!(!dir.path().join("out").exists());
+    };
+    refused(&["--base", "adapter"], &["adapter/config.json"]);
+    let other = ReferenceCase::read("qwen3").dir;
+    refused(
+        &["--base", other.to_str().unwrap()],
+        &["adapter: does not fit"],
+    );
+
+    fs::rename(dir.path().join("model"), dir.path().join("moved")).unwrap();
+    refused(&[], &["was trained on model", "--base DIR"]);
+    fs::rename(dir.path().join("moved"), dir.path().join("model")).unwrap();
+
+    // An adapter that belongs to weights which were made with it.
+    let record = |relative_to: &str| {
+        let record = serde_json::json!({
+            "init_lora_weights": "pissa",
+            "quantization_iterations": 1,
+            "seed": 0,
+            "original_model": "original",
+            "initialized_base": "pissa-base",
+            "adapter_is_relative_to": relative_to,
+        });
+        fs::write(
+            dir.path().join("adapter/initialization.json"),
+            record.to_string(),
+        )
+        .unwrap();
+    };
+    record("initialized_base");
+    refused(&[], &["pissa-base", "adapter_for_original_model"]);
+    record("original_model");
+    let output = qlora(&export, dir.path());
+    assert!(output.status.success(), "{output:?}");
+
+    let message = failure(&export, dir.path());
+    assert!(message.contains("--overwrite"), "{message}");
+    let message = failure(
+        &[&export[..6], &["adapter", "--overwrite"]].concat(),
+        dir.path(),
+    );
+    assert!(message.contains("not a model directory"), "{message}");
+    assert!(dir.path().join("adapter/adapter_config.json").exists());
+}
