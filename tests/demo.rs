@@ -19,11 +19,13 @@ fn demo_lifts_heldout_exact_match_from_under_10_to_over_90_percent() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(report["exact_match_before"].as_f64().unwrap() < 0.1);
     assert!(report["exact_match_after"].as_f64().unwrap() > 0.9);
+    assert!(report["exact_match_exported"].as_f64().unwrap() > 0.9);
     assert_eq!(report["adapter"], out.join("adapter").to_str().unwrap());
     for file in [
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "base-nf4/model.safetensors",
+        "merged/model.safetensors",
         "loss.svg",
         "report.md",
     ] {

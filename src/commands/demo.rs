@@ -1,6 +1,6 @@
-//! `qlora demo`: the whole job on a small model of our own, offline: quantize, train, and ask before and after.
+//! `qlora demo`: the whole job on a small model of our own, offline: quantize, train, export, and ask before and after.
 //!
-//! It calls what `qlora quantize`, `qlora train` and `qlora generate` call. The model, the rows and the configuration are
+//! It calls what `qlora quantize`, `qlora train`, `qlora export` and `qlora generate` call. The model, the rows and the configuration are
 //! those of `examples/demo`, which are part of the program.
 
 mod answers;
@@ -14,9 +14,10 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::data::Tokenizer;
 use qlora::device::{DeviceKind, Placement};
+use qlora::export::Merged;
 use qlora::model::Decoder;
 use qlora::quant::QuantizeOptions;
-use qlora::store::{Adapter, Checkpoint, Existing, QuantizeJob, WriteReport, quantize};
+use qlora::store::{Adapter, Checkpoint, Existing, ModelDir, QuantizeJob, WriteReport, quantize};
 use qlora::train::{Outcome, TrainConfig, Trainer};
 
 use super::Interrupted;
@@ -56,12 +57,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     model.load_adapter(&Adapter::read(&files.adapter)?)?;
     let after = answer_all(&model, &tokenizer, &questions, "asking after")?;
 
+    export(&files)?;
+    let exported = Decoder::load(&Checkpoint::open(&files.merged)?, None, &placement)?;
+    let of_export = answer_all(&exported, &tokenizer, &questions, "asking the export")?;
+
     let loss_curve = args.out.join("loss.svg");
     loss_curve::write(&loss_curve, &training)?;
     let report = Report {
         questions: &questions,
         before: &before,
         after: &after,
+        exported: &of_export,
         quantized,
         training: &training,
         files: &files,
@@ -112,6 +118,24 @@ fn train(files: &DemoFiles, device: DeviceKind, placement: &Placement) -> anyhow
     }
     let seconds = started.elapsed().as_secs_f64();
     Training::read(&files.adapter.join("metrics.jsonl"), seconds)
+}
+
+/// Merges the adapter into the 4-bit model, as `qlora export --to merged`.
+fn export(files: &DemoFiles) -> anyhow::Result<()> {
+    let (checkpoint, adapter) = (
+        Checkpoint::open(&files.quantized)?,
+        Adapter::read(&files.adapter)?,
+    );
+    let merged = Merged::new(checkpoint, &adapter, None, None)?;
+    let dir = ModelDir {
+        origin: merged.origin(),
+        config: merged.config_json(),
+        destination: &files.merged,
+        existing: Existing::Replace,
+        max_shard_bytes: u64::MAX,
+    };
+    dir.write(&merged, None, |_| ())?;
+    Ok(())
 }
 
 fn progress_bar(length: usize, message: &'static str) -> anyhow::Result<ProgressBar> {

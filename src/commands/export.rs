@@ -109,7 +109,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     );
     if let Some(rounding) = rounding {
         println!(
-            "storing it lost {:.2} % of what the adapter changed",
+            "rounding moves its weights by {:.2} % of what the adapter does",
             100.0 * rounding
         );
     }

@@ -114,7 +114,7 @@ impl Merged {
         json
     }
 
-    /// How much of what the adapter adds was lost by storing the weights so far: |stored - (W + s B A)| / |s B A| in the
+    /// How far rounding has moved the weights that were stored, as a share of what the adapter does: |stored - (W + s B A)| / |s B A| in the
     /// Frobenius norm over all of them; `None` where nothing is added.
     pub fn rounding_error(&self) -> Option<f64> {
         let rounding = *self.rounding.lock().unwrap_or_else(PoisonError::into_inner);

@@ -36,6 +36,8 @@ pub struct DemoFiles {
     pub heldout: PathBuf,
     pub quantized: PathBuf,
     pub adapter: PathBuf,
+    /// The model with the adapter in it.
+    pub merged: PathBuf,
 }
 
 impl DemoFiles {
@@ -61,6 +63,7 @@ impl DemoFiles {
             heldout: out.join("heldout.jsonl"),
             quantized: out.join("base-nf4"),
             adapter: out.join("adapter"),
+            merged: out.join("merged"),
         })
     }
 }
@@ -81,7 +84,7 @@ fn remove_earlier(out: &Path) -> anyhow::Result<()> {
             out.display()
         );
     }
-    for name in ["base", "base-nf4", "adapter"] {
+    for name in ["base", "base-nf4", "adapter", "merged"] {
         match std::fs::remove_dir_all(out.join(name)) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 return Err(error).with_context(|| out.join(name).display().to_string());

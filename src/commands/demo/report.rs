@@ -61,6 +61,8 @@ pub struct Report<'a> {
     pub before: &'a [String],
     /// Answers with the adapter.
     pub after: &'a [String],
+    /// Answers of the model that the adapter was merged into.
+    pub exported: &'a [String],
     pub quantized: WriteReport,
     pub training: &'a Training,
     pub files: &'a DemoFiles,
@@ -94,6 +96,7 @@ impl Report<'_> {
         text += &format!("wall time             {:.1} s\n", self.seconds);
         text += &format!("loss curve            {}\n", self.loss_curve.display());
         text += &format!("report                {}\n", report.display());
+        text += &format!("merged model          {}\n", self.files.merged.display());
         text += &format!("adapter               {}\n", self.files.adapter.display());
         text
     }
@@ -139,6 +142,7 @@ impl Report<'_> {
         json!({
             "exact_match_before": self.exact_matches(self.before) as f64 / self.questions.len() as f64,
             "exact_match_after": self.exact_matches(self.after) as f64 / self.questions.len() as f64,
+            "exact_match_exported": self.exact_matches(self.exported) as f64 / self.questions.len() as f64,
             "heldout_rows": self.questions.len(),
             "examples": examples.collect::<Vec<_>>(),
             "quantize": self.quantized,
@@ -152,6 +156,7 @@ impl Report<'_> {
             "report": report,
             "model": self.files.quantized,
             "adapter": self.files.adapter,
+            "merged": self.files.merged,
         })
     }
 
@@ -193,7 +198,12 @@ impl Report<'_> {
                 100.0 * matches as f64 / rows as f64
             )
         };
-        format!("{} before, {} after", share(self.before), share(self.after))
+        format!(
+            "{} before, {} after, {} merged into the model",
+            share(self.before),
+            share(self.after),
+            share(self.exported)
+        )
     }
 
     fn exact_matches(&self, answers: &[String]) -> usize {
