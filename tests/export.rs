@@ -362,3 +362,51 @@ fn what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing() {
     assert!(message.contains("not a model directory"), "{message}");
     assert!(dir.path().join("adapter/adapter_config.json").exists());
 }
+
+/// The model directory of a tokenizer with one of the fixtures' chat templates.
+fn with_template(name: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/data");
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(data.join("tokenizer").join(file), dir.path().join(file)).unwrap();
+    }
+    let template = data.join("templates").join(format!("{name}.jinja"));
+    fs::copy(template, dir.path().join("chat_template.jinja")).unwrap();
+    dir
+}
+
+#[test]
+fn chat_templates_become_templates_of_ollama_or_are_refused() {
+    let templates = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/data/templates");
+    let mut told = String::new();
+    let mut names: Vec<_> = fs::read_dir(templates)
+        .unwrap()
+        .map(|entry| {
+            entry
+                .unwrap()
+                .path()
+                .file_stem()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .to_string()
+        })
+        .collect();
+    names.sort();
+    for name in names {
+        let dir = with_template(&name);
+        let tokenizer = qlora::data::Tokenizer::from_dir(dir.path()).unwrap();
+        let written = match qlora::export::modelfile(&tokenizer, "./model.gguf") {
+            Ok(modelfile) => modelfile,
+            Err(error) => {
+                let error = error.to_string();
+                format!(
+                    "error: {}\n",
+                    error.replace(dir.path().to_str().unwrap(), "DIR")
+                )
+            }
+        };
+        told += &format!("## {name}\n{written}\n");
+    }
+    insta::assert_snapshot!(told);
+}

@@ -147,8 +147,13 @@ impl ChatTemplate {
         self.keep_trained(chat, messages, trained)
     }
 
+    /// The file that it was read from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The template as it was written.
-    pub(super) fn source(&self) -> &str {
+    pub fn source(&self) -> &str {
         &self.source
     }
 

@@ -266,6 +266,11 @@ impl Tokenizer {
         *blake3::hash(parts.to_string().as_bytes()).as_bytes()
     }
 
+    /// `tokenizer.json`.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The chat template of the model, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()

@@ -2,6 +2,8 @@
 
 mod merged;
 mod model_tensor;
+mod ollama;
 
 pub use merged::{Merged, MergedQuantizer};
 pub use model_tensor::{ModelTensor, Norm};
+pub use ollama::modelfile;
