@@ -364,12 +364,19 @@ fn what_cannot_be_exported_is_refused_in_one_line_and_leaves_nothing() {
 }
 
 /// The model directory of a tokenizer with one of the fixtures' chat templates.
-fn with_template(name: &str) -> tempfile::TempDir {
+fn with_template(name: &str, add_bos_token: bool) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/data");
-    for file in ["tokenizer.json", "tokenizer_config.json"] {
-        fs::copy(data.join("tokenizer").join(file), dir.path().join(file)).unwrap();
-    }
+    let tokenizer = data.join("tokenizer");
+    fs::copy(
+        tokenizer.join("tokenizer.json"),
+        dir.path().join("tokenizer.json"),
+    )
+    .unwrap();
+    let config = fs::read(tokenizer.join("tokenizer_config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config["add_bos_token"] = add_bos_token.into();
+    fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
     let template = data.join("templates").join(format!("{name}.jinja"));
     fs::copy(template, dir.path().join("chat_template.jinja")).unwrap();
     dir
@@ -394,7 +401,7 @@ fn chat_templates_become_templates_of_ollama_or_are_refused() {
         .collect();
     names.sort();
     for name in names {
-        let dir = with_template(&name);
+        let dir = with_template(&name, true);
         let tokenizer = qlora::data::Tokenizer::from_dir(dir.path()).unwrap();
         let written = match qlora::export::modelfile(&tokenizer, "./model.gguf") {
             Ok(modelfile) => modelfile,
@@ -409,4 +416,15 @@ fn chat_templates_become_templates_of_ollama_or_are_refused() {
         told += &format!("## {name}\n{written}\n");
     }
     insta::assert_snapshot!(told);
+}
+
+#[test]
+fn a_bos_is_left_to_the_runner_only_where_that_adds_it() {
+    for add_bos_token in [false, true] {
+        let dir = with_template("gemma", add_bos_token);
+        let tokenizer = qlora::data::Tokenizer::from_dir(dir.path()).unwrap();
+        let modelfile = qlora::export::modelfile(&tokenizer, "./model.gguf").unwrap();
+        let begins = modelfile.contains("TEMPLATE \"\"\"<s><start_of_turn>user");
+        assert_eq!(begins, !add_bos_token, "{modelfile}");
+    }
 }

@@ -42,7 +42,7 @@ pub fn modelfile(tokenizer: &Tokenizer, gguf: &str) -> Result<String> {
             let mut end = tokenizer.encode(&pieces.assistant.1)?.into_iter();
             let end = end.find(|&id| tokenizer.is_special(id));
             stops.extend(end.filter(|id| !tokenizer.eos_token_ids().contains(id)));
-            pieces.go_template(template, tokenizer.bos_token())?
+            pieces.go_template(template, added_bos(tokenizer)?)?
         }
     };
     if stops.is_empty() {
@@ -57,6 +57,13 @@ pub fn modelfile(tokenizer: &Tokenizer, gguf: &str) -> Result<String> {
         let _ = writeln!(text, "PARAMETER stop {}", json!(tokenizer.token_text(id)));
     }
     Ok(text)
+}
+
+/// The bos where the runner, told so by the GGUF file, puts it in front of every text.
+fn added_bos(tokenizer: &Tokenizer) -> Result<Option<&str>> {
+    let first = tokenizer.encode_with_specials("a")?.first().copied();
+    let is_added = first.is_some() && first == tokenizer.bos_token_id();
+    Ok(tokenizer.bos_token().filter(|_| is_added))
 }
 
 impl Pieces {
@@ -109,15 +116,15 @@ impl Pieces {
         })
     }
 
-    /// The template without the `bos` that it begins with: the runner puts that in front of every text itself.
-    fn go_template(mut self, template: &ChatTemplate, bos: Option<&str>) -> Result<String> {
+    /// The template, without the `added_bos` that it begins with.
+    fn go_template(mut self, template: &ChatTemplate, added_bos: Option<&str>) -> Result<String> {
         if let Some(conversation) = self.differs_from(template)? {
             let reason = format!(
                 "lays out a conversation of {conversation} in another way than its parts, which Ollama cannot be told"
             );
             return Err(Error::malformed(template.path(), reason));
         }
-        if let Some(bos) = bos.filter(|bos| !bos.is_empty()) {
+        if let Some(bos) = added_bos {
             let with_system = self.system.iter_mut().map(|(before, _)| before);
             for start in with_system.chain([&mut self.start]) {
                 if let Some(rest) = start.strip_prefix(bos) {
