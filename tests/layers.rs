@@ -18,7 +18,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &["model", "ops", "data", "store", "device", "quant", "infer"],
     ),
     ("infer", &["model", "data"]),
-    ("export", &["model", "quant", "store"]),
+    ("export", &["model", "data", "quant", "store"]),
 ];
 
 /// What only the binary may use.

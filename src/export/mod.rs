@@ -1,5 +1,7 @@
 //! A trained adapter for other programs: merged into its model, or in the files of llama.cpp.
 
+mod gguf;
 mod model_tensor;
 
+pub use gguf::{GgufBase, GgufReport, GgufType, write_gguf_adapter, write_gguf_model};
 pub use model_tensor::{ModelTensor, Norm};
