@@ -6,16 +6,23 @@ use anyhow::{Context, bail};
 use candle_core::DType;
 use clap::ValueEnum;
 use indicatif::DecimalBytes;
-use qlora::export::{Merged, MergedQuantizer};
-use qlora::quant::QuantizeOptions;
+use qlora::data::Tokenizer;
+use qlora::export::{
+    GgufBase, GgufType, Merged, MergedQuantizer, modelfile, write_gguf_adapter, write_gguf_model,
+};
+use qlora::quant::{QuantType, QuantizeOptions};
 use qlora::store::{
-    Adapter, Checkpoint, Existing, Initialization, ModelDir, Quantization, RelativeTo, WriteReport,
+    Adapter, AtomicDir, AtomicFile, Checkpoint, Existing, Initialization, ModelDir, Quantization,
+    RelativeTo, WriteProgress,
 };
 use serde_json::json;
 
 use super::note;
 use super::quantize::{parse_bytes, parse_quant_type, progress_bar};
-use qlora::quant::QuantType;
+
+/// The model in the directory of `--to modelfile`.
+const GGUF_FILE: &str = "model.gguf";
+const MODELFILE: &str = "Modelfile";
 
 /// Hand an adapter over to other programs: merged into its model, or for llama.cpp
 #[derive(Debug, clap::Args)]
@@ -36,7 +43,7 @@ pub struct Args {
     #[arg(long, alias = "model", value_name = "DIR")]
     base: Option<PathBuf>,
 
-    /// bf16, f16 or f32; unset: what the model had before it was quantized
+    /// Type of the weights; unset: that of the model before it was quantized, and f32 for gguf-lora
     #[arg(long, value_name = "NAME")]
     dtype: Option<Dtype>,
 
@@ -44,7 +51,7 @@ pub struct Args {
     #[arg(long = "quant_type", alias = "quant-type", value_name = "TYPE", value_parser = parse_quant_type)]
     quant_type: Option<QuantType>,
 
-    /// Largest file of weights, such as 500MB, 4GB or 4GiB
+    /// Largest file of weights of a model directory, such as 500MB, 4GB or 4GiB
     #[arg(long, alias = "max_shard_size", value_name = "SIZE", default_value = "4GB", value_parser = parse_bytes)]
     max_shard_size: u64,
 
@@ -64,6 +71,12 @@ enum Target {
     /// The same in 4 bits, as bitsandbytes has it: what the adapter changed is rounded to what 4 bits can say
     #[value(name = "merged-4bit")]
     Merged4bit,
+    /// The adapter alone, for a GGUF file of its model in llama.cpp
+    GgufLora,
+    /// The merged model with its tokenizer in one file, for llama.cpp
+    Gguf,
+    /// A directory with that file and a Modelfile, for ollama create
+    Modelfile,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -71,16 +84,31 @@ enum Dtype {
     Bf16,
     F16,
     F32,
+    /// 8.5 bits a weight; in GGUF files of models alone
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
-impl From<Dtype> for DType {
-    fn from(dtype: Dtype) -> Self {
-        match dtype {
-            Dtype::Bf16 => Self::BF16,
-            Dtype::F16 => Self::F16,
-            Dtype::F32 => Self::F32,
+impl Dtype {
+    /// The type in files that know no blocks.
+    fn of_elements(self) -> anyhow::Result<DType> {
+        match self {
+            Self::Bf16 => Ok(DType::BF16),
+            Self::F16 => Ok(DType::F16),
+            Self::F32 => Ok(DType::F32),
+            Self::Q8_0 => bail!("--dtype q8_0 is for --to gguf and modelfile"),
         }
     }
+}
+
+/// What was written.
+#[derive(Default, serde::Serialize)]
+struct Report {
+    written_bytes: u64,
+    /// How far rounding moved the weights, as a share of what the adapter does.
+    rounding_error: Option<f64>,
+    /// Where another program will not do what the model does here.
+    notes: Vec<String>,
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
@@ -90,30 +118,93 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         None => named_base(&adapter, &args.adapter)?,
     };
     expect_its_base(&args.adapter, &base)?;
-    let merged = merge(&args, &adapter, &base)?;
-    let report = write_directory(&args, &merged)?;
-    let rounding = merged.rounding_error();
+    let is_directory = matches!(args.to, Target::Merged | Target::Merged4bit);
+    if !is_directory {
+        args.check_out()?;
+    }
+    let report = match args.to {
+        Target::Merged | Target::Merged4bit => write_directory(&args, &adapter, &base)?,
+        Target::GgufLora => write_gguf_lora(&args, &adapter, &base)?,
+        Target::Gguf => write_gguf(&args, &adapter, &base, &args.out)?,
+        Target::Modelfile => write_modelfile(&args, &adapter, &base)?,
+    };
     if args.json {
         let mut json = serde_json::to_value(report)?;
         json["base"] = json!(base);
-        json["rounding_error"] = json!(rounding);
         println!("{json}");
         return Ok(());
     }
     println!(
-        "{}: {} with {} merged into it, {}",
+        "{}: {} for {}, {}",
         args.out.display(),
-        base.display(),
         args.adapter.display(),
+        base.display(),
         DecimalBytes(report.written_bytes),
     );
-    if let Some(rounding) = rounding {
+    if let Some(rounding) = report.rounding_error {
         println!(
             "rounding moves its weights by {:.2} % of what the adapter does",
             100.0 * rounding
         );
     }
+    report.notes.iter().for_each(|line| note(line));
     Ok(())
+}
+
+impl Args {
+    fn existing(&self) -> Existing {
+        match self.overwrite {
+            true => Existing::Replace,
+            false => Existing::Refuse,
+        }
+    }
+
+    /// Refuses to write over something of another kind, or anything where nothing is to be replaced.
+    fn check_out(&self) -> anyhow::Result<()> {
+        let out = &self.out;
+        if out.symlink_metadata().is_err() {
+            return Ok(());
+        }
+        if !self.overwrite {
+            bail!(
+                "{}: already exists, choose another name or --overwrite",
+                out.display()
+            );
+        }
+        let is_of_its_kind = match self.to {
+            Target::Modelfile => out.join(MODELFILE).is_file(),
+            _ => is_gguf(out),
+        };
+        match is_of_its_kind {
+            true => Ok(()),
+            false => bail!(
+                "{}: is not what is written and will not be replaced",
+                out.display()
+            ),
+        }
+    }
+
+    /// What llama.cpp shows the model as.
+    fn name(&self) -> String {
+        let stem = self.out.file_stem().unwrap_or(self.out.as_os_str());
+        stem.to_string_lossy().into_owned()
+    }
+
+    fn gguf_type(&self) -> Option<GgufType> {
+        self.dtype.map(|dtype| match dtype {
+            Dtype::Bf16 => GgufType::Bf16,
+            Dtype::F16 => GgufType::F16,
+            Dtype::F32 => GgufType::F32,
+            Dtype::Q8_0 => GgufType::Q8_0,
+        })
+    }
+}
+
+fn is_gguf(path: &Path) -> bool {
+    use std::io::Read;
+    let mut magic = [0; 4];
+    let read = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    read.is_ok() && &magic == b"GGUF"
 }
 
 /// The model that the adapter was trained on, by its config.
@@ -157,7 +248,12 @@ fn expect_its_base(adapter: &Path, base: &Path) -> anyhow::Result<()> {
     }
 }
 
-fn merge(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Result<Merged> {
+fn merge(
+    args: &Args,
+    adapter: &Adapter,
+    base: &Path,
+    dtype: Option<DType>,
+) -> anyhow::Result<Merged> {
     let checkpoint = Checkpoint::open(base)?;
     if args.quant_type.is_none() && !checkpoint.is_quantized() {
         note(&format!(
@@ -169,37 +265,96 @@ fn merge(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Result<Merged> 
         quant_type,
         ..QuantizeOptions::default()
     });
-    Merged::new(checkpoint, adapter, quantize, args.dtype.map(DType::from)).with_context(|| {
-        format!(
-            "{}: does not fit {}",
-            args.adapter.display(),
-            base.display()
-        )
-    })
+    Merged::new(checkpoint, adapter, quantize, dtype)
+        .with_context(|| does_not_fit(&args.adapter, base))
 }
 
-fn write_directory(args: &Args, merged: &Merged) -> anyhow::Result<WriteReport> {
+fn does_not_fit(adapter: &Path, base: &Path) -> String {
+    format!("{}: does not fit {}", adapter.display(), base.display())
+}
+
+fn write_directory(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Result<Report> {
+    let dtype = args.dtype.map(Dtype::of_elements).transpose()?;
+    let merged = merge(args, adapter, base, dtype)?;
     let dir = ModelDir {
         origin: merged.origin(),
         config: merged.config_json(),
         destination: &args.out,
-        existing: match args.overwrite {
-            true => Existing::Replace,
-            false => Existing::Refuse,
-        },
+        existing: args.existing(),
         max_shard_bytes: args.max_shard_size,
     };
-    let mut quantizer = MergedQuantizer(merged);
+    let mut quantizer = MergedQuantizer(&merged);
     let quantization = (args.to == Target::Merged4bit).then_some(Quantization {
         options: merged.quantize_options(),
         quantizer: &mut quantizer,
     });
+    let written = with_progress(|show| Ok(dir.write(&merged, quantization, show)?))?;
+    Ok(Report {
+        written_bytes: written.written_bytes,
+        rounding_error: merged.rounding_error(),
+        notes: Vec::new(),
+    })
+}
+
+fn write_gguf_lora(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Result<Report> {
+    args.dtype.map(Dtype::of_elements).transpose()?;
+    let checkpoint = Checkpoint::open(base)?;
+    let gguf_base = GgufBase {
+        config: checkpoint.config(),
+        dir: base,
+        name: &args.name(),
+    };
+    let file_type = args.gguf_type().unwrap_or(GgufType::F32);
+    let written = write_gguf_adapter(adapter, gguf_base, file_type, &args.out)
+        .with_context(|| args.adapter.display().to_string())?;
+    Ok(Report {
+        written_bytes: written.written_bytes,
+        notes: written.notes,
+        ..Report::default()
+    })
+}
+
+fn write_gguf(args: &Args, adapter: &Adapter, base: &Path, out: &Path) -> anyhow::Result<Report> {
+    let merged = merge(args, adapter, base, None)?;
+    let file_type = args.gguf_type().unwrap_or(match merged.dtype() {
+        DType::F16 => GgufType::F16,
+        DType::F32 => GgufType::F32,
+        _ => GgufType::Bf16,
+    });
+    let gguf_base = GgufBase {
+        config: &merged.config_json(),
+        dir: merged.origin(),
+        name: &args.name(),
+    };
+    let written =
+        with_progress(|show| Ok(write_gguf_model(&merged, gguf_base, file_type, out, show)?))?;
+    Ok(Report {
+        written_bytes: written.written_bytes,
+        notes: written.notes,
+        ..Report::default()
+    })
+}
+
+fn write_modelfile(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Result<Report> {
+    // First, as it may be refused.
+    let modelfile = modelfile(&Tokenizer::from_dir(base)?, &format!("./{GGUF_FILE}"))?;
+    let dir = AtomicDir::create(&args.out, args.existing())?;
+    AtomicFile::write(dir.path().join(MODELFILE), modelfile)?;
+    let report = write_gguf(args, adapter, base, &dir.path().join(GGUF_FILE))?;
+    dir.commit()?;
+    Ok(report)
+}
+
+/// Shows how far a writer has come.
+fn with_progress<T>(
+    write: impl FnOnce(&mut dyn FnMut(WriteProgress)) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let bar = progress_bar()?;
-    let report = dir.write(merged, quantization, |progress| {
+    let written = write(&mut |progress| {
         bar.set_length(progress.total_bytes);
         bar.set_position(progress.done_bytes);
         bar.set_message(progress.tensor.to_string());
     })?;
     bar.finish_and_clear();
-    Ok(report)
+    Ok(written)
 }

@@ -1,9 +1,11 @@
 //! A trained adapter for other programs: merged into its model, or in the files of llama.cpp.
 
+mod gguf;
 mod merged;
 mod model_tensor;
 mod ollama;
 
+pub use gguf::{GgufBase, GgufReport, GgufType, write_gguf_adapter, write_gguf_model};
 pub use merged::{Merged, MergedQuantizer};
 pub use model_tensor::{ModelTensor, Norm};
 pub use ollama::modelfile;

@@ -1,0 +1,153 @@
+//! A PEFT adapter as llama.cpp's LoRA file: `blk.0.attn_q.weight.lora_a` `[r, in]` and `.lora_b` `[out, r]`.
+//!
+//! llama.cpp adds `alpha / r * B (A x)` with one `alpha` for the file and `r` from the tensors, so what else PEFT scales a
+//! module by (rsLoRA, alpha_pattern) is in its B. Source: `convert_lora_to_gguf.py` and `src/llama-adapter.cpp` of llama.cpp.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::architecture;
+use super::tensor_names::tensor_name;
+use super::writer::{Change, GgufWriter, Metadata, TensorInfo, Value};
+use super::{GgufBase, GgufReport, GgufType};
+use crate::export::ModelTensor;
+use crate::model::{DecoderConfig, Module};
+use crate::quant::DenseTensor;
+use crate::store::{Adapter, AdapterConfig};
+use crate::{Error, Result};
+
+const CONFIG_FILE: &str = "adapter_config.json";
+
+/// The factors of a module.
+struct Factors<'a> {
+    layer: usize,
+    module: Module,
+    a: &'a DenseTensor,
+    b: &'a DenseTensor,
+    /// `scaling * r`.
+    alpha: f64,
+}
+
+/// Writes `adapter`, which is one for the model `base`, to `path`, its tensors as `file_type`. The file appears when it is
+/// complete. It fits a GGUF file of the base, whatever type that has.
+///
+/// # Errors
+/// [`Error::UnsupportedModel`] for DoRA and modules that are trained whole, which the format cannot say, and for a base
+/// that llama.cpp cannot compute; [`Error::TensorMismatch`] for a tensor that does not fit the base, or has a value that
+/// `file_type` cannot hold.
+pub fn write_gguf_adapter(
+    adapter: &Adapter,
+    base: GgufBase,
+    file_type: GgufType,
+    path: &Path,
+) -> Result<GgufReport> {
+    refuse_unsayable(&adapter.config)?;
+    let (config, architecture) = architecture::read(&base)?;
+    let factors = factors(adapter, &config)?;
+    // Of 0, llama.cpp thinks that there is none, and does not scale.
+    let alphas = factors.iter().map(|factors| factors.alpha);
+    let alpha = alphas.clone().find(|alpha| *alpha != 0.0).unwrap_or(1.0);
+    let mut metadata = Metadata::default();
+    metadata.add_text("general.architecture", architecture.name());
+    metadata.add_text("general.type", "adapter");
+    metadata.add_text("general.name", base.name);
+    metadata.add_u32("general.file_type", file_type.file_type());
+    metadata.add_text("adapter.type", "lora");
+    metadata.add("adapter.lora.alpha", Value::F32(alpha as f32));
+    let infos = factors.iter().flat_map(|factors| {
+        let weight = tensor_name(ModelTensor::Weight(factors.layer, factors.module));
+        [("lora_a", factors.a), ("lora_b", factors.b)].map(|(part, values)| TensorInfo {
+            name: format!("{weight}.{part}"),
+            tensor_type: file_type.of_shape(&values.shape),
+            shape: values.shape.clone(),
+        })
+    });
+    let mut writer = GgufWriter::create(path, &metadata, infos.collect())?;
+    for factors in &factors {
+        let weight = ModelTensor::Weight(factors.layer, factors.module);
+        writer.write(factors.a, Change::NONE)?;
+        let change = Change {
+            factor: (factors.alpha / alpha) as f32,
+            ..architecture.change(weight, &config)
+        };
+        writer.write(factors.b, change)?;
+    }
+    Ok(GgufReport {
+        tensors: 2 * factors.len(),
+        written_bytes: writer.finish()?,
+        notes: architecture.notes(&config),
+    })
+}
+
+fn refuse_unsayable(config: &AdapterConfig) -> Result<()> {
+    let refuse = |field: &str, value: String| {
+        Err(Error::UnsupportedModel {
+            path: CONFIG_FILE.into(),
+            field: field.into(),
+            value,
+            hint: "an adapter file of llama.cpp cannot say it; export the merged model instead"
+                .into(),
+        })
+    };
+    if config.use_dora {
+        return refuse("use_dora", "true".into());
+    }
+    if !config.modules_to_save.is_empty() {
+        let names: Vec<_> = config.modules_to_save.names().collect();
+        return refuse("modules_to_save", format!("{names:?}"));
+    }
+    Ok(())
+}
+
+/// The factors of all modules in the order of the model; every tensor of the adapter belongs to one.
+fn factors<'a>(adapter: &'a Adapter, config: &DecoderConfig) -> Result<Vec<Factors<'a>>> {
+    let tensors = adapter.tensors.iter();
+    let mut rest: BTreeMap<&str, &DenseTensor> = tensors
+        .map(|(name, tensor)| (name.as_str(), tensor))
+        .collect();
+    let mut all = Vec::new();
+    for layer in 0..config.num_layers {
+        for module in Module::ALL {
+            let path = module.path(layer);
+            let name = |part| format!("base_model.model.{path}.{part}.weight");
+            let Some(a) = rest.remove(name("lora_A").as_str()) else {
+                continue;
+            };
+            let b = rest.remove(name("lora_B").as_str());
+            let r = adapter.config.rank_of(&path);
+            let (d_out, d_in) = config.linear_shape(module);
+            let b = expect_shape(&name("lora_B"), b, &[d_out, r])?;
+            expect_shape(&name("lora_A"), Some(a), &[r, d_in])?;
+            all.push(Factors {
+                layer,
+                module,
+                a,
+                b,
+                alpha: adapter.config.scaling_of(&path) * r as f64,
+            });
+        }
+    }
+    match rest.first_key_value() {
+        None => Ok(all),
+        Some((name, tensor)) => Err(Error::TensorMismatch {
+            tensor: name.to_string(),
+            expected: "half of an adapter of a linear layer that the model has".into(),
+            found: format!("{:?}", tensor.shape),
+        }),
+    }
+}
+
+fn expect_shape<'a>(
+    name: &str,
+    tensor: Option<&'a DenseTensor>,
+    shape: &[usize],
+) -> Result<&'a DenseTensor> {
+    match tensor {
+        Some(tensor) if tensor.shape == shape => Ok(tensor),
+        _ => Err(Error::TensorMismatch {
+            tensor: name.into(),
+            expected: format!("{shape:?}"),
+            found: tensor.map_or("none".into(), |tensor| format!("{:?}", tensor.shape)),
+        }),
+    }
+}

@@ -1,0 +1,72 @@
+//! What llama.cpp reads of a model beside its tensors and its vocabulary.
+//!
+//! Source: `TextModel.set_gguf_parameters` of `convert_hf_to_gguf.py`, `gguf-py/gguf/constants.py`.
+
+use super::architecture::{Architecture, as_u32};
+use super::writer::{Metadata, Value};
+use super::{GgufBase, GgufType};
+use crate::model::{DecoderConfig, RopeConfig, RopeScaling};
+use crate::quant::DenseTensor;
+
+/// `GGML_QNT_VERSION`.
+const QUANTIZATION_VERSION: u32 = 2;
+
+/// The tensor with the divisors of the rotary frequencies.
+pub(super) const ROPE_FREQS: &str = "rope_freqs.weight";
+
+pub(super) fn add(
+    metadata: &mut Metadata,
+    base: &GgufBase,
+    architecture: Architecture,
+    config: &DecoderConfig,
+    file_type: GgufType,
+) {
+    let name = architecture.name();
+    metadata.add_text("general.architecture", name);
+    metadata.add_text("general.type", "model");
+    metadata.add_text("general.name", base.name);
+    metadata.add_u32("general.file_type", file_type.file_type());
+    metadata.add_u32("general.quantization_version", QUANTIZATION_VERSION);
+    for (key, size) in [
+        ("context_length", config.max_position_embeddings),
+        ("embedding_length", config.hidden_size),
+        ("block_count", config.num_layers),
+        ("feed_forward_length", config.intermediate_size),
+        ("attention.head_count", config.num_heads),
+        ("attention.head_count_kv", config.num_kv_heads),
+        ("attention.key_length", config.head_dim),
+        ("attention.value_length", config.head_dim),
+        ("rope.dimension_count", config.head_dim),
+        ("vocab_size", config.vocab_size),
+    ] {
+        metadata.add_u32(format!("{name}.{key}"), as_u32(size));
+    }
+    let mut add_f32 = |key: &str, value: f64| {
+        metadata.add(format!("{name}.{key}"), Value::F32(value as f32));
+    };
+    add_f32("attention.layer_norm_rms_epsilon", config.rms_norm_eps);
+    add_f32("rope.freq_base", config.rope.theta);
+    if let RopeScaling::Linear { factor } = config.rope.scaling {
+        add_f32("rope.scaling.factor", factor);
+        metadata.add_text(format!("{name}.rope.scaling.type"), "linear");
+    }
+}
+
+/// By what llama.cpp divides each rotary frequency, `[head_dim / 2]`; `None` if the keys say it all.
+pub(super) fn rope_divisors(config: &DecoderConfig) -> Option<DenseTensor> {
+    let RopeScaling::Llama3 { .. } = config.rope.scaling else {
+        return None;
+    };
+    let plain = RopeConfig {
+        scaling: RopeScaling::None,
+        ..config.rope
+    };
+    let plain = plain.inv_freq(config.head_dim);
+    let scaled = config.rope.inv_freq(config.head_dim);
+    let divisors = plain
+        .iter()
+        .zip(scaled)
+        .map(|(plain, scaled)| plain / scaled);
+    let divisors: Vec<f32> = divisors.collect();
+    Some(DenseTensor::from_f32(vec![divisors.len()], &divisors))
+}

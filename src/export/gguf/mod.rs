@@ -1,0 +1,67 @@
+//! The files of llama.cpp: a model, or a LoRA adapter for one, as GGUF.
+//!
+//! ```text
+//! architecture (what llama.cpp computes)   tensor_names   tensor_type (f32, f16, bf16, Q8_0)   writer (the file format)
+//! vocabulary (tokenizer.json -> tokenizer.ggml.*): byte_level, sentencepiece   hyperparameters   model   adapter
+//! ```
+//!
+//! Source: `docs/gguf.md` of ggml; `convert_hf_to_gguf.py` and `convert_lora_to_gguf.py` of llama.cpp.
+
+mod adapter;
+mod architecture;
+mod byte_level;
+mod hyperparameters;
+mod model;
+mod sentencepiece;
+mod tensor_names;
+mod tensor_type;
+mod tokenizer_file;
+mod vocabulary;
+mod writer;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+pub use adapter::write_gguf_adapter;
+pub use model::write_gguf_model;
+pub use tensor_type::GgufType;
+
+use crate::Error;
+
+/// The model that a file is of, or that its adapter is for.
+#[derive(Debug, Clone, Copy)]
+pub struct GgufBase<'a> {
+    /// `config.json`.
+    pub config: &'a Value,
+    /// Where that stands, with the tokenizer, which only a model's file needs.
+    pub dir: &'a Path,
+    /// What llama.cpp shows it as.
+    pub name: &'a str,
+}
+
+impl GgufBase<'_> {
+    fn config_path(&self) -> PathBuf {
+        self.dir.join("config.json")
+    }
+
+    /// A field of the config that llama.cpp cannot follow.
+    fn unsupported(&self, field: &str, hint: &str) -> Error {
+        Error::UnsupportedModel {
+            path: self.config_path(),
+            field: field.into(),
+            value: self.config[field].to_string(),
+            hint: hint.into(),
+        }
+    }
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GgufReport {
+    pub tensors: usize,
+    /// Of the file.
+    pub written_bytes: u64,
+    /// Where llama.cpp will do something else than this model was trained to do: a sentence each.
+    pub notes: Vec<String>,
+}
