@@ -16,6 +16,10 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+const TEKKEN_NAME: &str = "tekken";
+const TEKKEN_NOTE: &str = "llama.cpp splits text with combining marks, such as Hindi, otherwise than the model's tokenizer, so \
+                           that the tokens there may be others";
+
 /// A part of a pre-tokenizer.
 #[derive(Debug, PartialEq)]
 enum Step<'a> {
@@ -34,7 +38,11 @@ pub(super) fn is_byte_level(pre_tokenizer: &Value) -> bool {
     pre_tokenizer.to_string().contains("\"ByteLevel\"")
 }
 
-pub(super) fn add(metadata: &mut Metadata, file: &TokenizerFile) -> Result<()> {
+pub(super) fn add(
+    metadata: &mut Metadata,
+    file: &TokenizerFile,
+    notes: &mut Vec<String>,
+) -> Result<()> {
     let normalizer = &file.normalizer;
     if !normalizer.is_null() && normalizer["type"] != "NFC" {
         return Err(file.unsupported("normalizer", normalizer));
@@ -48,6 +56,9 @@ pub(super) fn add(metadata: &mut Metadata, file: &TokenizerFile) -> Result<()> {
         }
         false => file.unsupported("pre_tokenizer", &file.pre_tokenizer),
     })?;
+    if pre == TEKKEN_NAME {
+        notes.push(TEKKEN_NOTE.into());
+    }
     let mut merges = Vec::with_capacity(file.bpe.merges.len());
     for (left, right) in file.merges()? {
         if left.contains(' ') || right.contains(' ') {
@@ -71,7 +82,7 @@ fn name(steps: &[Step], ignore_merges: bool) -> Option<&'static str> {
         ([Step::Split(LLAMA3), Step::Bytes], true) => "llama-bpe",
         ([Step::Split(LLAMA3), Step::Bytes], false) => "dbrx",
         ([Step::Split(QWEN2), Step::Bytes], false) => "qwen2",
-        ([Step::Split(TEKKEN), Step::Bytes], true) => "tekken",
+        ([Step::Split(TEKKEN), Step::Bytes], true) => TEKKEN_NAME,
         _ => return None,
     })
 }

@@ -20,19 +20,28 @@ const SPACE: char = '▁';
 /// How many of a thousand tokens may lack a merge: more, and it is not SentencePiece's way to join.
 const MAX_LACKING_PER_MILLE: usize = 1;
 
+const ADDED_NOTE: &str = "llama.cpp puts a space before a text and before what stands behind a special token, even where \
+                          there is one; the model's tokenizer does not, so that the tokens there may be others";
+const CHAT_NOTE: &str = "llama.cpp is told to put no space before a text, as the model's tokenizer puts none behind the \
+                         special tokens of a chat; text outside of a chat lacks the space that this tokenizer puts at its start";
+
 /// Where a space is put before a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SpacePrefix {
     None,
-    /// And before what stands behind a special token.
+    /// Before a text, and before what stands behind a special token.
     Always,
-    AtStart,
+    /// There too, but not where one stands already.
+    IfMissing,
+    /// Before a text alone, if it does not begin with one.
+    AtStartIfMissing,
 }
 
 pub(super) fn add(
     metadata: &mut Metadata,
     file: &TokenizerFile,
     tokens: &mut Tokens,
+    chat_template: Option<&str>,
     notes: &mut Vec<String>,
 ) -> Result<()> {
     let Some(prefix) = space_prefix(file) else {
@@ -58,20 +67,23 @@ pub(super) fn add(
     }
     let merges = file.merges()?;
     expect_all_merges(file, tokens, &merges, notes)?;
-    if prefix == SpacePrefix::AtStart {
-        notes.push(
-            "llama.cpp puts a space before the text behind each special token, the model's tokenizer only at the start of a text"
-                .into(),
-        );
-    }
     metadata.add_text("tokenizer.ggml.model", "llama");
     metadata.add_text("tokenizer.ggml.pre", "default");
     metadata.add(
         "tokenizer.ggml.scores",
         writer::Value::F32s(scores(tokens, &merges)),
     );
-    let adds = prefix != SpacePrefix::None;
-    metadata.add("tokenizer.ggml.add_space_prefix", writer::Value::Bool(adds));
+    let (adds_space, note) = match (prefix, chat_template) {
+        (SpacePrefix::None, _) => (false, None),
+        (SpacePrefix::Always, _) => (true, None),
+        (SpacePrefix::AtStartIfMissing, Some(_)) => (false, Some(CHAT_NOTE)),
+        (SpacePrefix::IfMissing | SpacePrefix::AtStartIfMissing, _) => (true, Some(ADDED_NOTE)),
+    };
+    notes.extend(note.map(String::from));
+    metadata.add(
+        "tokenizer.ggml.add_space_prefix",
+        writer::Value::Bool(adds_space),
+    );
     Ok(())
 }
 
@@ -93,8 +105,8 @@ fn space_prefix(file: &TokenizerFile) -> Option<SpacePrefix> {
         && pre_tokenizer["split"] == json!(false)
         && normalizer.is_null();
     match pre_tokenizer["prepend_scheme"].as_str() {
-        Some("always") if is_metaspace => Some(SpacePrefix::Always),
-        Some("first") if is_metaspace => Some(SpacePrefix::AtStart),
+        Some("always") if is_metaspace => Some(SpacePrefix::IfMissing),
+        Some("first") if is_metaspace => Some(SpacePrefix::AtStartIfMissing),
         Some("never") if is_metaspace => Some(SpacePrefix::None),
         _ => None,
     }
@@ -133,29 +145,22 @@ fn expect_all_merges(
     Ok(())
 }
 
-/// One score of each token: 0 for those that are not made of others, and the lower, the later their merges stand.
+/// A score for each token: the lower, the later its merges stand, and the lowest for those that have none.
 fn scores(tokens: &Tokens, merges: &[(&str, &str)]) -> Vec<f32> {
-    let made: Vec<String> = merges
-        .iter()
-        .map(|(left, right)| format!("{left}{right}"))
-        .collect();
-    let last: HashMap<&str, usize> = made
-        .iter()
-        .enumerate()
-        .map(|(at, text)| (text.as_str(), at))
-        .collect();
-    let mut score_of = HashMap::new();
-    let (mut score, mut group_end) = (0, 0);
+    let made = merges.iter().map(|(left, right)| format!("{left}{right}"));
+    let made: Vec<String> = made.collect();
+    let places = made.iter().enumerate();
+    let last: HashMap<&str, usize> = places.map(|(at, text)| (text.as_str(), at)).collect();
+    let mut groups = HashMap::new();
+    let (mut group, mut group_end) = (0, 0);
     for (at, text) in made.iter().enumerate() {
         if at > group_end {
-            score += 1;
+            group += 1;
         }
         group_end = group_end.max(last[text.as_str()]);
-        score_of.entry(text.as_str()).or_insert(-(score as f32));
+        groups.entry(text.as_str()).or_insert(group);
     }
-    let scores = tokens
-        .texts
-        .iter()
-        .map(|text| score_of.get(text.as_str()).copied().unwrap_or(0.0));
-    scores.collect()
+    let group_of = |text: &String| groups.get(text.as_str()).copied().unwrap_or(group + 1);
+    let texts = tokens.texts.iter();
+    texts.map(|text| -(group_of(text) as f32)).collect()
 }

@@ -100,11 +100,13 @@ pub(super) fn add(
 ) -> Result<()> {
     let tokenizer = Tokenizer::from_dir(base.dir)?;
     let file = TokenizerFile::read(base.dir)?;
+    let chat_template = chat_template(base.dir)?;
     let mut tokens = Tokens::of(&file, vocab_size)?;
     if byte_level::is_byte_level(&file.pre_tokenizer) {
-        byte_level::add(metadata, &file)?;
+        byte_level::add(metadata, &file, notes)?;
     } else if file.bpe.byte_fallback {
-        sentencepiece::add(metadata, &file, &mut tokens, notes)?;
+        let template = chat_template.as_deref();
+        sentencepiece::add(metadata, &file, &mut tokens, template, notes)?;
     } else {
         return Err(file.unsupported("pre_tokenizer", &file.pre_tokenizer));
     }
@@ -112,7 +114,7 @@ pub(super) fn add(
     metadata.add("tokenizer.ggml.tokens", writer::Value::Texts(tokens.texts));
     metadata.add("tokenizer.ggml.token_type", writer::Value::I32s(types));
     add_special_tokens(metadata, base, (&tokenizer, &file), notes)?;
-    if let Some(template) = chat_template(base.dir)? {
+    if let Some(template) = chat_template {
         metadata.add_text("tokenizer.chat_template", &template);
     }
     Ok(())

@@ -1,0 +1,422 @@
+use std::path::Path;
+
+use candle_core::quantized::GgmlDType;
+use qlora::export::{GgufBase, GgufReport, GgufType, write_gguf_model};
+use qlora::model::RopeScaling;
+use qlora::quant::DenseTensor;
+use qlora::{Error, Result};
+use serde_json::{Value, json};
+
+use super::files::*;
+
+/// Names in the checkpoint and in the file; `0` stands for any layer.
+const NAMES: [(&str, &str); 21] = [
+    ("model.embed_tokens.weight", "token_embd.weight"),
+    ("model.norm.weight", "output_norm.weight"),
+    ("lm_head.weight", "output.weight"),
+    (
+        "model.layers.0.input_layernorm.weight",
+        "blk.0.attn_norm.weight",
+    ),
+    (
+        "model.layers.0.post_attention_layernorm.weight",
+        "blk.0.ffn_norm.weight",
+    ),
+    (
+        "model.layers.0.self_attn.q_norm.weight",
+        "blk.0.attn_q_norm.weight",
+    ),
+    (
+        "model.layers.0.self_attn.k_norm.weight",
+        "blk.0.attn_k_norm.weight",
+    ),
+    (
+        "model.layers.0.self_attn.q_proj.weight",
+        "blk.0.attn_q.weight",
+    ),
+    (
+        "model.layers.0.self_attn.k_proj.weight",
+        "blk.0.attn_k.weight",
+    ),
+    (
+        "model.layers.0.self_attn.v_proj.weight",
+        "blk.0.attn_v.weight",
+    ),
+    (
+        "model.layers.0.self_attn.o_proj.weight",
+        "blk.0.attn_output.weight",
+    ),
+    (
+        "model.layers.0.mlp.gate_proj.weight",
+        "blk.0.ffn_gate.weight",
+    ),
+    ("model.layers.0.mlp.up_proj.weight", "blk.0.ffn_up.weight"),
+    (
+        "model.layers.0.mlp.down_proj.weight",
+        "blk.0.ffn_down.weight",
+    ),
+    ("model.layers.0.self_attn.q_proj.bias", "blk.0.attn_q.bias"),
+    ("model.layers.0.self_attn.k_proj.bias", "blk.0.attn_k.bias"),
+    ("model.layers.0.self_attn.v_proj.bias", "blk.0.attn_v.bias"),
+    (
+        "model.layers.0.self_attn.o_proj.bias",
+        "blk.0.attn_output.bias",
+    ),
+    ("model.layers.0.mlp.gate_proj.bias", "blk.0.ffn_gate.bias"),
+    ("model.layers.0.mlp.up_proj.bias", "blk.0.ffn_up.bias"),
+    ("model.layers.0.mlp.down_proj.bias", "blk.0.ffn_down.bias"),
+];
+
+fn file_name(name: &str) -> String {
+    let layer = name.split('.').nth(2).filter(|_| name.contains(".layers."));
+    let layer = layer.unwrap_or("0");
+    let any = name.replace(&format!(".layers.{layer}."), ".layers.0.");
+    let (_, file) = NAMES.iter().find(|(name, _)| *name == any).unwrap();
+    file.replace("blk.0.", &format!("blk.{layer}."))
+}
+
+fn write(model: &Model, config: &Value, file_type: GgufType, path: &Path) -> Result<GgufReport> {
+    let base = GgufBase {
+        config,
+        dir: &tokenizer_dir(),
+        name: "a model",
+    };
+    write_gguf_model(model, base, file_type, path, |_| ())
+}
+
+/// A random model of this config, written and read.
+fn written(config: &Value, file_type: GgufType) -> (Model, Gguf, GgufReport) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    let model = Model::random(config);
+    let report = write(&model, config, file_type, &path).unwrap();
+    assert_eq!(report.written_bytes, path.metadata().unwrap().len());
+    let gguf = Gguf::read(&path);
+    assert_eq!(report.tensors, gguf.names().len());
+    (model, gguf, report)
+}
+
+/// Why a model of this config is not written, and that there is no file then.
+fn refusal(model: &Model, config: &Value, file_type: GgufType) -> Error {
+    let dir = tempfile::tempdir().unwrap();
+    let error = write(model, config, file_type, &dir.path().join("model.gguf"));
+    assert_eq!(dir.path().read_dir().unwrap().count(), 0);
+    error.expect_err("a refusal")
+}
+
+/// The engine's families, and llama with all biases.
+fn configs() -> Vec<Value> {
+    let mut biased = config_with_vocabulary("llama_mha");
+    biased["attention_bias"] = true.into();
+    biased["mlp_bias"] = true.into();
+    let cases = [
+        "llama_mha",
+        "llama_gqa",
+        "llama_odd",
+        "mistral",
+        "qwen2",
+        "qwen3",
+    ];
+    let mut configs: Vec<Value> = cases.map(config_with_vocabulary).into();
+    configs.push(biased);
+    configs
+}
+
+#[test]
+fn every_tensor_has_its_name_shape_and_values_in_the_order_of_llama_cpp() {
+    for config in configs() {
+        let (model, gguf, _) = written(&config, GgufType::F32);
+        let decoder = decoder(&config);
+        let is_llama = gguf.text("general.architecture") == "llama";
+        let mut names: Vec<String> = model.0.keys().map(|name| file_name(name)).collect();
+        if gguf.names().contains(&"rope_freqs.weight") {
+            names.push("rope_freqs.weight".into());
+        }
+        names.sort_unstable();
+        assert_eq!(gguf.names(), names);
+        for (name, tensor) in &model.0 {
+            let file_name = file_name(name);
+            assert_eq!(gguf.shape(&file_name), tensor.shape, "{name}");
+            assert_eq!(gguf.dtype(&file_name), GgmlDType::F32);
+            let stored = gguf.values(&file_name);
+            let is_rotated = is_llama && (name.contains("q_proj") || name.contains("k_proj"));
+            let values = tensor.to_f32_vec();
+            if is_rotated {
+                let columns = tensor.shape.get(1).copied().unwrap_or(1);
+                assert_ne!(stored, values, "{name}");
+                assert_eq!(
+                    unpermuted(&stored, decoder.head_dim, columns),
+                    values,
+                    "{name}"
+                );
+            } else {
+                assert_eq!(stored, values, "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_first_rows_of_a_head_are_those_that_turn_together() {
+    let config = config_with_vocabulary("mistral");
+    let (model, gguf, _) = written(&config, GgufType::F32);
+    let (head_dim, columns) = (decoder(&config).head_dim, decoder(&config).hidden_size);
+    let source = model.0["model.layers.1.self_attn.k_proj.weight"].to_f32_vec();
+    let stored = gguf.values("blk.1.attn_k.weight");
+    let row = |values: &[f32], row: usize| values[row * columns..][..columns].to_vec();
+    // Of the second head.
+    assert_eq!(row(&stored, head_dim), row(&source, head_dim));
+    assert_eq!(
+        row(&stored, head_dim + 1),
+        row(&source, head_dim + head_dim / 2)
+    );
+    assert_eq!(row(&stored, head_dim + 2), row(&source, head_dim + 1));
+}
+
+#[test]
+fn the_config_is_told_in_the_keys_of_its_architecture() {
+    let architectures = [
+        "llama", "llama", "llama", "llama", "qwen2", "qwen3", "llama",
+    ];
+    for (config, architecture) in configs().into_iter().zip(architectures) {
+        let (_, gguf, report) = written(&config, GgufType::Bf16);
+        assert_eq!(report.notes, [] as [&str; 0]);
+        let decoder = decoder(&config);
+        assert_eq!(gguf.text("general.architecture"), architecture);
+        assert_eq!(gguf.text("general.type"), "model");
+        assert_eq!(gguf.text("general.name"), "a model");
+        assert_eq!(gguf.u32("general.file_type"), 32);
+        assert_eq!(gguf.u32("general.quantization_version"), 2);
+        for (key, size) in [
+            ("context_length", decoder.max_position_embeddings),
+            ("embedding_length", decoder.hidden_size),
+            ("block_count", decoder.num_layers),
+            ("feed_forward_length", decoder.intermediate_size),
+            ("attention.head_count", decoder.num_heads),
+            ("attention.head_count_kv", decoder.num_kv_heads),
+            ("attention.key_length", decoder.head_dim),
+            ("attention.value_length", decoder.head_dim),
+            ("rope.dimension_count", decoder.head_dim),
+            ("vocab_size", 448),
+        ] {
+            assert_eq!(
+                gguf.u32(&format!("{architecture}.{key}")),
+                size as u32,
+                "{key}"
+            );
+        }
+        let number = |key: &str| gguf.f32(&format!("{architecture}.{key}"));
+        let epsilon = number("attention.layer_norm_rms_epsilon");
+        assert_eq!(epsilon, decoder.rms_norm_eps as f32);
+        assert_eq!(number("rope.freq_base"), decoder.rope.theta as f32);
+        let is_linear = matches!(decoder.rope.scaling, RopeScaling::Linear { .. });
+        assert_eq!(
+            gguf.has(&format!("{architecture}.rope.scaling.type")),
+            is_linear
+        );
+        let is_tied = config["tie_word_embeddings"] == true;
+        assert_eq!(gguf.names().contains(&"output.weight"), !is_tied);
+    }
+}
+
+#[test]
+fn linear_rope_scaling_is_a_key() {
+    let mut config = config_with_vocabulary("qwen2");
+    config["rope_parameters"] = json!({ "rope_type": "linear", "rope_theta": 1e4, "factor": 4.0 });
+    let (_, gguf, _) = written(&config, GgufType::F32);
+    assert_eq!(gguf.text("qwen2.rope.scaling.type"), "linear");
+    assert_eq!(gguf.f32("qwen2.rope.scaling.factor"), 4.0);
+    assert!(!gguf.names().contains(&"rope_freqs.weight"));
+}
+
+/// By the formula of Llama 3.1 as transformers writes it, with wavelengths.
+#[test]
+fn llama3_rope_scaling_is_a_tensor_of_divisors() {
+    let mut config = config_with_vocabulary("llama_gqa");
+    // Some wavelengths below, between and above the two bounds.
+    config["rope_parameters"]["rope_theta"] = 20.0.into();
+    let (_, gguf, _) = written(&config, GgufType::F16);
+    let rope = &config["rope_parameters"];
+    let [factor, low, high, original] = [
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ]
+    .map(|field| rope[field].as_f64().unwrap());
+    let head_dim = decoder(&config).head_dim;
+    let divisor = |i: usize| {
+        let theta = rope["rope_theta"].as_f64().unwrap();
+        let wavelength = std::f64::consts::TAU * theta.powf(2.0 * i as f64 / head_dim as f64);
+        if wavelength < original / high {
+            return 1.0;
+        }
+        if wavelength > original / low {
+            return factor;
+        }
+        let smooth = (original / wavelength - low) / (high - low);
+        1.0 / ((1.0 - smooth) / factor + smooth)
+    };
+    let expected: Vec<f64> = (0..head_dim / 2).map(divisor).collect();
+    assert!(
+        expected[0] == 1.0 && expected.iter().any(|d| *d > 1.0 && *d < factor),
+        "{expected:?}"
+    );
+    assert_eq!(gguf.dtype("rope_freqs.weight"), GgmlDType::F32);
+    let stored = gguf.values("rope_freqs.weight");
+    assert_eq!(stored.len(), expected.len());
+    for (stored, expected) in stored.iter().zip(expected) {
+        assert!(
+            (f64::from(*stored) / expected - 1.0).abs() < 1e-6,
+            "{stored} {expected}"
+        );
+    }
+}
+
+#[test]
+fn matrices_have_the_type_asked_for_and_vectors_are_f32() {
+    // Rows of 96 and 80 elements: whole blocks of 32, and not.
+    let mut config = config_with_vocabulary("llama_odd");
+    config["hidden_size"] = 96.into();
+    config["num_attention_heads"] = 6.into();
+    config["num_key_value_heads"] = 3.into();
+    config["head_dim"] = 16.into();
+    config["intermediate_size"] = 80.into();
+    for (file_type, dtype, odd_rows, number, bound) in [
+        (
+            GgufType::F16,
+            GgmlDType::F16,
+            GgmlDType::F16,
+            1,
+            2f32.powi(-12),
+        ),
+        (
+            GgufType::Bf16,
+            GgmlDType::BF16,
+            GgmlDType::BF16,
+            32,
+            2f32.powi(-9),
+        ),
+        // Half a step of 1/127 of the largest value, which is below 1, and the scale's rounding.
+        (GgufType::Q8_0, GgmlDType::Q8_0, GgmlDType::F16, 7, 0.0045),
+    ] {
+        let (model, gguf, _) = written(&config, file_type);
+        assert_eq!(gguf.u32("general.file_type"), number);
+        assert_eq!(gguf.dtype("token_embd.weight"), dtype);
+        assert_eq!(gguf.dtype("blk.1.ffn_up.weight"), dtype);
+        assert_eq!(gguf.dtype("blk.1.ffn_down.weight"), odd_rows);
+        assert_eq!(gguf.dtype("blk.1.ffn_norm.weight"), GgmlDType::F32);
+        let source = model.0["model.layers.1.mlp.up_proj.weight"].to_f32_vec();
+        let stored = gguf.values("blk.1.ffn_up.weight");
+        let errors = stored.iter().zip(&source).map(|(a, b)| (a - b).abs());
+        let largest = errors.fold(0.0, f32::max);
+        assert!(
+            largest > 0.0 && largest <= bound,
+            "{file_type:?}: {largest}"
+        );
+    }
+}
+
+#[test]
+fn a_value_that_the_type_cannot_hold_is_refused_by_the_name_of_its_tensor() {
+    const NAME: &str = "model.layers.1.mlp.down_proj.weight";
+    let config = config_with_vocabulary("llama_mha");
+    let mut model = Model::random(&config);
+    let shape = model.0[NAME].shape.clone();
+    let mut spoil = |value: f32| {
+        let mut values = random(&shape, 7).to_f32_vec();
+        values[shape[1] + 3] = value;
+        model
+            .0
+            .insert(NAME.into(), DenseTensor::from_f32(shape.clone(), &values));
+        Model(model.0.clone())
+    };
+    for (value, file_type) in [
+        (70_000.0, GgufType::F16),
+        (f32::MAX, GgufType::Bf16),
+        (f32::NAN, GgufType::F32),
+        (f32::INFINITY, GgufType::Q8_0),
+        (1e8, GgufType::Q8_0),
+    ] {
+        let error = refusal(&spoil(value), &config, file_type).to_string();
+        assert!(error.contains(NAME), "{error}");
+        assert!(error.contains(&format!("{value} at [1, 3]")), "{error}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    write(&spoil(65_504.0), &config, GgufType::F16, &path).unwrap();
+    write(&spoil(70_000.0), &config, GgufType::Q8_0, &path).unwrap();
+}
+
+#[test]
+fn a_source_that_does_not_fit_its_config_is_refused() {
+    let config = config_with_vocabulary("llama_mha");
+    let mut model = Model::random(&config);
+    model.0.remove("model.norm.weight");
+    let error = refusal(&model, &config, GgufType::F16);
+    assert!(matches!(error, Error::MissingTensor { .. }), "{error}");
+    model.0.insert("model.norm.weight".into(), random(&[3], 0));
+    let error = refusal(&model, &config, GgufType::F16).to_string();
+    assert!(
+        error.contains("`model.norm.weight`") && error.contains("found [3]"),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
+    let rope = config("llama_gqa")["rope_parameters"].clone();
+    for (case, field, value) in [
+        ("qwen3", "attention_bias", true.into()),
+        ("qwen2", "rope_parameters", rope.clone()),
+        ("qwen3", "rope_scaling", rope),
+        ("llama_mha", "model_type", "gemma2".into()),
+    ] {
+        let mut config = config_with_vocabulary(case);
+        config[field] = value;
+        let model = Model(Default::default());
+        let error = refusal(&model, &config, GgufType::F16);
+        let Error::UnsupportedModel { field: found, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(found, field);
+    }
+}
+
+#[test]
+fn a_window_that_llama_cpp_does_not_have_is_noted() {
+    let mut config = config_with_vocabulary("mistral_sw");
+    let (_, _, report) = written(&config, GgufType::F16);
+    assert_eq!(report.notes.len(), 1);
+    let window = config["sliding_window"].to_string();
+    assert!(report.notes[0].contains(&format!("the last {window} tokens")));
+    // No text is that long.
+    config["sliding_window"] = config["max_position_embeddings"].clone();
+    assert_eq!(written(&config, GgufType::F16).2.notes, [] as [&str; 0]);
+}
+
+#[test]
+fn progress_ends_with_all_bytes() {
+    let config = config_with_vocabulary("qwen3");
+    let dir = tempfile::tempdir().unwrap();
+    let base = GgufBase {
+        config: &config,
+        dir: &tokenizer_dir(),
+        name: "",
+    };
+    let mut seen = Vec::new();
+    let model = Model::random(&config);
+    let path = dir.path().join("model.gguf");
+    write_gguf_model(&model, base, GgufType::F16, &path, |progress| {
+        seen.push((
+            progress.tensor.to_string(),
+            progress.done_bytes,
+            progress.total_bytes,
+        ));
+    })
+    .unwrap();
+    assert_eq!(seen.len(), model.0.len());
+    assert!(seen.is_sorted_by(|a, b| a.1 < b.1));
+    let (_, done, total) = seen.last().unwrap();
+    assert_eq!(done, total);
+}
