@@ -10,12 +10,13 @@ use candle_core::Device;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value as Field};
 use qlora::data::SplitMix64;
-use qlora::export::ModelTensor;
+use qlora::export::{GgufBase, GgufReport, GgufType, ModelTensor, write_gguf_model};
 use qlora::model::DecoderConfig;
 use qlora::quant::DenseTensor;
 use qlora::store::{TensorSource, TensorSpec};
 use qlora::{Error, Result};
 use serde_json::Value;
+use tempfile::TempDir;
 
 pub fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -193,4 +194,33 @@ pub fn unpermuted(values: &[f32], head_dim: usize, columns: usize) -> Vec<f32> {
         half(0).chain(half(1)).collect::<Vec<f32>>()
     });
     halves.collect()
+}
+
+// The types of tokens in llama.cpp.
+pub const NORMAL: i32 = 1;
+pub const UNKNOWN: i32 = 2;
+pub const CONTROL: i32 = 3;
+pub const USER_DEFINED: i32 = 4;
+pub const UNUSED: i32 = 5;
+pub const BYTE: i32 = 6;
+
+/// A directory with this tokenizer.
+pub fn tokenizer(tokenizer: &Value, config: &Value) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    dir
+}
+
+/// A model with the tokenizer of `dir`, written and read.
+pub fn written_with(dir: &Path, config: &Value) -> qlora::Result<(Gguf, GgufReport)> {
+    let base = GgufBase {
+        config,
+        dir,
+        name: "",
+    };
+    let out = tempfile::tempdir().unwrap();
+    let path = out.path().join("model.gguf");
+    let report = write_gguf_model(&Model::random(config), base, GgufType::F16, &path, |_| ())?;
+    Ok((Gguf::read(&path), report))
 }

@@ -4,4 +4,5 @@
 mod adapter;
 mod files;
 mod model;
+mod sentencepiece;
 mod vocabulary;

@@ -18,7 +18,7 @@ use crate::{Error, Result};
 
 const CONFIG_FILE: &str = "adapter_config.json";
 
-/// The factors of a module.
+/// The factors of a module: `a: [r, in]`, `b: [out, r]`.
 struct Factors<'a> {
     layer: usize,
     module: Module,
@@ -44,9 +44,9 @@ pub fn write_gguf_adapter(
     refuse_unsayable(&adapter.config)?;
     let (config, architecture) = architecture::read(&base)?;
     let factors = factors(adapter, &config)?;
-    // Of 0, llama.cpp thinks that there is none, and does not scale.
-    let alphas = factors.iter().map(|factors| factors.alpha);
-    let alpha = alphas.clone().find(|alpha| *alpha != 0.0).unwrap_or(1.0);
+    // One of 0 is none to llama.cpp, which does not scale then.
+    let mut alphas = factors.iter().map(|factors| factors.alpha);
+    let alpha = alphas.find(|alpha| *alpha as f32 != 0.0).unwrap_or(1.0);
     let mut metadata = Metadata::default();
     metadata.add_text("general.architecture", architecture.name());
     metadata.add_text("general.type", "adapter");
@@ -85,7 +85,7 @@ fn refuse_unsayable(config: &AdapterConfig) -> Result<()> {
             path: CONFIG_FILE.into(),
             field: field.into(),
             value,
-            hint: "an adapter file of llama.cpp cannot say it; export the merged model instead"
+            hint: "an adapter file of llama.cpp cannot say that; export the merged model instead"
                 .into(),
         })
     };

@@ -4,10 +4,11 @@
 
 use super::GgufBase;
 use super::writer::Change;
+use crate::Result;
 use crate::export::ModelTensor;
 use crate::model::{DecoderConfig, Module, RopeScaling};
-use crate::{Error, Result};
 
+/// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Architecture {
     /// Mistral's models too.
@@ -18,7 +19,7 @@ pub(super) enum Architecture {
 
 impl Architecture {
     /// # Errors
-    /// [`Error::UnsupportedModel`] for what the architecture does not compute.
+    /// [`Error::UnsupportedModel`](crate::Error::UnsupportedModel) for what the architecture does not compute.
     pub(super) fn of(base: &GgufBase, config: &DecoderConfig) -> Result<Self> {
         let architecture = match base.config["model_type"].as_str() {
             Some("llama" | "mistral") => Self::Llama,
@@ -93,13 +94,12 @@ impl Architecture {
     }
 }
 
-/// Sizes are below 2^31 by [`DecoderConfig::from_json`].
 pub(super) fn as_u32(size: usize) -> u32 {
-    u32::try_from(size).expect("DecoderConfig has no larger size")
+    u32::try_from(size).expect("a config is read with sizes below 2^31")
 }
 
 /// Reads the config of a model that llama.cpp is to compute.
-pub(super) fn read(base: &GgufBase) -> Result<(DecoderConfig, Architecture), Error> {
+pub(super) fn read(base: &GgufBase) -> Result<(DecoderConfig, Architecture)> {
     let config = DecoderConfig::from_json(base.config, &base.config_path())?;
     let architecture = Architecture::of(base, &config)?;
     Ok((config, architecture))

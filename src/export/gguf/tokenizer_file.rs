@@ -26,6 +26,19 @@ pub(super) struct AddedToken {
     pub content: String,
     #[serde(default)]
     pub special: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    #[serde(default)]
+    single_word: bool,
+}
+
+impl AddedToken {
+    /// Whether what stands beside it decides if it is one, or belongs to it.
+    pub(super) fn minds_its_neighbours(&self) -> bool {
+        self.lstrip || self.rstrip || self.single_word
+    }
 }
 
 #[derive(Deserialize)]

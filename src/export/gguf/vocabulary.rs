@@ -110,6 +110,13 @@ pub(super) fn add(
     } else {
         return Err(file.unsupported("pre_tokenizer", &file.pre_tokenizer));
     }
+    let mut added = file.added_tokens.iter();
+    if let Some(token) = added.find(|token| token.minds_its_neighbours()) {
+        notes.push(format!(
+            "the model's tokenizer minds what stands beside {:?}, by lstrip, rstrip or single_word, which llama.cpp does not",
+            token.content
+        ));
+    }
     let types = tokens.types.iter().map(|kind| *kind as i32).collect();
     metadata.add("tokenizer.ggml.tokens", writer::Value::Texts(tokens.texts));
     metadata.add("tokenizer.ggml.token_type", writer::Value::I32s(types));
