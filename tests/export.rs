@@ -19,7 +19,8 @@ use serde_json::Value;
 
 fn merged(case: &ReferenceCase, dtype: Option<DType>) -> Merged {
     let adapter = Adapter::read(&case.adapter).unwrap();
-    Merged::new(Checkpoint::open(&case.dir).unwrap(), &adapter, None, dtype).unwrap()
+    let checkpoint = Checkpoint::open(&case.dir).unwrap();
+    Merged::new(checkpoint, Some(&adapter), None, dtype).unwrap()
 }
 
 /// Writes it to `destination`, in shards of at most `max_shard_bytes`.
@@ -427,4 +428,104 @@ fn a_bos_is_left_to_the_runner_only_where_that_adds_it() {
         let begins = modelfile.contains("TEMPLATE \"\"\"<s><start_of_turn>user");
         assert_eq!(begins, !add_bos_token, "{modelfile}");
     }
+}
+
+#[test]
+fn files_of_llama_cpp_are_written_and_only_their_own_kind_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    lay_out(&ReferenceCase::read("llama_gqa"), dir.path());
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/demo/base");
+    let demo = demo.to_str().unwrap();
+    let of_demo = |to: &'static str, out: &'static str| {
+        ["export", "--base", demo, "--to", to, "--out", out]
+            .map(str::to_string)
+            .to_vec()
+    };
+    let run = |arguments: &[String], more: &[&str]| {
+        let arguments: Vec<&str> = arguments
+            .iter()
+            .map(String::as_str)
+            .chain(more.iter().copied())
+            .collect();
+        qlora(&arguments, dir.path())
+    };
+    let ok = |arguments: &[String], more: &[&str]| {
+        let output = run(arguments, more);
+        assert!(output.status.success(), "{output:?}");
+    };
+    let refused = |arguments: &[String], more: &[&str], part: &str| {
+        let output = run(arguments, more);
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.contains(part), "`{part}` is not in `{message}`");
+    };
+    let is_gguf = |file: &str| {
+        fs::read(dir.path().join(file))
+            .unwrap()
+            .starts_with(b"GGUF")
+    };
+    let size = |file: &str| fs::metadata(dir.path().join(file)).unwrap().len();
+
+    let gguf = of_demo("gguf", "demo.gguf");
+    ok(&gguf, &[]);
+    let in_bf16 = size("demo.gguf");
+    refused(&gguf, &[], "--overwrite");
+    ok(&gguf, &["--overwrite", "--dtype", "q8_0"]);
+    assert!(is_gguf("demo.gguf") && size("demo.gguf") < in_bf16);
+    refused(
+        &of_demo("gguf", "model"),
+        &["--overwrite"],
+        "will not be replaced",
+    );
+    refused(
+        &of_demo("gguf", "adapter/adapter_config.json"),
+        &["--overwrite"],
+        "will not be replaced",
+    );
+
+    let modelfile = of_demo("modelfile", "ollama");
+    ok(&modelfile, &[]);
+    assert!(is_gguf("ollama/model.gguf"));
+    let text = fs::read_to_string(dir.path().join("ollama/Modelfile")).unwrap();
+    assert!(text.starts_with("FROM ./model.gguf\n"), "{text}");
+    assert!(text.ends_with("PARAMETER stop \"</s>\"\n"), "{text}");
+    ok(&modelfile, &["--overwrite"]);
+    refused(
+        &of_demo("modelfile", "adapter"),
+        &["--overwrite"],
+        "will not be replaced",
+    );
+
+    let lora: Vec<String> = [
+        "export",
+        "--adapter",
+        "adapter",
+        "--to",
+        "gguf-lora",
+        "--out",
+        "lora.gguf",
+    ]
+    .map(str::to_string)
+    .to_vec();
+    ok(&lora, &[]);
+    assert!(is_gguf("lora.gguf"));
+    refused(&lora, &["--overwrite", "--dtype", "q8_0"], "q8_0");
+    refused(&of_demo("gguf-lora", "none.gguf"), &[], "--adapter");
+    refused(&of_demo("merged", "none"), &["--dtype", "q8_0"], "q8_0");
+    assert!(!dir.path().join("none.gguf").exists() && !dir.path().join("none").exists());
+}
+
+#[test]
+fn a_model_alone_is_exported_as_its_own_weights() {
+    let case = ReferenceCase::read("llama_gqa");
+    let checkpoint = || Checkpoint::open(&case.dir).unwrap();
+    let merged = Merged::new(checkpoint(), None, None, Some(DType::F32)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("merged");
+    write(&merged, false, &out, u64::MAX);
+    assert_eq!(merged.rounding_error(), None);
+    let decoder = Decoder::load(&checkpoint(), None, &Placement::cpu()).unwrap();
+    let expected = values(&decoder.logits(sequences(&case.batch())).unwrap());
+    let difference = largest_difference(&logits(&out, &case), &expected);
+    assert!(difference < 1e-5, "{difference}");
 }

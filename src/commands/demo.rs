@@ -126,7 +126,7 @@ fn export(files: &DemoFiles) -> anyhow::Result<()> {
         Checkpoint::open(&files.quantized)?,
         Adapter::read(&files.adapter)?,
     );
-    let merged = Merged::new(checkpoint, &adapter, None, None)?;
+    let merged = Merged::new(checkpoint, Some(&adapter), None, None)?;
     let dir = ModelDir {
         origin: merged.origin(),
         config: merged.config_json(),

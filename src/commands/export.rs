@@ -1,5 +1,6 @@
 //! `qlora export`: a trained adapter for other programs, merged into its model or in the files of llama.cpp.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -27,9 +28,9 @@ const MODELFILE: &str = "Modelfile";
 /// Hand an adapter over to other programs: merged into its model, or for llama.cpp
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// PEFT adapter directory
-    #[arg(long, value_name = "DIR")]
-    adapter: PathBuf,
+    /// PEFT adapter directory; unset: the model alone, as with an adapter that changes nothing
+    #[arg(long, value_name = "DIR", required_unless_present = "base")]
+    adapter: Option<PathBuf>,
 
     /// What to write
     #[arg(long, value_name = "WHAT")]
@@ -112,33 +113,26 @@ struct Report {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let adapter = Adapter::read(&args.adapter)?;
-    let base = match &args.base {
-        Some(base) => base.clone(),
-        None => named_base(&adapter, &args.adapter)?,
-    };
-    expect_its_base(&args.adapter, &base)?;
+    let source = Source::of(&args)?;
     let is_directory = matches!(args.to, Target::Merged | Target::Merged4bit);
     if !is_directory {
         args.check_out()?;
     }
     let report = match args.to {
-        Target::Merged | Target::Merged4bit => write_directory(&args, &adapter, &base)?,
-        Target::GgufLora => write_gguf_lora(&args, &adapter, &base)?,
-        Target::Gguf => write_gguf(&args, &adapter, &base, &args.out)?,
-        Target::Modelfile => write_modelfile(&args, &adapter, &base)?,
+        Target::Merged | Target::Merged4bit => write_directory(&args, &source)?,
+        Target::GgufLora => write_gguf_lora(&args, &source)?,
+        Target::Gguf => write_gguf(&args, &source, &args.out)?,
+        Target::Modelfile => write_modelfile(&args, &source)?,
     };
     if args.json {
         let mut json = serde_json::to_value(report)?;
-        json["base"] = json!(base);
+        json["base"] = json!(source.base);
         println!("{json}");
         return Ok(());
     }
     println!(
-        "{}: {} for {}, {}",
+        "{}: {source}, {}",
         args.out.display(),
-        args.adapter.display(),
-        base.display(),
         DecimalBytes(report.written_bytes),
     );
     if let Some(rounding) = report.rounding_error {
@@ -149,6 +143,67 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     report.notes.iter().for_each(|line| note(line));
     Ok(())
+}
+
+/// What is exported.
+struct Source {
+    base: PathBuf,
+    adapter: Option<(PathBuf, Adapter)>,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let base = self.base.display();
+        match &self.adapter {
+            None => write!(f, "{base} without an adapter"),
+            Some((dir, _)) => write!(f, "{base} with {}", dir.display()),
+        }
+    }
+}
+
+impl Source {
+    fn of(args: &Args) -> anyhow::Result<Self> {
+        let Some(dir) = &args.adapter else {
+            let base = args.base.clone().context("give --adapter or --base")?;
+            return Ok(Self {
+                base,
+                adapter: None,
+            });
+        };
+        let adapter = Adapter::read(dir)?;
+        let base = match &args.base {
+            Some(base) => base.clone(),
+            None => named_base(&adapter, dir)?,
+        };
+        expect_its_base(dir, &base)?;
+        Ok(Self {
+            base,
+            adapter: Some((dir.clone(), adapter)),
+        })
+    }
+
+    fn merge(&self, args: &Args, dtype: Option<DType>) -> anyhow::Result<Merged> {
+        let checkpoint = Checkpoint::open(&self.base)?;
+        if self.adapter.is_some() && args.quant_type.is_none() && !checkpoint.is_quantized() {
+            note(&format!(
+                "{}: not in 4 bits and taken as stored; --quant_type nf4 takes it as training does",
+                self.base.display()
+            ));
+        }
+        let quantize = args.quant_type.map(|quant_type| QuantizeOptions {
+            quant_type,
+            ..QuantizeOptions::default()
+        });
+        let adapter = self.adapter.as_ref();
+        let merged = Merged::new(checkpoint, adapter.map(|(_, a)| a), quantize, dtype);
+        match adapter {
+            None => Ok(merged?),
+            Some((dir, _)) => {
+                let base = self.base.display();
+                merged.with_context(|| format!("{}: does not fit {base}", dir.display()))
+            }
+        }
+    }
 }
 
 impl Args {
@@ -248,34 +303,9 @@ fn expect_its_base(adapter: &Path, base: &Path) -> anyhow::Result<()> {
     }
 }
 
-fn merge(
-    args: &Args,
-    adapter: &Adapter,
-    base: &Path,
-    dtype: Option<DType>,
-) -> anyhow::Result<Merged> {
-    let checkpoint = Checkpoint::open(base)?;
-    if args.quant_type.is_none() && !checkpoint.is_quantized() {
-        note(&format!(
-            "{}: not in 4 bits and taken as stored; --quant_type nf4 takes it as training does",
-            base.display()
-        ));
-    }
-    let quantize = args.quant_type.map(|quant_type| QuantizeOptions {
-        quant_type,
-        ..QuantizeOptions::default()
-    });
-    Merged::new(checkpoint, adapter, quantize, dtype)
-        .with_context(|| does_not_fit(&args.adapter, base))
-}
-
-fn does_not_fit(adapter: &Path, base: &Path) -> String {
-    format!("{}: does not fit {}", adapter.display(), base.display())
-}
-
-fn write_directory(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Result<Report> {
+fn write_directory(args: &Args, source: &Source) -> anyhow::Result<Report> {
     let dtype = args.dtype.map(Dtype::of_elements).transpose()?;
-    let merged = merge(args, adapter, base, dtype)?;
+    let merged = source.merge(args, dtype)?;
     let dir = ModelDir {
         origin: merged.origin(),
         config: merged.config_json(),
@@ -296,17 +326,20 @@ fn write_directory(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Resul
     })
 }
 
-fn write_gguf_lora(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Result<Report> {
+fn write_gguf_lora(args: &Args, source: &Source) -> anyhow::Result<Report> {
+    let Some((dir, adapter)) = &source.adapter else {
+        bail!("--to gguf-lora: give --adapter");
+    };
     args.dtype.map(Dtype::of_elements).transpose()?;
-    let checkpoint = Checkpoint::open(base)?;
+    let checkpoint = Checkpoint::open(&source.base)?;
     let gguf_base = GgufBase {
         config: checkpoint.config(),
-        dir: base,
+        dir: &source.base,
         name: &args.name(),
     };
     let file_type = args.gguf_type().unwrap_or(GgufType::F32);
     let written = write_gguf_adapter(adapter, gguf_base, file_type, &args.out)
-        .with_context(|| args.adapter.display().to_string())?;
+        .with_context(|| dir.display().to_string())?;
     Ok(Report {
         written_bytes: written.written_bytes,
         notes: written.notes,
@@ -314,8 +347,8 @@ fn write_gguf_lora(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Resul
     })
 }
 
-fn write_gguf(args: &Args, adapter: &Adapter, base: &Path, out: &Path) -> anyhow::Result<Report> {
-    let merged = merge(args, adapter, base, None)?;
+fn write_gguf(args: &Args, source: &Source, out: &Path) -> anyhow::Result<Report> {
+    let merged = source.merge(args, None)?;
     let file_type = args.gguf_type().unwrap_or(match merged.dtype() {
         DType::F16 => GgufType::F16,
         DType::F32 => GgufType::F32,
@@ -335,12 +368,15 @@ fn write_gguf(args: &Args, adapter: &Adapter, base: &Path, out: &Path) -> anyhow
     })
 }
 
-fn write_modelfile(args: &Args, adapter: &Adapter, base: &Path) -> anyhow::Result<Report> {
+fn write_modelfile(args: &Args, source: &Source) -> anyhow::Result<Report> {
     // First, as it may be refused.
-    let modelfile = modelfile(&Tokenizer::from_dir(base)?, &format!("./{GGUF_FILE}"))?;
+    let modelfile = modelfile(
+        &Tokenizer::from_dir(&source.base)?,
+        &format!("./{GGUF_FILE}"),
+    )?;
     let dir = AtomicDir::create(&args.out, args.existing())?;
     AtomicFile::write(dir.path().join(MODELFILE), modelfile)?;
-    let report = write_gguf(args, adapter, base, &dir.path().join(GGUF_FILE))?;
+    let report = write_gguf(args, source, &dir.path().join(GGUF_FILE))?;
     dir.commit()?;
     Ok(report)
 }

@@ -36,19 +36,21 @@ struct Rounding {
 }
 
 impl Merged {
-    /// Lays `adapter` on the model of `checkpoint`, which is first quantized where `quantize` says how. `dtype` is what the
+    /// Lays `adapter`, if there is one, on the model of `checkpoint`, which is first quantized where `quantize` says how. `dtype` is what the
     /// merged model is stored in, bf16, f16 or f32; `None` for that of the checkpoint's weights.
     ///
     /// # Errors
     /// Those of [`Decoder::load`] and [`Decoder::load_adapter`].
     pub fn new(
         checkpoint: Checkpoint,
-        adapter: &Adapter,
+        adapter: Option<&Adapter>,
         quantize: Option<QuantizeOptions>,
         dtype: Option<DType>,
     ) -> Result<Self> {
         let mut decoder = Decoder::load(&checkpoint, quantize, &Placement::cpu())?;
-        decoder.load_adapter(adapter)?;
+        if let Some(adapter) = adapter {
+            decoder.load_adapter(adapter)?;
+        }
         let is_trained = |module| decoder.vocabulary(module).trained.is_some();
         let mut config = decoder.config().clone();
         config.tie_word_embeddings &= !ModuleToSave::ALL.into_iter().any(is_trained);
