@@ -3,14 +3,13 @@
 //! Source: `get_vocab_base` and `SpecialVocab` of llama.cpp's converter.
 
 use std::collections::HashSet;
-use std::path::Path;
 
 use serde_json::Value;
 
 use super::tokenizer_file::TokenizerFile;
 use super::writer::{self, Metadata};
 use super::{GgufBase, byte_level, sentencepiece};
-use crate::data::Tokenizer;
+use crate::data::{ChatTemplate, Tokenizer};
 use crate::{Error, Result};
 
 /// What llama.cpp takes a token for.
@@ -100,13 +99,12 @@ pub(super) fn add(
 ) -> Result<()> {
     let tokenizer = Tokenizer::from_dir(base.dir)?;
     let file = TokenizerFile::read(base.dir)?;
-    let chat_template = chat_template(base.dir)?;
+    let chat_template = tokenizer.chat_template().map(ChatTemplate::source);
     let mut tokens = Tokens::of(&file, vocab_size)?;
     if byte_level::is_byte_level(&file.pre_tokenizer) {
         byte_level::add(metadata, &file, notes)?;
     } else if file.bpe.byte_fallback {
-        let template = chat_template.as_deref();
-        sentencepiece::add(metadata, &file, &mut tokens, template, notes)?;
+        sentencepiece::add(metadata, &file, &mut tokens, chat_template, notes)?;
     } else {
         return Err(file.unsupported("pre_tokenizer", &file.pre_tokenizer));
     }
@@ -122,7 +120,7 @@ pub(super) fn add(
     metadata.add("tokenizer.ggml.token_type", writer::Value::I32s(types));
     add_special_tokens(metadata, base, (&tokenizer, &file), notes)?;
     if let Some(template) = chat_template {
-        metadata.add_text("tokenizer.chat_template", &template);
+        metadata.add_text("tokenizer.chat_template", template);
     }
     Ok(())
 }
@@ -185,32 +183,4 @@ fn added_around(tokenizer: &Tokenizer, file: &TokenizerFile) -> Result<(bool, bo
     }
     let value = format!("{whole:?} of the text \"a\", which is {bare:?}");
     Err(file.unsupported("post_processor", &value.into()))
-}
-
-/// The chat template as written: a file of its own, or the key of the tokenizer's config, where the one of several that
-/// is called `default`. [`Tokenizer::from_dir`] has checked that they can be read.
-fn chat_template(dir: &Path) -> Result<Option<String>> {
-    let read = |name: &str| -> Result<Option<String>> {
-        let path = dir.join(name);
-        match path.exists() {
-            true => std::fs::read_to_string(&path)
-                .map(Some)
-                .map_err(Error::io(&path)),
-            false => Ok(None),
-        }
-    };
-    if let Some(template) = read("chat_template.jinja")? {
-        return Ok(Some(template));
-    }
-    let text = read("chat_template.json")?;
-    let text = text.map_or_else(|| read("tokenizer_config.json"), |text| Ok(Some(text)))?;
-    let json: Value = serde_json::from_str(text.as_deref().unwrap_or("{}"))
-        .map_err(|error| Error::malformed(dir, error.to_string()))?;
-    let named = json["chat_template"].as_array().into_iter().flatten();
-    let mut named = named.filter(|entry| entry["name"] == "default");
-    let template = match named.next() {
-        Some(entry) => &entry["template"],
-        None => &json["chat_template"],
-    };
-    Ok(template.as_str().map(String::from))
 }
