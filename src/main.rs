@@ -22,7 +22,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Try it: quantize, train and question a small model that comes with the program
+    /// Try it: quantize, train, question and export a small model that comes with the program
     Demo(commands::demo::Args),
     Quantize(commands::quantize::Args),
     /// Fine-tune: train a LoRA adapter on a 4-bit model
@@ -36,7 +36,7 @@ enum Command {
     Export(commands::export::Args),
     /// Show what is in a data file, a model or an adapter
     Inspect(commands::inspect::Args),
-    /// Hold what a run left against what it does now
+    /// Hold what a run or an export left against what it does now
     Verify(commands::verify::Args),
     /// Measure speed and memory on synthetic weights
     Bench(commands::bench::Args),

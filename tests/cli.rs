@@ -216,7 +216,14 @@ fn readme_shows_the_help_texts_as_they_are() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
     let readme = std::fs::read_to_string(&path).unwrap();
     let mut updated = readme.clone();
-    let names = ["qlora", "bench speed", "bench kernels", "verify run"].map(str::to_string);
+    let names = [
+        "qlora",
+        "bench speed",
+        "bench kernels",
+        "verify run",
+        "verify export",
+    ];
+    let names = names.map(str::to_string);
     for name in names.into_iter().chain(commands()) {
         let arguments: Vec<&str> = name.split(' ').filter(|word| *word != "qlora").collect();
         let block = format!("\n```text\n{}```\n", help(&arguments));
