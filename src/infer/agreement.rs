@@ -86,10 +86,7 @@ impl Agreement {
         for (kl, is_same, difference) in rows {
             self.kl += kl;
             self.same_top_token += f64::from(u8::from(is_same));
-            // NaN stays.
-            if !(difference <= self.largest_logit_difference) {
-                self.largest_logit_difference = difference;
-            }
+            self.largest_logit_difference = larger(difference, self.largest_logit_difference);
             self.tokens += 1;
         }
     }
@@ -102,12 +99,17 @@ fn compare(p: &[f32], q: &[f32]) -> (f64, bool, f64) {
     for (&p, &q) in p.iter().zip(q) {
         let (p, q) = (f64::from(p), f64::from(q));
         kl += (p - log_sum_p).exp() * ((p - log_sum_p) - (q - log_sum_q));
-        let difference = (p - q).abs();
-        if !(difference <= largest) {
-            largest = difference;
-        }
+        largest = larger((p - q).abs(), largest);
     }
     (kl, argmax(p) == argmax(q), largest)
+}
+
+/// NaN where one of them is.
+fn larger(found: f64, largest: f64) -> f64 {
+    match found.is_nan() || found > largest {
+        true => found,
+        false => largest,
+    }
 }
 
 fn log_sum_exp(logits: &[f32]) -> f64 {
