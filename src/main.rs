@@ -33,6 +33,8 @@ enum Command {
     Eval(commands::eval::Args),
     /// Write text from a prompt
     Generate(commands::generate::Args),
+    /// Talk to a model through its chat template
+    Chat(commands::chat::Args),
     Export(commands::export::Args),
     /// Show what is in a data file, a model or an adapter
     Inspect(commands::inspect::Args),
@@ -64,6 +66,7 @@ fn run(Cli { threads, command }: Cli) -> anyhow::Result<()> {
         Command::Plan(args) => on_threads(threads, || commands::plan::run(*args)),
         Command::Eval(args) => on_threads(threads, || commands::eval::run(args)),
         Command::Generate(args) => on_threads(threads, || commands::generate::run(args)),
+        Command::Chat(args) => on_threads(threads, || commands::chat::run(args)),
         Command::Export(args) => on_threads(threads, || commands::export::run(args)),
         Command::Inspect(args) => on_threads(threads, || commands::inspect::run(args)),
         Command::Bench(args) => on_threads(threads, || commands::bench::run(args)),

@@ -499,3 +499,25 @@ fn bad_messages_name_the_message() {
         "no chat template",
     );
 }
+
+#[test]
+fn an_answer_ends_with_the_token_that_the_template_writes_behind_it() {
+    let source = |name: &str| {
+        let path = fixtures().join("templates").join(format!("{name}.jinja"));
+        std::fs::read_to_string(path).unwrap()
+    };
+    for (name, end) in [
+        ("chatml", Some("<|im_end|>")),
+        ("llama3", Some("<|eot_id|>")),
+        // Its eos is the end.
+        ("mistral", None),
+    ] {
+        let dir = model_dir("tokenizer", source(name).into());
+        let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
+        let eos = tokenizer.eos_token_ids().to_vec();
+        assert!(!eos.is_empty());
+        let end = end.map(|token| tokenizer.token_to_id(token).unwrap());
+        let expected: Vec<u32> = eos.into_iter().chain(end).collect();
+        assert_eq!(tokenizer.answer_end_ids().unwrap(), expected, "{name}");
+    }
+}

@@ -1,12 +1,14 @@
-//! `qlora eval` and `qlora generate` from the command line.
+//! `qlora eval`, `qlora generate` and `qlora chat` from the command line.
 
 mod reference_case;
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
 use predicates::prelude::*;
 use qlora::IGNORE_INDEX;
+use qlora::infer::{GenerateOptions, Sampler, SamplingOptions, Session, generate};
 use reference_case::{ReferenceCase, floats, largest_difference};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -303,4 +305,95 @@ fn generate_refuses_what_cannot_be() {
     without_template.stderr(predicate::str::contains("no chat template"));
     let negative = generate(&["--prompt", "w1", "--temperature=-1"]).code(1);
     negative.stderr(predicate::str::contains("temperature"));
+}
+
+#[test]
+fn a_session_writes_what_is_written_without_one() {
+    let case = ReferenceCase::read("qwen3");
+    let decoder = case.decoder();
+    let options = GenerateOptions {
+        max_new_tokens: 6,
+        stop_ids: Vec::new(),
+        ensemble: None,
+    };
+    let greedy = || Sampler::new(SamplingOptions::default()).unwrap();
+    let go_on = |_| ControlFlow::Continue(());
+    let mut session = Session::new(&decoder, 64, None).unwrap();
+    let mut text = case.prompt.clone();
+    let branch = text[..text.len() - 2].to_vec();
+    // Turns that go on, then the same again, a text that parts from the last one, and one that is a beginning of it.
+    let mut prompts = Vec::new();
+    for turn in 0..3 {
+        prompts.push(text.clone());
+        let fresh = generate(&decoder, &text, &options, &mut greedy(), go_on).unwrap();
+        text.extend(fresh.ids);
+        text.extend([turn, 7]);
+    }
+    prompts.push(prompts[2].clone());
+    prompts.push([&branch[..], &[3, 1, 4]].concat());
+    prompts.push(branch);
+    for prompt in prompts {
+        let expected = generate(&decoder, &prompt, &options, &mut greedy(), go_on).unwrap();
+        let found = session
+            .write(&prompt, &options, &mut greedy(), go_on)
+            .unwrap();
+        assert_eq!(found, expected, "{prompt:?}");
+    }
+    let too_long = vec![1; 65];
+    assert!(
+        session
+            .write(&too_long, &options, &mut greedy(), go_on)
+            .is_err()
+    );
+    assert!(session.write(&[], &options, &mut greedy(), go_on).is_err());
+}
+
+#[test]
+fn chat_remembers_the_conversation_until_it_is_cleared() {
+    let case = ReferenceCase::read("llama_gqa");
+    let dir = tempfile::tempdir().unwrap();
+    let model = model_with_tokenizer(&case, dir.path());
+    let template = "{% for m in messages %}w1 {{ m.content }} w2 {% endfor %}{% if add_generation_prompt %}w3{% endif %}";
+    std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+    let chat = |more: &[&str], input: &str| {
+        let mut command = qlora();
+        command.arg("chat").arg("--model").arg(&model);
+        let command = command.args(["--max_new_tokens", "4"]).args(more);
+        let output = command.write_stdin(input).assert().success();
+        let output = output.get_output().clone();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (text(output.stdout), text(output.stderr))
+    };
+    let generated = |prompt: &str| {
+        let mut command = qlora();
+        command.arg("generate").arg("--model").arg(&model);
+        let arguments = ["--raw", "--max_new_tokens", "4", "--prompt", prompt];
+        let output = command.args(arguments).assert().success();
+        String::from_utf8(output.get_output().stdout.clone()).unwrap()
+    };
+    let first = generated("w1 w10 w2 w3");
+    let second = generated(&format!("w1 w10 w2 w1 {} w2 w1 w20 w2 w3", first.trim()));
+    let alone = generated("w1 w20 w2 w3");
+    assert_ne!(second, alone);
+
+    let (answers, _) = chat(&[], "w10\n\nw20\n/clear\nw20\n/exit\nw10\n");
+    assert_eq!(answers, [&*first, &*second, &*alone].concat());
+    let (answers, _) = chat(&["--system", "w5"], "w10\n/clear\nw10\n");
+    let with_system = generated("w1 w5 w2 w1 w10 w2 w3");
+    assert_eq!(answers, [&*with_system, &*with_system].concat());
+    let (answers, notes) = chat(&["--max_seq_len", "4"], "w10\n");
+    assert!(
+        answers.is_empty() && notes.contains("--max_seq_len"),
+        "{answers} {notes}"
+    );
+
+    std::fs::remove_file(model.join("chat_template.jinja")).unwrap();
+    let mut command = qlora();
+    let refused = command
+        .arg("chat")
+        .arg("--model")
+        .arg(&model)
+        .assert()
+        .code(1);
+    refused.stderr(predicate::str::contains("no chat template"));
 }

@@ -1,16 +1,16 @@
 //! `qlora generate`: text from a prompt, with or without an adapter.
 
-use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
 use qlora::data::{GenerationPrompt, SpecialTokens, Tokenizer};
-use qlora::infer::{GenerateOptions, Sampler, SamplingOptions, generate};
+use qlora::infer::{GenerateOptions, generate};
 use serde_json::json;
 
-use super::{EnsembleArgs, ModelArgs};
+use super::text_stream::{TextStream, print_now};
+use super::{EnsembleArgs, ModelArgs, SamplingArgs};
 
 /// The arguments of `qlora generate`.
 #[derive(Debug, clap::Args)]
@@ -29,40 +29,8 @@ pub struct Args {
     #[arg(long)]
     raw: bool,
 
-    /// Stop after this many tokens
-    #[arg(
-        long = "max_new_tokens",
-        alias = "max-new-tokens",
-        value_name = "N",
-        default_value_t = 256
-    )]
-    max_new_tokens: usize,
-
-    /// 0 takes the likeliest token, 1 draws from the model's own distribution
-    #[arg(
-        long,
-        value_name = "T",
-        default_value_t = 0.0,
-        allow_negative_numbers = true
-    )]
-    temperature: f32,
-
-    /// Draw from the K likeliest tokens only
-    #[arg(long = "top_k", alias = "top-k", value_name = "K")]
-    top_k: Option<usize>,
-
-    /// Draw from the fewest likeliest tokens that have probability P together
-    #[arg(
-        long = "top_p",
-        alias = "top-p",
-        value_name = "P",
-        default_value_t = 1.0
-    )]
-    top_p: f32,
-
-    /// Of the draws
-    #[arg(long, value_name = "S", default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    sampling: SamplingArgs,
 
     /// Choose each token by the mean of the probabilities of N models with masked adapters (LoRA Dropout)
     #[arg(long, value_name = "N")]
@@ -89,12 +57,7 @@ struct Prompt {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let mut sampler = Sampler::new(SamplingOptions {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        seed: args.seed,
-    })?;
+    let mut sampler = args.sampling.sampler()?;
     let ensemble = args.ensemble.map(|models| {
         let adapter = args.model.adapter.as_deref();
         args.masks.ensemble(adapter, models)
@@ -104,8 +67,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let prompt = prompt_ids(&args, &tokenizer)?;
     let model = args.model.load()?;
     let options = GenerateOptions {
-        max_new_tokens: args.max_new_tokens,
-        stop_ids: tokenizer.eos_token_ids().to_vec(),
+        max_new_tokens: args.sampling.max_new_tokens,
+        stop_ids: match args.raw {
+            true => tokenizer.eos_token_ids().to_vec(),
+            false => tokenizer.answer_end_ids()?,
+        },
         ensemble,
     };
 
@@ -166,41 +132,5 @@ fn prompt_ids(args: &Args, tokenizer: &Tokenizer) -> anyhow::Result<Vec<u32>> {
             args.model.model.display()
         ),
         None => Ok(tokenizer.encode_with_specials(&text)?),
-    }
-}
-
-fn print_now(text: &str) -> anyhow::Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    Ok(stdout.flush()?)
-}
-
-/// Tokens to text as they come: a character whose bytes lie in several tokens appears with its last one.
-struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
-    ids: Vec<u32>,
-    text: String,
-}
-
-impl<'a> TextStream<'a> {
-    fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self {
-            tokenizer,
-            ids: Vec::new(),
-            text: String::new(),
-        }
-    }
-
-    /// Takes the next token and gives the text that is new and final.
-    fn push(&mut self, token: u32) -> anyhow::Result<&str> {
-        self.ids.push(token);
-        let text = self.tokenizer.decode(&self.ids, SpecialTokens::Skip)?;
-        // An incomplete character decodes to U+FFFD, which its next token replaces.
-        let is_whole = !text.ends_with(char::REPLACEMENT_CHARACTER) && text.starts_with(&self.text);
-        let printed = self.text.len();
-        if is_whole {
-            self.text = text;
-        }
-        Ok(&self.text[printed..])
     }
 }

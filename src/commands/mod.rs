@@ -1,6 +1,7 @@
 //! The subcommands, one file each, and what they share: config keys as flags, threads, errors on one line.
 
 pub mod bench;
+pub mod chat;
 mod config_flags;
 mod data_sources;
 pub mod demo;
@@ -14,13 +15,16 @@ pub mod mapped_file_fault;
 mod model_args;
 pub mod plan;
 pub mod quantize;
+mod sampling_args;
 mod shape_args;
+mod text_stream;
 pub mod train;
 pub mod verify;
 
 pub use config_flags::{ConfigFlags, DataFlags, LoraFlags};
 pub use ensemble_args::EnsembleArgs;
 pub use model_args::ModelArgs;
+pub use sampling_args::SamplingArgs;
 pub use shape_args::ShapeArgs;
 
 use std::io::Write;

@@ -14,7 +14,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, context};
 use regex::Regex;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::python_compat;
 use crate::{Error, Result};
@@ -145,6 +145,24 @@ impl ChatTemplate {
         }
         let chat = self.take_markers(marked)?;
         self.keep_trained(chat, messages, trained)
+    }
+
+    /// What it writes behind an answer that ends a conversation.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render); [`Error::Malformed`] if the answer does not stand in the text.
+    pub fn answer_end(&self) -> Result<String> {
+        const ANSWER: &str = "an answer";
+        let messages = [("user", "a question"), ("assistant", ANSWER)];
+        let messages = messages.map(|(role, content)| json!({ "role": role, "content": content }));
+        let text = self.render(&messages, None, GenerationPrompt::No)?;
+        match text.rsplit_once(ANSWER) {
+            Some((_, end)) => Ok(end.to_string()),
+            None => Err(Error::malformed(
+                &self.path,
+                "does not write an answer as it is",
+            )),
+        }
     }
 
     /// The file that it was read from.

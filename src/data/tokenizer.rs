@@ -241,6 +241,20 @@ impl Tokenizer {
         &self.eos_token_ids
     }
 
+    /// The ids that end an answer in a chat: [`eos_token_ids`](Self::eos_token_ids), and the special token that the chat
+    /// template ends one with, which a model is trained to write whether or not its config names it.
+    pub fn answer_end_ids(&self) -> Result<Vec<u32>> {
+        let mut ids = self.eos_token_ids.clone();
+        // A template may refuse this conversation and take others.
+        let end = self.chat_template().map(ChatTemplate::answer_end);
+        if let Some(Ok(end)) = end {
+            let mut special = self.encode(&end)?.into_iter();
+            let special = special.find(|&id| self.is_special(id));
+            ids.extend(special.filter(|id| !self.eos_token_ids.contains(id)));
+        }
+        Ok(ids)
+    }
+
     /// Whether the model ends its text with `id`: one of [`eos_token_ids`](Self::eos_token_ids), or another special token,
     /// such as the end of a turn.
     pub fn is_end(&self, id: u32) -> bool {

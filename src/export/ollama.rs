@@ -32,19 +32,12 @@ struct Pieces {
 /// # Errors
 /// [`Error::Malformed`] if the chat template cannot be said in Go's language, or no token ends a text.
 pub fn modelfile(tokenizer: &Tokenizer, gguf: &str) -> Result<String> {
-    let mut stops = tokenizer.eos_token_ids().to_vec();
     let template = match tokenizer.chat_template() {
         // A model that goes on with what it is given.
         None => "{{ .Prompt }}".to_string(),
-        Some(template) => {
-            let pieces = Pieces::of(template)?;
-            // The end of a turn, which the model was trained to write.
-            let mut end = tokenizer.encode(&pieces.assistant.1)?.into_iter();
-            let end = end.find(|&id| tokenizer.is_special(id));
-            stops.extend(end.filter(|id| !tokenizer.eos_token_ids().contains(id)));
-            pieces.go_template(template, added_bos(tokenizer)?)?
-        }
+        Some(template) => Pieces::of(template)?.go_template(template, added_bos(tokenizer)?)?,
     };
+    let stops = tokenizer.answer_end_ids()?;
     if stops.is_empty() {
         return Err(Error::malformed(
             tokenizer.path(),
@@ -78,7 +71,6 @@ impl Pieces {
         ];
         let (ask, reply) = (message("user", first), message("assistant", answer));
         let asked = [ask.clone()];
-        let answered = [ask.clone(), reply.clone()];
 
         let one = render(&asked, GenerationPrompt::No)?;
         let [start, after_user] = around(&one, [first]).map_err(refuse)?;
@@ -92,8 +84,7 @@ impl Pieces {
         let before_assistant = rest_of(&between, &after_user).map_err(refuse)?;
         // Where the answer ends and the question begins is told by a conversation that ends with an answer. It matters to the
         // reader alone: in front of the model's turn a question follows every answer.
-        let two = render(&answered, GenerationPrompt::No)?;
-        let [_, _, end] = around(&two, [first, answer]).map_err(refuse)?;
+        let end = template.answer_end()?;
         let (after_assistant, before_user) = match after_answer.strip_prefix(&end) {
             Some(before_user) => (end, before_user.to_string()),
             None => (String::new(), after_answer),

@@ -47,42 +47,89 @@ pub fn generate(
     prompt: &[u32],
     options: &GenerateOptions,
     sampler: &mut Sampler,
-    mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+    on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generated> {
-    if prompt.is_empty() {
-        return Err(Error::config(
-            "prompt",
-            "is empty: there is nothing to continue",
-        ));
-    }
-    let mut generated = Generated {
-        ids: Vec::new(),
-        finish: Finish::Length,
-    };
     let capacity = prompt.len() + options.max_new_tokens;
-    let mut caches = match &options.ensemble {
-        None => vec![KvCache::new(decoder, capacity)?],
-        Some(ensemble) => (0..ensemble.models())
-            .map(|model| Ok(KvCache::new(decoder, capacity)?.masked(ensemble.masks(model))))
-            .collect::<Result<_>>()?,
-    };
-    let mut unseen = prompt;
-    let mut last = [0];
-    while generated.ids.len() < options.max_new_tokens {
-        let token = sampler.sample(&next_logits(decoder, unseen, &mut caches)?)?;
-        if options.stop_ids.contains(&token) {
-            generated.finish = Finish::Stop;
-            break;
-        }
-        generated.ids.push(token);
-        if on_token(token).is_break() {
-            generated.finish = Finish::Interrupted;
-            break;
-        }
-        last[0] = token;
-        unseen = &last;
+    let mut session = Session::new(decoder, capacity, options.ensemble.as_ref())?;
+    session.write(prompt, options, sampler, on_token)
+}
+
+/// Texts that go on from one another, as the turns of a conversation: what one has in common with the text before it is not
+/// computed again.
+#[derive(Debug)]
+pub struct Session<'m> {
+    decoder: &'m Decoder,
+    /// Of the one model, or of each of an ensemble.
+    caches: Vec<KvCache<'m>>,
+    /// The tokens that the caches hold.
+    held: Vec<u32>,
+}
+
+impl<'m> Session<'m> {
+    /// For texts of up to `capacity` tokens, by the adapter as it is or by an ensemble.
+    ///
+    /// # Errors
+    /// [`Error::OutOfDeviceMemory`] where the caches do not fit.
+    pub fn new(decoder: &'m Decoder, capacity: usize, ensemble: Option<&Ensemble>) -> Result<Self> {
+        let caches = match ensemble {
+            None => vec![KvCache::new(decoder, capacity)?],
+            Some(ensemble) => (0..ensemble.models())
+                .map(|model| Ok(KvCache::new(decoder, capacity)?.masked(ensemble.masks(model))))
+                .collect::<Result<_>>()?,
+        };
+        Ok(Self {
+            decoder,
+            caches,
+            held: Vec::new(),
+        })
     }
-    Ok(generated)
+
+    /// As [`generate`]; the ensemble is the session's.
+    ///
+    /// # Errors
+    /// Those of [`generate`], and [`Error::Shape`] for a text that is longer than there is room for.
+    pub fn write(
+        &mut self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        sampler: &mut Sampler,
+        mut on_token: impl FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Generated> {
+        let Some(before_last) = prompt.len().checked_sub(1) else {
+            return Err(Error::config(
+                "prompt",
+                "is empty: there is nothing to continue",
+            ));
+        };
+        let pairs = self.held.iter().zip(&prompt[..before_last]);
+        let common = pairs.take_while(|(held, token)| held == token).count();
+        self.caches
+            .iter_mut()
+            .for_each(|cache| cache.truncate(common));
+        self.held.truncate(common);
+        let mut generated = Generated {
+            ids: Vec::new(),
+            finish: Finish::Length,
+        };
+        let mut unseen = &prompt[common..];
+        let mut last = [0];
+        while generated.ids.len() < options.max_new_tokens {
+            let token = sampler.sample(&next_logits(self.decoder, unseen, &mut self.caches)?)?;
+            self.held.extend(unseen);
+            if options.stop_ids.contains(&token) {
+                generated.finish = Finish::Stop;
+                break;
+            }
+            generated.ids.push(token);
+            if on_token(token).is_break() {
+                generated.finish = Finish::Interrupted;
+                break;
+            }
+            last[0] = token;
+            unseen = &last;
+        }
+        Ok(generated)
+    }
 }
 
 /// The logits after `ids`, `[V]`: of the one model, or such as give the mean of the probabilities of several.

@@ -9,7 +9,7 @@ mod sampling;
 pub use agreement::{Agreement, agreement};
 pub use ensemble::{Ensemble, evaluate_ensemble};
 pub use evaluate::{ECE_BINS, Evaluation, LogProbs, evaluate};
-pub use generate::{Finish, GenerateOptions, Generated, generate};
+pub use generate::{Finish, GenerateOptions, Generated, Session, generate};
 pub use sampling::{Sampler, SamplingOptions};
 
 pub(crate) use evaluate::sequences;

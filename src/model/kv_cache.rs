@@ -84,6 +84,14 @@ impl<'m> KvCache<'m> {
         self.capacity
     }
 
+    /// Forgets all but the first `len` tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+        for layer in &mut self.layers {
+            layer.rows.len = layer.rows.len.min(len);
+        }
+    }
+
     /// Makes room for `tokens` more in the count; their rows are appended layer by layer.
     pub(super) fn advance(&mut self, tokens: usize) -> Result<std::ops::Range<usize>> {
         let start = self.len;
