@@ -1,5 +1,6 @@
 //! An adapter that is merged into its model predicts what the two predict, in every kind and every format that is written.
 
+mod emulated;
 mod reference_case;
 
 use std::fs;
@@ -7,8 +8,10 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use candle_core::DType;
+use emulated::placement_test;
 use qlora::device::Placement;
 use qlora::export::{Merged, MergedQuantizer, ModelTensor};
+use qlora::infer::agreement;
 use qlora::model::{Decoder, DecoderConfig, Module};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit};
 use qlora::store::{
@@ -74,6 +77,26 @@ fn a_merged_model_has_the_logits_of_peft() {
         assert_eq!(dtype.unwrap(), "float32", "{name}");
     }
 }
+
+placement_test!(
+    a_merged_model_on_a_device_predicts_as_on_the_cpu,
+    |placement| {
+        let case = ReferenceCase::read("qwen3");
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("merged");
+        write(&merged(&case, None), false, &out, u64::MAX);
+        let load =
+            |model: &Path, at| Decoder::load(&Checkpoint::open(model).unwrap(), None, at).unwrap();
+        let cpu = Placement::cpu();
+        let (on_cpu, on_device) = (load(&out, &cpu), load(&out, placement));
+        let base = load(&case.dir, &cpu);
+        let [found, without] = agreement(&on_cpu, [&on_device, &base], &case.examples).unwrap();
+        assert!(
+            found.kl < 1e-3 && found.kl < 0.05 * without.kl,
+            "{found:?} {without:?}"
+        );
+    }
+);
 
 #[test]
 fn tied_embeddings_part_only_where_one_of_them_was_trained() {
