@@ -18,6 +18,7 @@ use qlora::store::{
 };
 use serde_json::json;
 
+use super::model_args::note_missing_adapter;
 use super::note;
 use super::quantize::{parse_bytes, parse_quant_type, progress_bar};
 
@@ -165,6 +166,7 @@ impl Source {
     fn of(args: &Args) -> anyhow::Result<Self> {
         let Some(dir) = &args.adapter else {
             let base = args.base.clone().context("give --adapter or --base")?;
+            note_missing_adapter(&base);
             return Ok(Self {
                 base,
                 adapter: None,

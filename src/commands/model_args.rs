@@ -1,6 +1,6 @@
 //! The model that a command works with: `--model`, `--adapter`, `--quant-type`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use qlora::data::Tokenizer;
@@ -43,12 +43,8 @@ impl ModelArgs {
                 self.model.display()
             );
         }
-        if self.adapter.is_none() && self.model.join(INITIAL_ADAPTER).is_dir() {
-            eprintln!(
-                "{}: was made together with an adapter and is used without one; --adapter takes {} or what was trained from it",
-                self.model.display(),
-                self.model.join(INITIAL_ADAPTER).display()
-            );
+        if self.adapter.is_none() {
+            note_missing_adapter(&self.model);
         }
         let mut decoder = self.load_base(&placement)?;
         if let Some(dir) = &self.adapter {
@@ -72,6 +68,18 @@ impl ModelArgs {
     /// The model's tokenizer; `None` if there is none, which is enough for rows of token ids.
     pub fn tokenizer(&self) -> anyhow::Result<Option<Tokenizer>> {
         Ok(Tokenizer::find(&self.model)?)
+    }
+}
+
+/// Says where a model is used without the adapter that it was made together with.
+pub fn note_missing_adapter(model: &Path) {
+    let initial = model.join(INITIAL_ADAPTER);
+    if initial.is_dir() {
+        super::note(&format!(
+            "{}: was made together with an adapter and is used without one; --adapter takes {} or what was trained from it",
+            model.display(),
+            initial.display()
+        ));
     }
 }
 
