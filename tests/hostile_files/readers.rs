@@ -4,9 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use qlora::Error;
 use qlora::data::{ChatTemplate, GenerationPrompt, LoadOptions, Tokenizer, load};
+use qlora::export::{GgufBase, GgufType, modelfile, write_gguf_model};
 use qlora::model::DecoderConfig;
-use qlora::store::{Adapter, Checkpoint, MappedFile};
+use qlora::quant::DenseTensor;
+use qlora::store::{Adapter, Checkpoint, MappedFile, TensorSource, TensorSpec};
 use qlora::train::{TrainConfig, checkpoint};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -211,7 +214,49 @@ fn tokenizer(dir: &Path, bytes: &[u8]) {
             ids.iter().for_each(|&id| drop(tokenizer.token_text(id)));
         }
         let _ = (tokenizer.bos_token_id(), tokenizer.vocab_size());
+        let _ = modelfile(&tokenizer, "./model.gguf");
+        export_vocabulary(dir);
     }
+}
+
+/// A model whose tensors cannot be had, so that of its export the tokenizer alone is made.
+struct NoTensors;
+
+impl TensorSource for NoTensors {
+    fn specs(&self) -> qlora::Result<Vec<TensorSpec>> {
+        Ok(Vec::new())
+    }
+
+    fn bytes(&self, spec: &TensorSpec) -> qlora::Result<bytes::Bytes> {
+        Err(Error::malformed(&spec.name, "is not there"))
+    }
+
+    fn tensor(&self, name: &str) -> qlora::Result<DenseTensor> {
+        Err(Error::malformed(name, "is not there"))
+    }
+
+    fn release(&self, _: &str) -> qlora::Result<()> {
+        Ok(())
+    }
+}
+
+fn export_vocabulary(dir: &Path) {
+    let config = json!({
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 1024,
+    });
+    let base = GgufBase {
+        config: &config,
+        dir,
+        name: "hostile",
+    };
+    let out = dir.join("model.gguf");
+    let written = write_gguf_model(&NoTensors, base, GgufType::F32, &out, |_| ());
+    assert!(written.is_err());
 }
 
 fn chat_template(_dir: &Path, bytes: &[u8]) {
