@@ -143,16 +143,17 @@ pub fn read_mmlu(path: &Path, options: &MmluOptions, tokenizer: &Tokenizer) -> R
 /// The token of each letter, as it is tokenized on its own.
 ///
 /// # Errors
-/// [`Error::Malformed`], with the tokenizer's path, for a letter that is not one token, or the same one as another.
+/// [`Error::Malformed`], with the tokenizer's path, for a letter that has no token of its own.
 pub fn letter_ids(tokenizer: &Tokenizer) -> Result<[u32; LETTERS.len()]> {
     let mut ids = [0; LETTERS.len()];
     for (i, letter) in LETTERS.iter().enumerate() {
         ids[i] = match tokenizer.encode(letter)?[..] {
-            [id] if !ids[..i].contains(&id) => id,
+            // Not a token for what is unknown, nor one that the letter shares with others.
+            [id] if tokenizer.token_text(id).trim() == *letter => id,
             ref found => {
                 let reason = format!(
-                    "the letter {letter} has the tokens {found:?}, expected one that no other letter has: the questions \
-                     of MMLU are answered by the token of a letter"
+                    "the letter {letter} has the tokens {found:?}, expected one of its own: the questions of MMLU \
+                     are answered by the token of a letter"
                 );
                 return Err(Error::malformed(tokenizer.path(), reason));
             }
@@ -214,7 +215,9 @@ fn question_and_choices(row: &Columns, subject: &str) -> Result<(String, usize),
     let answer = answer.filter(|answer| *answer < LETTERS.len());
     let answer = answer.ok_or_else(|| format!("`answer` is {value}, expected 0, 1, 2 or 3"))?;
     let choices = LETTERS.iter().zip(choices);
-    let choices: String = choices.map(|(l, choice)| format!("{l}. {choice}\n")).collect();
+    let choices: String = choices
+        .map(|(l, choice)| format!("{l}. {choice}\n"))
+        .collect();
     let prompt = format!(
         "The following are multiple choice questions (with answers) about  {}.\n\n{}\n{choices}Answer:",
         subject.replace('_', " "),

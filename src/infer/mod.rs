@@ -12,7 +12,9 @@ pub use agreement::{Agreement, agreement};
 pub use ensemble::{Ensemble, evaluate_ensemble};
 pub use evaluate::{ECE_BINS, Evaluation, LogProbs, evaluate};
 pub use generate::{Finish, GenerateOptions, Generated, generate};
-pub use multiple_choice::{Answer, LetterIds, MultipleChoice, multiple_choice, multiple_choice_ensemble};
+pub use multiple_choice::{
+    Answer, LetterIds, MultipleChoice, multiple_choice, multiple_choice_ensemble,
+};
 pub use sampling::{Sampler, SamplingOptions};
 
 pub(crate) use evaluate::sequences;

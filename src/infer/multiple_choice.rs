@@ -167,7 +167,10 @@ fn log_probabilities(
         return Err(shape("prompts with tokens".into(), "an empty one".into()));
     }
     let hidden = decoder.hidden_states(sequences(batch), masks)?;
-    let last: Vec<u32> = batch.cu_seqlens[1..].iter().map(|&end| end as u32 - 1).collect();
+    let last: Vec<u32> = batch.cu_seqlens[1..]
+        .iter()
+        .map(|&end| end as u32 - 1)
+        .collect();
     let mut found = Vec::with_capacity(last.len());
     for rows in last.chunks((CHUNK_BYTES / (vocab * size_of::<f32>())).max(1)) {
         let rows = Tensor::new(rows, hidden.device())?;
