@@ -169,7 +169,7 @@ pub fn print_table(models: &[(String, Map<String, Value>)]) {
     }
     for name in first.keys() {
         let value = |(_, measures): &(String, Map<String, Value>)| match &measures[name] {
-            Value::Number(count) if count.is_u64() => format!("{count:>16}"),
+            Value::Number(count) if count.is_u64() => format!("{:>16}", count.to_string()),
             // A NaN is null.
             other => format!("{:>16.4}", other.as_f64().unwrap_or(f64::NAN)),
         };
