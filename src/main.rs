@@ -29,7 +29,7 @@ enum Command {
     Train(commands::train::Args),
     /// Say what a training run takes of a GPU's memory, and whether it fits, before it starts
     Plan(Box<commands::plan::Args>),
-    /// Measure how well a model predicts the rows of a data file
+    /// Measure how well a model predicts the rows of a data file, or answers the questions of MMLU
     Eval(commands::eval::Args),
     /// Write text from a prompt
     Generate(commands::generate::Args),

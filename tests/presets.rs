@@ -3,7 +3,7 @@
 use qlora::train::TrainConfig;
 use qlora::train::config::Preset;
 
-/// What `scripts/finetune_guanaco_*.sh` of artidoro/qlora have in common, but for `--do_mmlu_eval`, which is not done here, and
+/// What `scripts/finetune_guanaco_*.sh` of artidoro/qlora have in common, but for `--do_mmlu_eval`, which is not done in training, and
 /// `--bf16`, which depends on the device.
 const PUBLISHED: &[(&str, &str)] = &[
     ("logging_steps", "10"),

@@ -1,10 +1,14 @@
-//! `qlora eval`: how well a model, with or without an adapter, predicts the rows of a data file.
+//! `qlora eval`: how well a model, with or without an adapter, predicts the rows of a data file and answers the questions of
+//! MMLU.
+
+mod mmlu;
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use clap::ArgGroup;
 use clap::builder::RangedU64ValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use qlora::data::{
@@ -14,22 +18,27 @@ use qlora::infer::{Evaluation, LogProbs, evaluate, evaluate_ensemble};
 use qlora::model::Decoder;
 use qlora::store::AtomicFile;
 use safetensors::tensor::{Dtype, TensorView};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use self::mmlu::{MmluArgs, Questions};
 use super::{EnsembleArgs, ModelArgs};
 
 /// The arguments of `qlora eval`.
 #[derive(Debug, clap::Args)]
+#[command(group(ArgGroup::new("rows").args(["data", "mmlu"]).required(true).multiple(true)))]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
 
     /// Rows to predict: what `train` takes as a data set; rows with `input_ids` are taken as they are
     #[arg(long, value_name = "DATA")]
-    data: PathBuf,
+    data: Option<PathBuf>,
 
-    /// Write the log-probability of every token: f32 [T-1] per row i, named logprobs.i
-    #[arg(long, value_name = "OUT.safetensors")]
+    #[command(flatten)]
+    mmlu: MmluArgs,
+
+    /// Write the log-probability of every token of --data: f32 [T-1] per row i, named logprobs.i
+    #[arg(long, value_name = "OUT.safetensors", requires = "data")]
     logprobs: Option<PathBuf>,
 
     /// Also evaluate ensembles of N models with masked adapters (LoRA Dropout), such as 1,4,8; --logprobs has those of the
@@ -74,7 +83,7 @@ pub struct Args {
     #[arg(long = "train_on_source", alias = "train-on-source", num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
     train_on_source: bool,
 
-    /// Evaluate only the first rows
+    /// Evaluate only the first rows, and of each file of MMLU the first questions
     #[arg(
         long = "max_eval_samples",
         alias = "max-eval-samples",
@@ -97,16 +106,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         args.masks.ensemble(adapter, models)
     });
     let ensemble = ensemble.transpose()?;
+    let tokenizer = || args.model.tokenizer();
+    let questions = args.mmlu.read(args.max_eval_samples, tokenizer)?;
     let model = args.model.load()?;
-    let dataset = rows(&args, &model)?;
+    let data = args.data.as_deref();
+    let dataset = data.map(|path| rows(&args, path, &model)).transpose()?;
     let (plain, of_ensemble) = match (&args.logprobs, &ensemble) {
         (None, _) => (LogProbs::Omit, LogProbs::Omit),
         (Some(_), None) => (LogProbs::EveryToken, LogProbs::Omit),
         (Some(_), Some(_)) => (LogProbs::Omit, LogProbs::EveryToken),
     };
     let passes = 1 + u64::from(ensemble.is_some());
-    let length = passes * dataset.len() as u64;
-    let progress = ProgressBar::new(length).with_style(ProgressStyle::with_template(
+    let rows =
+        dataset.as_ref().map_or(0, Dataset::len) + questions.as_ref().map_or(0, Questions::len);
+    let progress = ProgressBar::new(passes * rows as u64).with_style(ProgressStyle::with_template(
         "{bar:40} {pos}/{len} rows, {eta} left",
     )?);
     let mut log_probs = BTreeMap::new();
@@ -115,16 +128,34 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         progress.inc(1);
         Ok(())
     };
-    let data = || args.data.display().to_string();
-    let evaluation = evaluate(&model, dataset.examples(), plain, &mut on_row).with_context(data)?;
-    let ensembles = match &ensemble {
-        None => Vec::new(),
-        Some(ensemble) => {
-            let of = (ensemble, &sizes[..]);
-            evaluate_ensemble(&model, of, dataset.examples(), of_ensemble, &mut on_row)
-                .with_context(data)?
+    let on_answers = |answers| progress.inc(answers as u64);
+    let name = || data.map_or_else(String::new, |path| path.display().to_string());
+    // The adapter as it is, then the ensembles.
+    let mut of_models = vec![Measures::default()];
+    if let Some(dataset) = &dataset {
+        let found = evaluate(&model, dataset.examples(), plain, &mut on_row);
+        of_models[0].data = Some(found.with_context(name)?);
+    }
+    if let Some(questions) = &questions {
+        of_models[0].mmlu = questions.measure(&model, on_answers)?;
+    }
+    if let Some(ensemble) = &ensemble {
+        let of = (ensemble, &sizes[..]);
+        let mut of_sizes: Vec<_> = sizes.iter().map(|&models| Measures::of(models)).collect();
+        if let Some(dataset) = &dataset {
+            let found = evaluate_ensemble(&model, of, dataset.examples(), of_ensemble, &mut on_row);
+            for (measures, found) in of_sizes.iter_mut().zip(found.with_context(name)?) {
+                measures.data = Some(found);
+            }
         }
-    };
+        if let Some(questions) = &questions {
+            let found = questions.measure_ensemble(&model, of, on_answers)?;
+            for (measures, found) in of_sizes.iter_mut().zip(found) {
+                measures.mmlu = found;
+            }
+        }
+        of_models.extend(of_sizes);
+    }
     progress.finish_and_clear();
     if let Some(file) = log_probs_file {
         let path = file.path().display().to_string();
@@ -132,13 +163,50 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         eprintln!("log-probabilities: {path}");
     }
     if args.json {
-        println!("{}", report(&evaluation, &sizes, &ensembles)?);
-    } else if ensembles.is_empty() {
-        print_measures(&evaluation);
+        println!("{}", report(&of_models)?);
     } else {
-        print_table(&evaluation, &sizes, &ensembles);
+        print(of_models);
     }
     Ok(())
+}
+
+/// What was measured of one model.
+#[derive(Default)]
+struct Measures {
+    /// Models of an ensemble; `None` for the adapter as it is.
+    models: Option<usize>,
+    data: Option<Evaluation>,
+    /// By name; empty without `--mmlu`.
+    mmlu: Map<String, Value>,
+}
+
+impl Measures {
+    fn of(models: usize) -> Self {
+        Self {
+            models: Some(models),
+            ..Self::default()
+        }
+    }
+
+    fn name(&self) -> String {
+        match self.models {
+            None => "plain adapter".to_string(),
+            Some(models) => format!("ensemble of {models}"),
+        }
+    }
+
+    fn report(&self) -> serde_json::Result<Map<String, Value>> {
+        let mut report = Map::new();
+        if let Some(Value::Object(data)) = self.data.map(serde_json::to_value).transpose()? {
+            report.extend(data);
+        }
+        report.extend(self.mmlu.clone());
+        report.extend(
+            self.models
+                .map(|models| ("models".to_string(), models.into())),
+        );
+        Ok(report)
+    }
 }
 
 /// Each size once, in ascending order.
@@ -149,7 +217,7 @@ fn ensemble_sizes(given: &[usize]) -> Vec<usize> {
     sizes
 }
 
-fn rows(args: &Args, model: &Decoder) -> anyhow::Result<Dataset> {
+fn rows(args: &Args, path: &Path, model: &Decoder) -> anyhow::Result<Dataset> {
     let options = LoadOptions {
         format: args.dataset_format,
         source_max_len: args.source_max_len,
@@ -163,11 +231,11 @@ fn rows(args: &Args, model: &Decoder) -> anyhow::Result<Dataset> {
         ..LoadOptions::default()
     };
     let tokenizer = args.model.tokenizer()?;
-    let files = data_files(super::data_sources::resolve(&args.data)?)?;
+    let files = data_files(super::data_sources::resolve(path)?)?;
     let dataset = load_files(&files, &options, tokenizer.as_ref())?;
     eprintln!(
         "{}: {} rows, {}",
-        args.data.display(),
+        path.display(),
         dataset.len(),
         dataset.detected
     );
@@ -192,21 +260,29 @@ fn write_log_probs(mut file: AtomicFile, rows: &BTreeMap<String, Vec<f32>>) -> a
 }
 
 /// The measures of the adapter as it is, and under `ensembles` those of each size.
-fn report(
-    evaluation: &Evaluation,
-    sizes: &[usize],
-    ensembles: &[Evaluation],
-) -> serde_json::Result<Value> {
-    let mut report = serde_json::to_value(evaluation)?;
+fn report(of_models: &[Measures]) -> serde_json::Result<Value> {
+    let mut reports = of_models.iter().map(Measures::report);
+    let mut report = reports.next().transpose()?.unwrap_or_default();
+    let ensembles: Vec<_> = reports.collect::<serde_json::Result<_>>()?;
     if !ensembles.is_empty() {
-        let with_size = sizes.iter().zip(ensembles).map(|(models, evaluation)| {
-            let mut measures = serde_json::to_value(evaluation)?;
-            measures["models"] = (*models).into();
-            Ok(measures)
-        });
-        report["ensembles"] = with_size.collect::<serde_json::Result<Vec<_>>>()?.into();
+        report.insert("ensembles".into(), ensembles.into());
     }
-    Ok(report)
+    Ok(report.into())
+}
+
+fn print(of_models: Vec<Measures>) {
+    let data = of_models
+        .iter()
+        .filter_map(|model| Some((model.name(), model.data?)));
+    match &data.collect::<Vec<_>>()[..] {
+        [] => {}
+        [(_, evaluation)] => print_measures(evaluation),
+        several => print_table(several),
+    }
+    let mmlu = of_models
+        .into_iter()
+        .map(|model| (model.name(), model.mmlu));
+    mmlu::print_table(&mmlu.collect::<Vec<_>>());
 }
 
 fn print_measures(evaluation: &Evaluation) {
@@ -217,14 +293,12 @@ fn print_measures(evaluation: &Evaluation) {
     println!("tokens          {}", evaluation.tokens);
 }
 
-fn print_table(plain: &Evaluation, sizes: &[usize], ensembles: &[Evaluation]) {
+fn print_table(of_models: &[(String, Evaluation)]) {
     println!(
         "{:<14}{:>10}{:>12}{:>16}{:>8}{:>10}",
         "", "loss", "perplexity", "token_accuracy", "ece", "tokens"
     );
-    let names = sizes.iter().map(|models| format!("ensemble of {models}"));
-    let names = ["plain adapter".to_string()].into_iter().chain(names);
-    for (name, evaluation) in names.zip([plain].into_iter().chain(ensembles)) {
+    for (name, evaluation) in of_models {
         let Evaluation {
             loss,
             perplexity,

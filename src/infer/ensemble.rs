@@ -68,12 +68,7 @@ pub fn evaluate_ensemble(
     log_probs: LogProbs,
     mut on_example: impl FnMut(usize, Option<Vec<f32>>) -> Result<()>,
 ) -> Result<Vec<Evaluation>> {
-    let ascend = sizes.is_sorted_by(|a, b| a < b);
-    if !ascend || sizes.first() == Some(&0) || sizes.last() != Some(&ensemble.models()) {
-        let reason =
-            format!("takes different sizes of at least 1 in ascending order, found {sizes:?}");
-        return Err(Error::config("ensemble", reason));
-    }
+    expect_sizes(ensemble, sizes)?;
     let mut totals: Vec<Totals> = sizes.iter().map(|_| Totals::default()).collect();
     let mut done = 0;
     let mut examples = examples.into_iter().peekable();
@@ -96,6 +91,17 @@ pub fn evaluate_ensemble(
         done += group.len();
     }
     totals.iter().map(Totals::evaluation).collect()
+}
+
+/// Refuses sizes that do not ascend to the whole ensemble.
+pub(super) fn expect_sizes(ensemble: &Ensemble, sizes: &[usize]) -> Result<()> {
+    let ascend = sizes.is_sorted_by(|a, b| a < b);
+    if !ascend || sizes.first() == Some(&0) || sizes.last() != Some(&ensemble.models()) {
+        let reason =
+            format!("takes different sizes of at least 1 in ascending order, found {sizes:?}");
+        return Err(Error::config("ensemble", reason));
+    }
+    Ok(())
 }
 
 /// Adds the labelled rows of a batch to the totals of each size, and gives the log-probability of the next token in each row
@@ -220,7 +226,7 @@ pub(super) fn mean_log_probabilities(logits: &[Vec<f32>]) -> Vec<f32> {
 }
 
 /// `ln sum e^z`.
-fn log_sum_exp(logits: &[f32]) -> f64 {
+pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
     let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let total: f64 = logits
         .iter()
@@ -230,7 +236,7 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
 }
 
 /// `ln (e^a + e^b)`.
-fn log_add_exp(a: f64, b: f64) -> f64 {
+pub(super) fn log_add_exp(a: f64, b: f64) -> f64 {
     if a == f64::NEG_INFINITY {
         return b;
     }

@@ -50,6 +50,7 @@ const fn any(name: &'static str) -> ForeignKey {
 
 const NOT_YET: &str = "";
 const DTYPE: &str = "compute_dtype decides: f32 or bf16 on the CPU, bf16 on CUDA";
+const MMLU: &str = "`qlora eval --mmlu DIR` does it after training";
 const NO_GENERATION: &str = "training generates no text; use `qlora generate`";
 
 /// The keys of qlora.py and of `TrainingArguments` that are recognised without being supported.
@@ -66,7 +67,11 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("adam8bit", &["false"], "it is optim that decides; use adamw_8bit"),
     only("do_train", &["true"], "use `qlora eval` for an evaluation alone"),
     only("do_eval", &["true"], "evaluation runs where there are evaluation rows: leave out eval_dataset and eval_dataset_size"),
-    only("do_mmlu_eval", &["false"], NOT_YET),
+    only("do_mmlu_eval", &["false"], MMLU),
+    only("mmlu_dataset", &[], MMLU),
+    only("mmlu_split", &[], MMLU),
+    only("mmlu_source_max_len", &[], MMLU),
+    only("max_mmlu_samples", &[], MMLU),
     only("do_predict", &["false"], NO_GENERATION),
     only("predict_with_generate", &["false"], NO_GENERATION),
     only("do_sample", &["false"], NO_GENERATION),
