@@ -8,6 +8,7 @@ use std::borrow::Borrow;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::ensemble::log_sum_exp;
 use super::evaluate::{next_group, sequences};
 use super::sampling::argmax;
 use crate::data::{Batch, Example};
@@ -110,13 +111,6 @@ fn larger(found: f64, largest: f64) -> f64 {
         true => found,
         false => largest,
     }
-}
-
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let largest = f64::from(largest);
-    let sum: f64 = logits.iter().map(|&z| (f64::from(z) - largest).exp()).sum();
-    largest + sum.ln()
 }
 
 #[cfg(test)]
