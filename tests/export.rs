@@ -519,6 +519,19 @@ fn files_of_llama_cpp_are_written_and_only_their_own_kind_is_replaced() {
         "will not be replaced",
     );
 
+    ok(&of_demo("gguf", "new/directory/demo.gguf"), &[]);
+    let verify = [
+        "verify",
+        "export",
+        "demo.gguf",
+        "--model",
+        "model",
+        "--adapter",
+        "adapter",
+    ];
+    let verify = verify.map(str::to_string);
+    refused(&verify, &[], "only model directories");
+
     let lora: Vec<String> = [
         "export",
         "--adapter",

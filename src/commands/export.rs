@@ -340,6 +340,7 @@ fn write_gguf_lora(args: &Args, source: &Source) -> anyhow::Result<Report> {
         name: &args.name(),
     };
     let file_type = args.gguf_type().unwrap_or(GgufType::F32);
+    create_parent(&args.out)?;
     let written = write_gguf_adapter(adapter, gguf_base, file_type, &args.out)
         .with_context(|| dir.display().to_string())?;
     Ok(Report {
@@ -356,6 +357,7 @@ fn write_gguf(args: &Args, source: &Source, out: &Path) -> anyhow::Result<Report
         DType::F32 => GgufType::F32,
         _ => GgufType::Bf16,
     });
+    create_parent(out)?;
     let gguf_base = GgufBase {
         config: &merged.config_json(),
         dir: merged.origin(),
@@ -368,6 +370,14 @@ fn write_gguf(args: &Args, source: &Source, out: &Path) -> anyhow::Result<Report
         notes: written.notes,
         ..Report::default()
     })
+}
+
+/// Makes the directories above a file, as those above a model directory are made.
+fn create_parent(path: &Path) -> qlora::Result<()> {
+    match path.parent() {
+        None => Ok(()),
+        Some(parent) => std::fs::create_dir_all(parent).map_err(qlora::Error::io(parent)),
+    }
 }
 
 fn write_modelfile(args: &Args, source: &Source) -> anyhow::Result<Report> {

@@ -48,6 +48,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.model.adapter.is_none() {
         bail!("give --adapter, the one that was exported");
     }
+    if args.exported.is_file() {
+        bail!(
+            "{}: is a file; only model directories are read again",
+            args.exported.display()
+        );
+    }
     let reference = args.model.load()?;
     let without = args.model.load_base(reference.placement())?;
     let checkpoint = Checkpoint::open(&args.exported)?;
