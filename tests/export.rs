@@ -10,9 +10,9 @@ use std::process::{Command, Output};
 use candle_core::DType;
 use emulated::placement_test;
 use qlora::device::Placement;
-use qlora::export::{Merged, MergedQuantizer, ModelTensor};
+use qlora::export::{Merged, MergedQuantizer};
 use qlora::infer::agreement;
-use qlora::model::{Decoder, DecoderConfig, Module};
+use qlora::model::{Decoder, DecoderConfig, ModelTensor, Module};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit};
 use qlora::store::{
     Adapter, Checkpoint, Existing, ModelDir, Quantization, TensorSource, WriteReport,
@@ -531,6 +531,25 @@ fn files_of_llama_cpp_are_written_and_only_their_own_kind_is_replaced() {
     ];
     let verify = verify.map(str::to_string);
     refused(&verify, &[], "only model directories");
+
+    // A directory of its kind, but with the model in it.
+    fs::copy(
+        dir.path().join("ollama/Modelfile"),
+        dir.path().join("Modelfile"),
+    )
+    .unwrap();
+    let over_its_model = [
+        "export",
+        "--base",
+        "model",
+        "--to",
+        "modelfile",
+        "--out",
+        ".",
+    ];
+    let over_its_model = over_its_model.map(str::to_string);
+    refused(&over_its_model, &["--overwrite"], "contains the source");
+    assert!(dir.path().join("model/config.json").exists());
 
     let lora: Vec<String> = [
         "export",

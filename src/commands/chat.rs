@@ -1,16 +1,15 @@
 //! `qlora chat`: a conversation with a model, with or without an adapter, through the model's own chat template.
 
 use std::io::{BufRead, IsTerminal};
-use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, bail};
-use qlora::data::{ChatTemplate, GenerationPrompt, SpecialTokens, Tokenizer};
+use qlora::data::{ChatTemplate, GenerationPrompt, Tokenizer, chat_message};
 use qlora::infer::{Finish, GenerateOptions, Sampler, Session};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::interrupt::Signals;
-use super::text_stream::{TextStream, print_now};
+use super::text_stream::{print_now, stream_text};
 use super::{ModelArgs, SamplingArgs, note};
 
 /// Tokens of a conversation, where neither the model nor the user says less.
@@ -50,7 +49,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let made_for = model.config().max_position_embeddings;
         made_for.min(DEFAULT_CONTEXT)
     });
-    let system = args.system.map(|text| message("system", &text));
+    let system = args.system.map(|text| chat_message("system", &text));
     let mut chat = Chat {
         tokenizer: &tokenizer,
         template,
@@ -102,7 +101,7 @@ struct Chat<'a> {
 impl Chat<'_> {
     /// Prints the model's answer to `text`; both become part of the conversation.
     fn answer(&mut self, text: &str) -> anyhow::Result<()> {
-        self.messages.push(message("user", text));
+        self.messages.push(chat_message("user", text));
         let rendered = self
             .template
             .render(&self.messages, None, GenerationPrompt::Yes)?;
@@ -121,37 +120,18 @@ impl Chat<'_> {
             max_new_tokens: self.options.max_new_tokens.min(room),
             ..self.options.clone()
         };
-        let mut stream = TextStream::new(self.tokenizer);
-        let mut failed = None;
         let stop = &self.signals.stop;
         // A signal before this answer was not for it.
         stop.store(false, Ordering::Relaxed);
-        let written = self
-            .session
-            .write(&prompt, &options, &mut self.sampler, |token| {
-                let printed = stream.push(token).and_then(print_now);
-                match printed {
-                    Ok(()) if stop.swap(false, Ordering::Relaxed) => ControlFlow::Break(()),
-                    Ok(()) => ControlFlow::Continue(()),
-                    Err(error) => {
-                        failed = Some(error);
-                        ControlFlow::Break(())
-                    }
-                }
-            })?;
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        let answer = self.tokenizer.decode(&written.ids, SpecialTokens::Skip)?;
-        println!("{}", answer.strip_prefix(&stream.text).unwrap_or_default());
+        let is_stopped = || stop.swap(false, Ordering::Relaxed);
+        let (session, sampler) = (&mut self.session, &mut self.sampler);
+        let (written, answer) = stream_text(self.tokenizer, true, is_stopped, |on_token| {
+            session.write(&prompt, &options, sampler, on_token)
+        })?;
         if written.finish == Finish::Length {
             note(&format!("cut after {} tokens", written.ids.len()));
         }
-        self.messages.push(message("assistant", &answer));
+        self.messages.push(chat_message("assistant", &answer));
         Ok(())
     }
-}
-
-fn message(role: &str, content: &str) -> Value {
-    json!({ "role": role, "content": content })
 }

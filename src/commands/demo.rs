@@ -17,7 +17,7 @@ use qlora::device::{DeviceKind, Placement};
 use qlora::export::Merged;
 use qlora::model::Decoder;
 use qlora::quant::QuantizeOptions;
-use qlora::store::{Adapter, Checkpoint, Existing, ModelDir, QuantizeJob, WriteReport, quantize};
+use qlora::store::{Adapter, Checkpoint, Existing, QuantizeJob, WriteReport, quantize};
 use qlora::train::{Outcome, TrainConfig, Trainer};
 
 use super::Interrupted;
@@ -127,13 +127,7 @@ fn export(files: &DemoFiles) -> anyhow::Result<()> {
         Adapter::read(&files.adapter)?,
     );
     let merged = Merged::new(checkpoint, Some(&adapter), None, None)?;
-    let dir = ModelDir {
-        origin: merged.origin(),
-        config: merged.config_json(),
-        destination: &files.merged,
-        existing: Existing::Replace,
-        max_shard_bytes: u64::MAX,
-    };
+    let dir = merged.model_dir(&files.merged, Existing::Replace, u64::MAX);
     dir.write(&merged, None, |_| ())?;
     Ok(())
 }

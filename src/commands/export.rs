@@ -11,16 +11,16 @@ use qlora::data::Tokenizer;
 use qlora::export::{
     GgufBase, GgufType, Merged, MergedQuantizer, modelfile, write_gguf_adapter, write_gguf_model,
 };
-use qlora::quant::{QuantType, QuantizeOptions};
+use qlora::quant::QuantType;
 use qlora::store::{
-    Adapter, AtomicDir, AtomicFile, Checkpoint, Existing, Initialization, ModelDir, Quantization,
-    RelativeTo, WriteProgress,
+    Adapter, AtomicDir, AtomicFile, Checkpoint, Existing, Initialization, Quantization, RelativeTo,
+    expect_replaceable,
 };
 use serde_json::json;
 
-use super::model_args::note_missing_adapter;
+use super::model_args::{note_as_stored, note_missing_adapter, quantization};
 use super::note;
-use super::quantize::{parse_bytes, parse_quant_type, progress_bar};
+use super::quantize::{parse_bytes, parse_quant_type, with_progress};
 
 /// The model in the directory of `--to modelfile`.
 const GGUF_FILE: &str = "model.gguf";
@@ -115,9 +115,8 @@ struct Report {
 
 pub fn run(args: Args) -> anyhow::Result<()> {
     let source = Source::of(&args)?;
-    let is_directory = matches!(args.to, Target::Merged | Target::Merged4bit);
-    if !is_directory {
-        args.check_out()?;
+    if matches!(args.to, Target::GgufLora | Target::Gguf) {
+        args.check_file()?;
     }
     let report = match args.to {
         Target::Merged | Target::Merged4bit => write_directory(&args, &source)?,
@@ -186,16 +185,10 @@ impl Source {
 
     fn merge(&self, args: &Args, dtype: Option<DType>) -> anyhow::Result<Merged> {
         let checkpoint = Checkpoint::open(&self.base)?;
-        if self.adapter.is_some() && args.quant_type.is_none() && !checkpoint.is_quantized() {
-            note(&format!(
-                "{}: not in 4 bits and taken as stored; --quant_type nf4 takes it as training does",
-                self.base.display()
-            ));
+        if self.adapter.is_some() {
+            note_as_stored(&checkpoint, args.quant_type);
         }
-        let quantize = args.quant_type.map(|quant_type| QuantizeOptions {
-            quant_type,
-            ..QuantizeOptions::default()
-        });
+        let quantize = quantization(args.quant_type);
         let adapter = self.adapter.as_ref();
         let merged = Merged::new(checkpoint, adapter.map(|(_, a)| a), quantize, dtype);
         match adapter {
@@ -216,28 +209,16 @@ impl Args {
         }
     }
 
-    /// Refuses to write over something of another kind, or anything where nothing is to be replaced.
-    fn check_out(&self) -> anyhow::Result<()> {
-        let out = &self.out;
-        if out.symlink_metadata().is_err() {
-            return Ok(());
-        }
-        if !self.overwrite {
-            bail!(
-                "{}: already exists, choose another name or --overwrite",
-                out.display()
-            );
-        }
-        let is_of_its_kind = match self.to {
-            Target::Modelfile => out.join(MODELFILE).is_file(),
-            _ => is_gguf(out),
-        };
-        match is_of_its_kind {
-            true => Ok(()),
-            false => bail!(
-                "{}: is not what is written and will not be replaced",
-                out.display()
-            ),
+    /// Refuses to write over something else than a file of the same kind, or anything where nothing is to be replaced.
+    fn check_file(&self) -> anyhow::Result<()> {
+        let out = self.out.display();
+        match self.out.symlink_metadata().is_ok() {
+            false => Ok(()),
+            true if !self.overwrite => {
+                bail!("{out}: already exists, choose another name or --overwrite")
+            }
+            true if is_gguf(&self.out) => Ok(()),
+            true => bail!("{out}: is not a GGUF file and will not be replaced"),
         }
     }
 
@@ -308,19 +289,13 @@ fn expect_its_base(adapter: &Path, base: &Path) -> anyhow::Result<()> {
 fn write_directory(args: &Args, source: &Source) -> anyhow::Result<Report> {
     let dtype = args.dtype.map(Dtype::of_elements).transpose()?;
     let merged = source.merge(args, dtype)?;
-    let dir = ModelDir {
-        origin: merged.origin(),
-        config: merged.config_json(),
-        destination: &args.out,
-        existing: args.existing(),
-        max_shard_bytes: args.max_shard_size,
-    };
+    let dir = merged.model_dir(&args.out, args.existing(), args.max_shard_size);
     let mut quantizer = MergedQuantizer(&merged);
     let quantization = (args.to == Target::Merged4bit).then_some(Quantization {
         options: merged.quantize_options(),
         quantizer: &mut quantizer,
     });
-    let written = with_progress(|show| Ok(dir.write(&merged, quantization, show)?))?;
+    let written = with_progress(|show| dir.write(&merged, quantization, show))?;
     Ok(Report {
         written_bytes: written.written_bytes,
         rounding_error: merged.rounding_error(),
@@ -363,8 +338,7 @@ fn write_gguf(args: &Args, source: &Source, out: &Path) -> anyhow::Result<Report
         dir: merged.origin(),
         name: &args.name(),
     };
-    let written =
-        with_progress(|show| Ok(write_gguf_model(&merged, gguf_base, file_type, out, show)?))?;
+    let written = with_progress(|show| write_gguf_model(&merged, gguf_base, file_type, out, show))?;
     Ok(Report {
         written_bytes: written.written_bytes,
         notes: written.notes,
@@ -381,6 +355,10 @@ fn create_parent(path: &Path) -> qlora::Result<()> {
 }
 
 fn write_modelfile(args: &Args, source: &Source) -> anyhow::Result<Report> {
+    let adapter = source.adapter.iter().map(|(dir, _)| dir.as_path());
+    let sources: Vec<&Path> = adapter.chain([source.base.as_path()]).collect();
+    let kind = (MODELFILE, "a directory with a Modelfile");
+    expect_replaceable(&args.out, args.existing(), &sources, kind)?;
     // First, as it may be refused.
     let modelfile = modelfile(
         &Tokenizer::from_dir(&source.base)?,
@@ -391,18 +369,4 @@ fn write_modelfile(args: &Args, source: &Source) -> anyhow::Result<Report> {
     let report = write_gguf(args, source, &dir.path().join(GGUF_FILE))?;
     dir.commit()?;
     Ok(report)
-}
-
-/// Shows how far a writer has come.
-fn with_progress<T>(
-    write: impl FnOnce(&mut dyn FnMut(WriteProgress)) -> anyhow::Result<T>,
-) -> anyhow::Result<T> {
-    let bar = progress_bar()?;
-    let written = write(&mut |progress| {
-        bar.set_length(progress.total_bytes);
-        bar.set_position(progress.done_bytes);
-        bar.set_message(progress.tensor.to_string());
-    })?;
-    bar.finish_and_clear();
-    Ok(written)
 }

@@ -1,15 +1,14 @@
 //! `qlora generate`: text from a prompt, with or without an adapter.
 
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
-use qlora::data::{GenerationPrompt, SpecialTokens, Tokenizer};
+use qlora::data::{GenerationPrompt, Tokenizer, chat_message};
 use qlora::infer::{GenerateOptions, generate};
 use serde_json::json;
 
-use super::text_stream::{TextStream, print_now};
+use super::text_stream::stream_text;
 use super::{EnsembleArgs, ModelArgs, SamplingArgs};
 
 /// The arguments of `qlora generate`.
@@ -75,24 +74,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ensemble,
     };
 
-    let mut stream = TextStream::new(&tokenizer);
     let started = Instant::now();
-    let mut failed = None;
-    let generated = generate(&model, &prompt, &options, &mut sampler, |token| {
-        let new = stream.push(token);
-        match new.and_then(|new| if args.json { Ok(()) } else { print_now(new) }) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                failed = Some(error);
-                ControlFlow::Break(())
-            }
-        }
+    let never = || false;
+    let (generated, text) = stream_text(&tokenizer, !args.json, never, |on_token| {
+        generate(&model, &prompt, &options, &mut sampler, on_token)
     })?;
-    if let Some(error) = failed {
-        return Err(error);
-    }
     let seconds = started.elapsed().as_secs_f64();
-    let text = tokenizer.decode(&generated.ids, SpecialTokens::Skip)?;
     if args.json {
         let result = json!({
             "text": text,
@@ -104,7 +91,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         });
         println!("{result}");
     } else {
-        println!("{}", text.strip_prefix(&stream.text).unwrap_or_default());
         let new = generated.ids.len();
         eprintln!(
             "{} prompt tokens, {new} new in {seconds:.1} s",
@@ -124,7 +110,7 @@ fn prompt_ids(args: &Args, tokenizer: &Tokenizer) -> anyhow::Result<Vec<u32>> {
     };
     match tokenizer.chat_template().filter(|_| !args.raw) {
         Some(template) => {
-            let messages = [json!({"role": "user", "content": text})];
+            let messages = [chat_message("user", &text)];
             Ok(tokenizer.encode(&template.render(&messages, None, GenerationPrompt::Yes)?)?)
         }
         None if args.chat => anyhow::bail!(

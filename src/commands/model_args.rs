@@ -37,16 +37,11 @@ impl ModelArgs {
     pub fn load(&self) -> anyhow::Result<Decoder> {
         let placement = super::open(self.device, self.compute_dtype)?;
         let checkpoint = Checkpoint::open(&self.model)?;
-        if self.adapter.is_some() && self.quant_type.is_none() && !checkpoint.is_quantized() {
-            eprintln!(
-                "{}: not in 4 bits and used as stored; --quant_type nf4 takes it as training does",
-                self.model.display()
-            );
+        match self.adapter {
+            Some(_) => note_as_stored(&checkpoint, self.quant_type),
+            None => note_missing_adapter(&self.model),
         }
-        if self.adapter.is_none() {
-            note_missing_adapter(&self.model);
-        }
-        let mut decoder = self.load_base(&placement)?;
+        let mut decoder = Decoder::load(&checkpoint, quantization(self.quant_type), &placement)?;
         if let Some(dir) = &self.adapter {
             decoder
                 .load_adapter(&Adapter::read(dir)?)
@@ -57,17 +52,32 @@ impl ModelArgs {
 
     /// The model without an adapter.
     pub fn load_base(&self, placement: &Placement) -> anyhow::Result<Decoder> {
-        let quantize = self.quant_type.map(|quant_type| QuantizeOptions {
-            quant_type,
-            ..QuantizeOptions::default()
-        });
         let checkpoint = Checkpoint::open(&self.model)?;
+        let quantize = quantization(self.quant_type);
         Ok(Decoder::load(&checkpoint, quantize, placement)?)
     }
 
     /// The model's tokenizer; `None` if there is none, which is enough for rows of token ids.
     pub fn tokenizer(&self) -> anyhow::Result<Option<Tokenizer>> {
         Ok(Tokenizer::find(&self.model)?)
+    }
+}
+
+/// How training quantizes weights that are not in 4 bits yet.
+pub fn quantization(quant_type: Option<QuantType>) -> Option<QuantizeOptions> {
+    quant_type.map(|quant_type| QuantizeOptions {
+        quant_type,
+        ..QuantizeOptions::default()
+    })
+}
+
+/// Says where the weights below an adapter are not those that it was trained on.
+pub fn note_as_stored(checkpoint: &Checkpoint, quant_type: Option<QuantType>) {
+    if quant_type.is_none() && !checkpoint.is_quantized() {
+        super::note(&format!(
+            "{}: not in 4 bits and used as stored; --quant_type nf4 takes it as training does",
+            checkpoint.dir().display()
+        ));
     }
 }
 

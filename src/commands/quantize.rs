@@ -76,20 +76,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         },
         max_shard_bytes: args.max_shard_size,
     };
-    let bar = progress_bar()?;
-    let progress = |progress: WriteProgress| {
-        bar.set_length(progress.total_bytes);
-        bar.set_position(progress.done_bytes);
-        bar.set_message(progress.tensor.to_string());
-    };
     let initial_adapter = initializing
         .is_some()
         .then(|| job.destination.join(INITIAL_ADAPTER));
-    let report = match initializing {
-        Some(mut quantizer) => quantize_with(&job, &mut quantizer, progress),
-        None => quantize(&job, progress),
-    }?;
-    bar.finish_and_clear();
+    let report = with_progress(|show| match initializing {
+        Some(mut quantizer) => quantize_with(&job, &mut quantizer, show),
+        None => quantize(&job, show),
+    })?;
     if args.json {
         let mut json = serde_json::to_value(report)?;
         if let Some(dir) = initial_adapter {
@@ -119,8 +112,22 @@ fn check_model(source: &Path) -> anyhow::Result<DecoderConfig> {
     Ok(DecoderConfig::from_json(checkpoint.config(), &path)?)
 }
 
+/// Shows how far a writer has come.
+pub(super) fn with_progress<T>(
+    write: impl FnOnce(&mut dyn FnMut(WriteProgress)) -> qlora::Result<T>,
+) -> anyhow::Result<T> {
+    let bar = progress_bar()?;
+    let written = write(&mut |progress| {
+        bar.set_length(progress.total_bytes);
+        bar.set_position(progress.done_bytes);
+        bar.set_message(progress.tensor.to_string());
+    })?;
+    bar.finish_and_clear();
+    Ok(written)
+}
+
 /// A bar on stderr, hidden where that is not a terminal.
-pub(super) fn progress_bar() -> anyhow::Result<ProgressBar> {
+fn progress_bar() -> anyhow::Result<ProgressBar> {
     let template = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left  {msg}";
     let style = ProgressStyle::with_template(template).context("progress bar")?;
     Ok(ProgressBar::new(0).with_style(style))

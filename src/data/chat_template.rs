@@ -45,6 +45,11 @@ pub struct RenderedChat {
     pub assistant: Vec<Range<usize>>,
 }
 
+/// A message of a conversation, as templates take it.
+pub fn chat_message(role: &str, content: &str) -> Value {
+    json!({ "role": role, "content": content })
+}
+
 /// A compiled chat template with the special tokens it may name.
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -153,8 +158,10 @@ impl ChatTemplate {
     /// As [`render`](Self::render); [`Error::Malformed`] if the answer does not stand in the text.
     pub fn answer_end(&self) -> Result<String> {
         const ANSWER: &str = "an answer";
-        let messages = [("user", "a question"), ("assistant", ANSWER)];
-        let messages = messages.map(|(role, content)| json!({ "role": role, "content": content }));
+        let messages = [
+            chat_message("user", "a question"),
+            chat_message("assistant", ANSWER),
+        ];
         let text = self.render(&messages, None, GenerationPrompt::No)?;
         match text.rsplit_once(ANSWER) {
             Some((_, end)) => Ok(end.to_string()),

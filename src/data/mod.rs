@@ -30,7 +30,7 @@ mod split_mix;
 mod token_rows;
 mod tokenizer;
 
-pub use chat_template::{ChatTemplate, GenerationPrompt, RenderedChat};
+pub use chat_template::{ChatTemplate, GenerationPrompt, RenderedChat, chat_message};
 pub use excess_length::ExcessLength;
 pub use files::{data_files, training_files};
 pub use format::DatasetFormat;

@@ -1,19 +1,20 @@
 //! A model with an adapter in its weights: `W + scaling B A` for each layer that has one, as `merge_and_unload` of PEFT.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 use candle_core::DType;
 use rayon::prelude::*;
-use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::model_tensor::ModelTensor;
 use crate::device::Placement;
-use crate::model::{Decoder, DecoderConfig, ModuleToSave};
-use crate::quant::{Absmax, DenseTensor, DoubleQuant, FrozenWeight, Params4bit, QuantizeOptions};
-use crate::store::{Adapter, Checkpoint, TensorSource, TensorSpec, WeightQuantizer};
+use crate::model::{Decoder, DecoderConfig, ModelTensor, ModuleToSave};
+use crate::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
+use crate::store::{
+    Adapter, Checkpoint, Existing, ModelDir, TensorSource, TensorSpec, WeightQuantizer, dtype_name,
+};
 use crate::{Error, Result};
 
 /// A model whose adapter is merged into it, weight by weight as they are asked for.
@@ -22,6 +23,8 @@ pub struct Merged {
     checkpoint: Checkpoint,
     decoder: Decoder,
     config: DecoderConfig,
+    /// Its tensors by name.
+    parts: BTreeMap<String, ModelTensor>,
     dtype: DType,
     rounding: Mutex<Rounding>,
 }
@@ -36,8 +39,8 @@ struct Rounding {
 }
 
 impl Merged {
-    /// Lays `adapter`, if there is one, on the model of `checkpoint`, which is first quantized where `quantize` says how. `dtype` is what the
-    /// merged model is stored in, bf16, f16 or f32; `None` for that of the checkpoint's weights.
+    /// Lays `adapter`, if there is one, on the model of `checkpoint`, which is first quantized where `quantize` says how.
+    /// `dtype` is what the merged model is stored in, bf16, f16 or f32; `None` for that of the checkpoint's weights.
     ///
     /// # Errors
     /// Those of [`Decoder::load`] and [`Decoder::load_adapter`].
@@ -59,7 +62,9 @@ impl Merged {
             FrozenWeight::Dense(weight) => weight.dtype,
             FrozenWeight::Quantized(weight) => weight.dtype,
         });
+        let parts = ModelTensor::all(&config).into_iter();
         Ok(Self {
+            parts: parts.map(|part| (part.name(), part)).collect(),
             dtype: dtype.or(of_weights).unwrap_or(DType::F32),
             checkpoint,
             decoder,
@@ -83,7 +88,7 @@ impl Merged {
         let mut linears = self.decoder.linears();
         let quantized = linears.find_map(|(_, _, linear)| match &*linear.weight {
             FrozenWeight::Dense(_) => None,
-            FrozenWeight::Quantized(params) => Some(options_of(params)),
+            FrozenWeight::Quantized(params) => Some(params.into()),
         });
         quantized.unwrap_or_default()
     }
@@ -91,6 +96,22 @@ impl Merged {
     /// The directory of the model below the adapter.
     pub fn origin(&self) -> &Path {
         self.checkpoint.dir()
+    }
+
+    /// The merged model as a directory to be written, from this or by a [`MergedQuantizer`].
+    pub fn model_dir<'a>(
+        &'a self,
+        destination: &'a Path,
+        existing: Existing,
+        max_shard_bytes: u64,
+    ) -> ModelDir<'a> {
+        ModelDir {
+            origin: self.origin(),
+            config: self.config_json(),
+            destination,
+            existing,
+            max_shard_bytes,
+        }
     }
 
     /// `config.json` of the merged model.
@@ -104,28 +125,22 @@ impl Merged {
             true => "dtype",
             false => "torch_dtype",
         };
-        let dtype = match self.dtype {
-            DType::BF16 => "bfloat16",
-            DType::F16 => "float16",
-            _ => "float32",
-        };
-        fields.insert(key.into(), json!(dtype));
+        fields.insert(key.into(), json!(dtype_name(self.dtype)));
         if self.config.tie_word_embeddings != self.decoder.config().tie_word_embeddings {
             fields.insert("tie_word_embeddings".into(), json!(false));
         }
         json
     }
 
-    /// How far rounding has moved the weights that were stored, as a share of what the adapter does: |stored - (W + s B A)| / |s B A| in the
-    /// Frobenius norm over all of them; `None` where nothing is added.
+    /// How far rounding has moved the weights that were stored, as a share of what the adapter does:
+    /// |stored - (W + s B A)| / |s B A| in the Frobenius norm over all of them; `None` where nothing is added.
     pub fn rounding_error(&self) -> Option<f64> {
         let rounding = *self.rounding.lock().unwrap_or_else(PoisonError::into_inner);
         (rounding.change > 0.0).then(|| (rounding.error / rounding.change).sqrt())
     }
 
     fn part(&self, name: &str) -> Result<ModelTensor> {
-        let mut parts = ModelTensor::all(&self.config).into_iter();
-        let part = parts.find(|part| part.name() == name);
+        let part = self.parts.get(name).copied();
         part.ok_or_else(|| Error::MissingTensor {
             path: self.checkpoint.dir().to_path_buf(),
             tensor: name.to_string(),
@@ -189,15 +204,10 @@ impl Merged {
 
 impl TensorSource for Merged {
     fn specs(&self) -> Result<Vec<TensorSpec>> {
-        let dtype = match self.dtype {
-            DType::BF16 => Dtype::BF16,
-            DType::F16 => Dtype::F16,
-            _ => Dtype::F32,
+        let spec = |(name, part): (&String, &ModelTensor)| {
+            TensorSpec::of_floats(name, self.dtype, part.shape(&self.config))
         };
-        let parts = ModelTensor::all(&self.config).into_iter();
-        let spec =
-            |part: ModelTensor| TensorSpec::new(part.name(), dtype, part.shape(&self.config));
-        Ok(parts.map(spec).collect())
+        self.parts.iter().map(spec).collect()
     }
 
     fn bytes(&self, spec: &TensorSpec) -> Result<Bytes> {
@@ -241,10 +251,6 @@ impl TensorSource for Merged {
 pub struct MergedQuantizer<'a>(pub &'a Merged);
 
 impl WeightQuantizer for MergedQuantizer<'_> {
-    fn begin(&mut self, _: &Path, _: &[TensorSpec]) -> Result<()> {
-        Ok(())
-    }
-
     fn quantize(
         &mut self,
         name: &str,
@@ -255,7 +261,7 @@ impl WeightQuantizer for MergedQuantizer<'_> {
         if let ModelTensor::Weight(layer, module) = part {
             let linear = self.0.decoder.linear(layer, module);
             if let (None, FrozenWeight::Quantized(params)) = (&linear.lora, &*linear.weight)
-                && options_of(params) == options
+                && QuantizeOptions::from(params) == options
             {
                 return Ok(params.clone());
             }
@@ -267,21 +273,6 @@ impl WeightQuantizer for MergedQuantizer<'_> {
             params.dequantize_range(row * cols, values);
         });
         Ok(params)
-    }
-
-    fn finish(&mut self) -> Result<()> {
-        Ok(())
-    }
-}
-
-fn options_of(params: &Params4bit) -> QuantizeOptions {
-    QuantizeOptions {
-        quant_type: params.quant_type,
-        block_size: params.block_size,
-        double_quant: match params.absmax {
-            Absmax::Single(_) => DoubleQuant::No,
-            Absmax::Double { .. } => DoubleQuant::Yes,
-        },
     }
 }
 

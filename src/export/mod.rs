@@ -2,10 +2,8 @@
 
 mod gguf;
 mod merged;
-mod model_tensor;
 mod ollama;
 
 pub use gguf::{GgufBase, GgufReport, GgufType, write_gguf_adapter, write_gguf_model};
 pub use merged::{Merged, MergedQuantizer};
-pub use model_tensor::{ModelTensor, Norm};
 pub use ollama::modelfile;

@@ -10,7 +10,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::data::{ChatTemplate, GenerationPrompt, Tokenizer};
+use crate::data::{ChatTemplate, GenerationPrompt, Tokenizer, chat_message};
 use crate::{Error, Result};
 
 /// What stands around the messages of a conversation.
@@ -69,14 +69,17 @@ impl Pieces {
             "an answer",
             "another one",
         ];
-        let (ask, reply) = (message("user", first), message("assistant", answer));
+        let (ask, reply) = (
+            chat_message("user", first),
+            chat_message("assistant", answer),
+        );
         let asked = [ask.clone()];
 
         let one = render(&asked, GenerationPrompt::No)?;
         let [start, after_user] = around(&one, [first]).map_err(refuse)?;
         let with_prompt = render(&asked, GenerationPrompt::Yes)?;
         let prompt = rest_of(&with_prompt, &one).map_err(refuse)?;
-        let next = message("user", second);
+        let next = chat_message("user", second);
         let three = [ask.clone(), reply, next];
         let three = render(&three, GenerationPrompt::No)?;
         let [_, between, after_answer, _] =
@@ -89,7 +92,7 @@ impl Pieces {
             Some(before_user) => (end, before_user.to_string()),
             None => (String::new(), after_answer),
         };
-        let with_system = [message("system", system), ask];
+        let with_system = [chat_message("system", system), ask];
         // Some templates know no system message.
         let system = match render(&with_system, GenerationPrompt::No) {
             Err(_) => None,
@@ -139,15 +142,15 @@ impl Pieces {
     /// The roles of a conversation that the pieces do not give the template's text for.
     fn differs_from(&self, template: &ChatTemplate) -> Result<Option<String>> {
         let turn = |i: usize| match i % 2 {
-            0 => message("user", &format!("Question {i}?\nIn two lines.")),
-            _ => message("assistant", &format!("Answer {i}: <b>a & b</b>.")),
+            0 => chat_message("user", &format!("Question {i}?\nIn two lines.")),
+            _ => chat_message("assistant", &format!("Answer {i}: <b>a & b</b>.")),
         };
         for turns in [1, 3, 5] {
             for has_system in [false, true] {
                 if has_system && self.system.is_none() {
                     continue;
                 }
-                let system = has_system.then(|| message("system", "Be brief.\nBe right."));
+                let system = has_system.then(|| chat_message("system", "Be brief.\nBe right."));
                 let messages: Vec<Value> = system.into_iter().chain((0..turns).map(turn)).collect();
                 let expected = template.render(&messages, None, GenerationPrompt::Yes)?;
                 if self.text(&messages) != expected {
@@ -215,10 +218,6 @@ const IF_USER: &str = "{{ if eq .Role \"user\" }}";
 const IF_FIRST: &str = "{{ if $first }}{{ $first = false }}";
 const IF_ASSISTANT: &str = "{{ else if eq .Role \"assistant\" }}";
 const CONTENT: &str = "{{ .Content }}";
-
-fn message(role: &str, content: &str) -> Value {
-    json!({ "role": role, "content": content })
-}
 
 /// The text before, between and after `contents`, which follow one another in it.
 fn around<const N: usize, const M: usize>(

@@ -9,14 +9,11 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::ensemble::log_sum_exp;
-use super::evaluate::{next_group, sequences};
+use super::evaluate::{next_group, rows_of_logits, sequences};
 use super::sampling::argmax;
 use crate::data::{Batch, Example};
 use crate::model::Decoder;
 use crate::{Error, Result};
-
-/// Bytes of a model's logits that are there at a time, at most.
-const CHUNK_BYTES: usize = 64 << 20;
 
 /// Over all tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]
@@ -57,18 +54,18 @@ pub fn agreement<const N: usize>(
         let batch = Batch::from_examples(&group);
         let hidden = |decoder: &Decoder| decoder.hidden_states(sequences(&batch), None);
         let expected = hidden(reference)?;
-        let rows_at_a_time = (CHUNK_BYTES / (vocab * size_of::<f32>())).max(1);
-        for (other, sums) in others.iter().zip(&mut sums) {
-            let found = hidden(other)?;
-            let n = batch.input_ids.len();
-            for start in (0..n).step_by(rows_at_a_time) {
-                let rows = rows_at_a_time.min(n - start);
-                let logits = |decoder: &Decoder, hidden: &Tensor| -> Result<Vec<f32>> {
-                    let logits = decoder.head_logits(&hidden.narrow(0, start, rows)?)?;
-                    Ok(logits.flatten_all()?.to_vec1()?)
-                };
-                let (p, q) = (logits(reference, &expected)?, logits(other, &found)?);
-                sums.add(&p, &q, vocab);
+        let found = others.iter().map(|other| hidden(other));
+        let found = found.collect::<Result<Vec<_>>>()?;
+        let n = batch.input_ids.len();
+        for start in (0..n).step_by(rows_of_logits(vocab)) {
+            let rows = rows_of_logits(vocab).min(n - start);
+            let logits = |decoder: &Decoder, hidden: &Tensor| -> Result<Vec<f32>> {
+                let logits = decoder.head_logits(&hidden.narrow(0, start, rows)?)?;
+                Ok(logits.flatten_all()?.to_vec1()?)
+            };
+            let p = logits(reference, &expected)?;
+            for ((other, found), sums) in others.iter().zip(&found).zip(&mut sums) {
+                sums.add(&p, &logits(other, found)?, vocab);
             }
         }
     }

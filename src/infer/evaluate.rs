@@ -20,6 +20,9 @@ pub const ECE_BINS: usize = 15;
 /// Short examples go through the model together up to this many tokens.
 const BATCH_TOKENS: usize = 2048;
 
+/// Bytes of logits that are there at a time, at most.
+const LOGITS_BYTES: usize = 64 << 20;
+
 /// Means over all tokens with a label.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Evaluation {
@@ -103,6 +106,11 @@ pub(super) fn next_group<E: Borrow<Example>>(
         group.push(example);
     }
     group
+}
+
+/// How many rows of logits in f32, `[V]` each, are there at a time.
+pub(super) fn rows_of_logits(vocab: usize) -> usize {
+    (LOGITS_BYTES / (vocab * size_of::<f32>())).max(1)
 }
 
 /// The token after each row, as labels; the last row of a sequence has none.

@@ -13,14 +13,11 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::ensemble::{Ensemble, expect_sizes, log_add_exp, log_sum_exp};
-use super::evaluate::{next_group, sequences};
+use super::evaluate::{next_group, rows_of_logits, sequences};
 use super::sampling::argmax;
 use crate::data::{Batch, Example, LETTERS, Question};
 use crate::model::{Decoder, MatrixDropout};
 use crate::{Error, IGNORE_INDEX, Result};
-
-/// Bytes of logits that are there at a time, at most.
-const CHUNK_BYTES: usize = 64 << 20;
 
 /// The tokens of [`LETTERS`].
 pub type LetterIds = [u32; LETTERS.len()];
@@ -172,7 +169,7 @@ fn log_probabilities(
         .map(|&end| end as u32 - 1)
         .collect();
     let mut found = Vec::with_capacity(last.len());
-    for rows in last.chunks((CHUNK_BYTES / (vocab * size_of::<f32>())).max(1)) {
+    for rows in last.chunks(rows_of_logits(vocab)) {
         let rows = Tensor::new(rows, hidden.device())?;
         let logits = decoder.head_logits(&hidden.index_select(&rows, 0)?)?;
         let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;

@@ -425,12 +425,12 @@ fn new_a(
         .collect()
 }
 
-const LORA_A: &str = "lora_A.weight";
-const LORA_B: &str = "lora_B.weight";
+pub(crate) const LORA_A: &str = "lora_A.weight";
+pub(crate) const LORA_B: &str = "lora_B.weight";
 const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// PEFT's name for a part of a layer's adapter.
-fn tensor_name(layer: usize, module: Module, part: &str) -> String {
+pub(crate) fn tensor_name(layer: usize, module: Module, part: &str) -> String {
     format!("base_model.model.{}.{part}", module.path(layer))
 }
 
@@ -438,7 +438,8 @@ fn stored_values(name: &str, stored: Option<&DenseTensor>, shape: &[usize]) -> R
     Ok(expect_stored(name, stored, shape)?.to_f32_vec())
 }
 
-fn expect_stored<'a>(
+/// A tensor that is there, in this shape.
+pub(crate) fn expect_stored<'a>(
     name: &str,
     stored: Option<&'a DenseTensor>,
     shape: &[usize],

@@ -12,6 +12,7 @@ use super::lora_dropout::LoraDropout;
 use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
 use super::parameters::{Parameters, Trainable};
+use super::tensors::ModelTensor;
 use super::vocabulary::{ModuleToSave, Vocabulary};
 use crate::device::{Placement, Residence, Side};
 use crate::ops::attention::{Segment, Segments};
@@ -93,7 +94,7 @@ impl Decoder {
         let blocks = (0..config.num_layers)
             .map(|layer| loader.block(layer))
             .collect::<Result<_>>()?;
-        let norm = loader.vector("model.norm.weight", config.hidden_size)?;
+        let norm = loader.vector(ModelTensor::FinalNorm)?;
         let stream = loader.stream()?.map(Arc::new);
         Ok(Self {
             norm,

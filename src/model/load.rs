@@ -8,6 +8,7 @@ use super::block::Block;
 use super::config::DecoderConfig;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
+use super::tensors::{ModelTensor, Norm};
 use super::vocabulary::ModuleToSave;
 use crate::device::{Dequantized, Placement, Residency, Side};
 use crate::ops::attention::Heads;
@@ -62,7 +63,10 @@ impl<'a> Loader<'a> {
     /// The embedding or the head, on the device if that is its side.
     pub(super) fn vocabulary(&self, module: ModuleToSave, side: Option<Side>) -> Result<Weight> {
         let (rows, cols) = (self.config.vocab_size, self.config.hidden_size);
-        let mut weight = self.stored(&format!("{}.weight", module.path()), rows, cols)?;
+        let mut weight = self.stored(match module {
+            ModuleToSave::Embedding => ModelTensor::Embedding,
+            ModuleToSave::Head => ModelTensor::Head,
+        })?;
         if side != Some(Side::Device) {
             return Ok(self.on_host(weight));
         }
@@ -100,21 +104,21 @@ impl<'a> Loader<'a> {
     }
 
     /// A matrix as stored.
-    fn stored(&self, name: &str, rows: usize, cols: usize) -> Result<FrozenWeight> {
-        let weight = self.checkpoint.weight(name)?;
-        expect_shape(name, weight.shape(), &[rows, cols])?;
+    fn stored(&self, tensor: ModelTensor) -> Result<FrozenWeight> {
+        let name = tensor.name();
+        let weight = self.checkpoint.weight(&name)?;
+        expect_shape(&name, weight.shape(), &tensor.shape(self.config))?;
         Ok(weight)
     }
 
     /// A small vector, in f32.
-    pub(super) fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
-        let stored = self.checkpoint.tensor(name)?;
-        expect_shape(name, &stored.shape, &[len])?;
-        Ok(Tensor::from_vec(
-            stored.to_f32_vec(),
-            len,
-            &self.placement.device,
-        )?)
+    pub(super) fn vector(&self, tensor: ModelTensor) -> Result<Tensor> {
+        let name = tensor.name();
+        let stored = self.checkpoint.tensor(&name)?;
+        let shape = tensor.shape(self.config);
+        expect_shape(&name, &stored.shape, &shape)?;
+        let values = stored.to_f32_vec();
+        Ok(Tensor::from_vec(values, shape, &self.placement.device)?)
     }
 
     pub(super) fn block(&mut self, layer: usize) -> Result<Block> {
@@ -122,17 +126,13 @@ impl<'a> Loader<'a> {
         if let Some(slots) = &mut self.slots {
             slots.next_block();
         }
-        let vector =
-            |name: &str, len| self.vector(&format!("model.layers.{layer}.{name}.weight"), len);
+        let norm = |norm| self.vector(ModelTensor::Norm(layer, norm));
         let qk_norm = match config.qk_norm {
             false => None,
-            true => Some((
-                vector("self_attn.q_norm", config.head_dim)?,
-                vector("self_attn.k_norm", config.head_dim)?,
-            )),
+            true => Some((norm(Norm::Query)?, norm(Norm::Key)?)),
         };
-        let input_norm = vector("input_layernorm", config.hidden_size)?;
-        let post_attention_norm = vector("post_attention_layernorm", config.hidden_size)?;
+        let input_norm = norm(Norm::Input)?;
+        let post_attention_norm = norm(Norm::PostAttention)?;
         Ok(Block {
             input_norm,
             q: self.linear(layer, Module::Q)?,
@@ -156,11 +156,10 @@ impl<'a> Loader<'a> {
     }
 
     fn linear(&mut self, layer: usize, module: Module) -> Result<LoraLinear> {
-        let (d_out, d_in) = self.config.linear_shape(module);
-        let path = module.path(layer);
-        let name = format!("{path}.weight");
-        let weight = match (self.stored(&name, d_out, d_in)?, self.quantize) {
+        let tensor = ModelTensor::Weight(layer, module);
+        let weight = match (self.stored(tensor)?, self.quantize) {
             (FrozenWeight::Dense(weight), Some(options)) => {
+                let name = tensor.name();
                 FrozenWeight::Quantized(Params4bit::quantize(&name, &weight, options)?)
             }
             (weight, _) => weight,
@@ -168,7 +167,7 @@ impl<'a> Loader<'a> {
         let bias = self
             .config
             .has_bias(module)
-            .then(|| self.vector(&format!("{path}.bias"), d_out))
+            .then(|| self.vector(ModelTensor::Bias(layer, module)))
             .transpose()?;
         Ok(LoraLinear {
             weight: self.place_in_block(weight)?,
@@ -183,8 +182,8 @@ impl<'a> Loader<'a> {
 /// # Errors
 /// Those of reading its first linear layer.
 pub fn block_sizes(checkpoint: &Checkpoint, options: QuantizeOptions) -> Result<BlockSizes> {
-    let first = format!("{}.weight", Module::Q.path(0));
-    Ok(match checkpoint.weight(&first)? {
+    let first = ModelTensor::Weight(0, Module::Q);
+    Ok(match checkpoint.weight(&first.name())? {
         FrozenWeight::Dense(_) => options.into(),
         FrozenWeight::Quantized(params) => BlockSizes::from(&params),
     })

@@ -16,9 +16,11 @@ mod merge;
 mod names;
 mod parameters;
 mod rope_frequencies;
+mod tensors;
 mod training_pass;
 mod vocabulary;
 
+pub(crate) use adapter::{LORA_A, LORA_B, expect_stored, tensor_name as adapter_tensor_name};
 pub use adapter::{RankAndScaling, are_together};
 pub use approximation::{ApproximationError, LoraFactors};
 pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, MLP_TILE_ROWS, Saved};
@@ -32,6 +34,7 @@ pub use lora_dropout::LoraDropout;
 pub use lora_linear::{LoraLinear, LoraPair, Magnitude, StackedA};
 pub use names::Module;
 pub use parameters::{LowerHalves, Parameters, Slot, TRAINED_ALIGNMENT, Trainable};
+pub use tensors::{ModelTensor, Norm};
 pub use training_pass::{MicroBatch, Regularization};
 pub use vocabulary::{ModuleToSave, Vocabulary};
 

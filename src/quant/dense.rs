@@ -117,21 +117,10 @@ impl DenseTensor {
             .enumerate()
             .try_for_each(|(chunk, (values, bytes))| {
                 self.read_range(chunk * CHUNK, values);
-                match dtype {
-                    DType::BF16 => narrow(values, bytes, |v| {
-                        let v = bf16::from_f32(v);
-                        (v.to_le_bytes(), v.is_finite())
-                    }),
-                    DType::F16 => narrow(values, bytes, |v| {
-                        let v = f16::from_f32(v);
-                        (v.to_le_bytes(), v.is_finite())
-                    }),
-                    _ => narrow(values, bytes, |v| (v.to_le_bytes(), v.is_finite())),
-                }
-                .map_err(|value| Error::TensorMismatch {
+                write_floats(values, dtype, bytes).map_err(|at| Error::TensorMismatch {
                     tensor: name.to_owned(),
                     expected: format!("numbers that {} can hold", dtype.as_str()),
-                    found: value.to_string(),
+                    found: values[at].to_string(),
                 })
             })?;
         Ok(Self {
@@ -169,17 +158,42 @@ impl DenseTensor {
     }
 }
 
-/// Writes each value as `narrowed` gives it, with whether it is finite then; the first that is not is the error.
-fn narrow<const BYTES: usize>(
+/// Writes the little-endian bytes of `values` in `dtype`, bf16, f16 or f32, to nearest even. The error is the place of the first
+/// that is not finite then.
+///
+/// # Panics
+/// If `bytes` has another length.
+pub(crate) fn write_floats(values: &[f32], dtype: DType, bytes: &mut [u8]) -> Result<(), usize> {
+    match dtype {
+        DType::BF16 => write_each(values, bytes, |v| {
+            let v = bf16::from_f32(v);
+            (v.to_le_bytes(), v.is_finite())
+        }),
+        DType::F16 => write_each(values, bytes, |v| {
+            let v = f16::from_f32(v);
+            (v.to_le_bytes(), v.is_finite())
+        }),
+        _ => write_each(values, bytes, |v| (v.to_le_bytes(), v.is_finite())),
+    }
+}
+
+/// Writes each value as `stored` gives it, with whether it is finite then.
+fn write_each<const BYTES: usize>(
     values: &[f32],
     bytes: &mut [u8],
-    narrowed: impl Fn(f32) -> ([u8; BYTES], bool),
-) -> Result<(), f32> {
-    for (&value, bytes) in values.iter().zip(bytes.as_chunks_mut().0) {
+    stored: impl Fn(f32) -> ([u8; BYTES], bool),
+) -> Result<(), usize> {
+    assert_eq!(
+        bytes.len(),
+        BYTES * values.len(),
+        "every value has its bytes"
+    );
+    let places = bytes.as_chunks_mut().0.iter_mut();
+    for (at, (&value, bytes)) in values.iter().zip(places).enumerate() {
         let is_finite;
-        (*bytes, is_finite) = narrowed(value);
+        (*bytes, is_finite) = stored(value);
         if !is_finite {
-            return Err(value);
+            return Err(at);
         }
     }
     Ok(())

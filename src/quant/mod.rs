@@ -21,6 +21,7 @@ pub use codes::{
     FP4_CODE, NF4_CODE, dynamic_lower_bounds, dynamic_map, nearest_dynamic_code,
     unsigned_dynamic_lower_bounds, unsigned_dynamic_map,
 };
+pub(crate) use dense::write_floats;
 pub use dequantize::DequantizeTo;
 pub use double_quant::NESTED_BLOCK_SIZE;
 pub use quantize::{DoubleQuant, QuantizeOptions};

@@ -39,6 +39,20 @@ pub struct QuantizeOptions {
     pub double_quant: DoubleQuant,
 }
 
+/// How a weight was quantized.
+impl From<&Params4bit> for QuantizeOptions {
+    fn from(params: &Params4bit) -> Self {
+        Self {
+            quant_type: params.quant_type,
+            block_size: params.block_size,
+            double_quant: match params.absmax {
+                Absmax::Single(_) => DoubleQuant::No,
+                Absmax::Double { .. } => DoubleQuant::Yes,
+            },
+        }
+    }
+}
+
 impl Default for QuantizeOptions {
     fn default() -> Self {
         Self {

@@ -20,6 +20,36 @@ pub enum Existing {
     Replace,
 }
 
+/// Refuses to write a directory over what is at `destination`: over anything unless `existing` allows it, over what one of
+/// `sources` lies in, and over what lacks the file that makes a directory one of its `kind`, which comes with its name.
+///
+/// # Errors
+/// [`Error::Malformed`] with the reason.
+pub fn expect_replaceable(
+    destination: &Path,
+    existing: Existing,
+    sources: &[&Path],
+    (file, kind): (&str, &str),
+) -> Result<()> {
+    if destination.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    let refuse = |reason: &str| Err(Error::malformed(destination, reason));
+    if existing == Existing::Refuse {
+        return refuse("already exists, choose another name or --overwrite");
+    }
+    let canonical = |path: &Path| path.canonicalize().map_err(Error::io(path));
+    for source in sources {
+        if canonical(source)?.starts_with(canonical(destination)?) {
+            return refuse("is or contains the source, choose another name");
+        }
+    }
+    match destination.join(file).is_file() {
+        true => Ok(()),
+        false => refuse(&format!("is not {kind} and will not be replaced")),
+    }
+}
+
 /// A directory that appears at its path, with everything in it, when it is committed.
 #[derive(Debug)]
 pub struct AtomicDir {

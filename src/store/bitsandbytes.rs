@@ -204,7 +204,7 @@ pub(super) fn quant_type_name(quant_type: QuantType) -> &'static str {
 }
 
 /// torch's name of a type of weights.
-pub(super) fn dtype_name(dtype: DType) -> &'static str {
+pub fn dtype_name(dtype: DType) -> &'static str {
     match dtype {
         DType::BF16 => "bfloat16",
         DType::F16 => "float16",
@@ -251,12 +251,7 @@ pub(super) fn tensors(name: &str, params: &Params4bit) -> Vec<(TensorSpec, Bytes
             state.clone().into(),
         ],
     };
-    let options = QuantizeOptions {
-        quant_type: params.quant_type,
-        block_size: params.block_size,
-        double_quant: nested.map_or(DoubleQuant::No, |_| DoubleQuant::Yes),
-    };
-    specs(name, &params.shape, options, state.len())
+    specs(name, &params.shape, params.into(), state.len())
         .into_iter()
         .zip(data)
         .collect()

@@ -15,6 +15,7 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 
 use super::file_watch::WatchedFile;
 use super::mapped_ranges::MappedRange;
+use super::safetensors_writer::{not_floats, read_float};
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
@@ -170,18 +171,9 @@ impl MappedFile {
     /// [`Error::MissingTensor`], or [`Error::TensorMismatch`] if it is not bf16, f16 or f32.
     pub fn tensor(&self, name: &str) -> Result<DenseTensor> {
         let info = self.info(name)?;
-        let dtype = match info.dtype {
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-            Dtype::F32 => DType::F32,
-            other => {
-                return Err(Error::TensorMismatch {
-                    tensor: name.to_string(),
-                    expected: "bf16, f16 or f32".into(),
-                    found: format!("{other:?} in {}", self.path.display()),
-                });
-            }
-        };
+        let dtype = read_float(info.dtype).ok_or_else(|| {
+            not_floats(name, format!("{:?} in {}", info.dtype, self.path.display()))
+        })?;
         Ok(DenseTensor {
             dtype,
             shape: info.shape.clone(),

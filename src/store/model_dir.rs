@@ -14,8 +14,8 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::atomic::AtomicFile;
-use super::atomic_dir::{AtomicDir, Existing};
-use super::bitsandbytes;
+use super::atomic_dir::{AtomicDir, Existing, expect_replaceable};
+use super::bitsandbytes::{self, dtype_name};
 use super::checkpoint::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
 use crate::quant::{DenseTensor, DoubleQuant, Params4bit, QuantizeOptions};
@@ -94,7 +94,10 @@ pub trait WeightQuantizer {
     ///
     /// # Errors
     /// Why it cannot be done.
-    fn begin(&mut self, dir: &Path, weights: &[TensorSpec]) -> Result<()>;
+    #[allow(unused_variables, reason = "most have nothing to begin")]
+    fn begin(&mut self, dir: &Path, weights: &[TensorSpec]) -> Result<()> {
+        Ok(())
+    }
 
     /// The 4-bit weight `name` of the model, made of the source's.
     ///
@@ -111,7 +114,9 @@ pub trait WeightQuantizer {
     ///
     /// # Errors
     /// Why it could not be done.
-    fn finish(&mut self) -> Result<()>;
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A model directory to be written.
@@ -163,7 +168,8 @@ impl ModelDir<'_> {
         mut quantization: Option<Quantization<'a>>,
         mut progress: impl FnMut(WriteProgress),
     ) -> Result<WriteReport> {
-        self.check_destination()?;
+        let kind = ("config.json", "a model directory");
+        expect_replaceable(self.destination, self.existing, &[self.origin], kind)?;
         let options = quantization.as_ref().map(|q| q.options);
         let shards = plan(source, options, self)?;
         let dir = AtomicDir::create(self.destination, self.existing)?;
@@ -219,26 +225,6 @@ impl ModelDir<'_> {
         Ok(report)
     }
 
-    /// Refuses to replace what is not a model directory, and the origin itself or what it lies in.
-    fn check_destination(&self) -> Result<()> {
-        let destination = self.destination;
-        if destination.symlink_metadata().is_err() {
-            return Ok(());
-        }
-        let refuse = |reason: &str| Err(Error::malformed(destination, reason));
-        if self.existing == Existing::Refuse {
-            return refuse("already exists, choose another name or --overwrite");
-        }
-        let canonical = |path: &Path| path.canonicalize().map_err(Error::io(path));
-        if canonical(self.origin)?.starts_with(canonical(destination)?) {
-            return refuse("is or contains the source, choose another name");
-        }
-        match destination.join("config.json").is_file() {
-            true => Ok(()),
-            false => refuse("is not a model directory and will not be replaced"),
-        }
-    }
-
     /// The config with the description of the quantization that transformers looks for.
     fn quantized_config(
         &self,
@@ -248,7 +234,7 @@ impl ModelDir<'_> {
         let mut config = self.config.clone();
         let first = shards.iter().flatten().find(|tensor| tensor.is_quantized());
         let dtype = match first {
-            Some(tensor) => bitsandbytes::dtype_name(plan::dense_dtype(&tensor.source)?),
+            Some(tensor) => dtype_name(tensor.source.float_type()?),
             None => "float32",
         };
         let path = self.origin.join("config.json");

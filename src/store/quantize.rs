@@ -1,11 +1,10 @@
 //! A Hugging Face checkpoint to a 4-bit one that transformers loads, tensor by tensor.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::atomic_dir::Existing;
 use super::checkpoint::Checkpoint;
 use super::model_dir::{ModelDir, Quantization, WeightQuantizer, WriteProgress, WriteReport};
-use super::safetensors_writer::TensorSpec;
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
 use crate::{Error, Result};
 
@@ -34,10 +33,6 @@ pub fn quantize(job: &QuantizeJob, progress: impl FnMut(WriteProgress)) -> Resul
 struct Nearest;
 
 impl WeightQuantizer for Nearest {
-    fn begin(&mut self, _: &Path, _: &[TensorSpec]) -> Result<()> {
-        Ok(())
-    }
-
     fn quantize(
         &mut self,
         name: &str,
@@ -45,10 +40,6 @@ impl WeightQuantizer for Nearest {
         options: QuantizeOptions,
     ) -> Result<Params4bit> {
         Params4bit::quantize(name, weight, options)
-    }
-
-    fn finish(&mut self) -> Result<()> {
-        Ok(())
     }
 }
 

@@ -19,6 +19,13 @@ use crate::{Error, Result};
 /// A multiple of this makes the first tensor aligned for every type.
 const HEADER_ALIGNMENT: usize = 8;
 
+/// The types of real numbers, as they are read and as they are stored.
+const FLOAT_TYPES: [(DType, Dtype); 3] = [
+    (DType::F32, Dtype::F32),
+    (DType::BF16, Dtype::BF16),
+    (DType::F16, Dtype::F16),
+];
+
 /// Name, type and shape of a tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
@@ -34,6 +41,26 @@ impl TensorSpec {
             dtype,
             shape,
         }
+    }
+
+    /// Of real numbers.
+    ///
+    /// # Errors
+    /// [`Error::TensorMismatch`] for a `dtype` that is neither bf16, f16 nor f32.
+    pub fn of_floats(name: impl Into<String>, dtype: DType, shape: Vec<usize>) -> Result<Self> {
+        let name = name.into();
+        match stored_float(dtype) {
+            Some(dtype) => Ok(Self { name, dtype, shape }),
+            None => Err(not_floats(name, dtype.as_str())),
+        }
+    }
+
+    /// What its real numbers are read as.
+    ///
+    /// # Errors
+    /// [`Error::TensorMismatch`] if they are neither bf16, f16 nor f32.
+    pub fn float_type(&self) -> Result<DType> {
+        read_float(self.dtype).ok_or_else(|| not_floats(&self.name, format!("{:?}", self.dtype)))
     }
 
     pub fn nbytes(&self) -> usize {
@@ -222,17 +249,34 @@ pub fn write_tensors(
         .try_for_each(|tensor| out.write_all(&tensor.data))
 }
 
+pub(super) fn not_floats(tensor: impl Into<String>, found: impl Into<String>) -> Error {
+    Error::TensorMismatch {
+        tensor: tensor.into(),
+        expected: "bf16, f16 or f32".into(),
+        found: found.into(),
+    }
+}
+
 fn stored_type(dtype: DType) -> io::Result<Dtype> {
     match dtype {
-        DType::F32 => Ok(Dtype::F32),
-        DType::BF16 => Ok(Dtype::BF16),
-        DType::F16 => Ok(Dtype::F16),
         DType::U8 => Ok(Dtype::U8),
-        other => Err(io::Error::other(format!(
-            "a tensor of type {} cannot be stored",
-            other.as_str()
-        ))),
+        _ => stored_float(dtype).ok_or_else(|| {
+            let name = dtype.as_str();
+            io::Error::other(format!("a tensor of type {name} cannot be stored"))
+        }),
     }
+}
+
+/// How real numbers are stored; `None` for another type.
+fn stored_float(dtype: DType) -> Option<Dtype> {
+    let known = FLOAT_TYPES.iter().find(|(read, _)| *read == dtype);
+    known.map(|(_, stored)| *stored)
+}
+
+/// What real numbers are read as; `None` for another type.
+pub(super) fn read_float(dtype: Dtype) -> Option<DType> {
+    let known = FLOAT_TYPES.iter().find(|(_, stored)| *stored == dtype);
+    known.map(|(read, _)| *read)
 }
 
 /// The little-endian f32 of a tensor; 16-bit types widen exactly.

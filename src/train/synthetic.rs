@@ -17,7 +17,7 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::model::{DecoderConfig, Module};
+use crate::model::{DecoderConfig, ModelTensor};
 use crate::ops::philox::Uniform;
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
 use crate::store::{
@@ -234,10 +234,6 @@ struct Synthetic {
 }
 
 impl WeightQuantizer for Synthetic {
-    fn begin(&mut self, _: &Path, _: &[TensorSpec]) -> Result<()> {
-        Ok(())
-    }
-
     fn quantize(
         &mut self,
         name: &str,
@@ -267,10 +263,6 @@ impl WeightQuantizer for Synthetic {
             ..first.clone()
         })
     }
-
-    fn finish(&mut self) -> Result<()> {
-        Ok(())
-    }
 }
 
 /// Norms of 1, a random embedding and head, and holes for the linear layers, which [`Synthetic`] fills.
@@ -279,26 +271,9 @@ fn write_model(dir: &Path, shape: &Shape) -> Result<()> {
     let config_json = shape.config();
     let config = DecoderConfig::from_json(&config_json, &config_path)?;
     AtomicFile::write(&config_path, config_json.to_string())?;
-    let d = shape.hidden_size;
-    let mut tensors = BTreeMap::from([
-        (
-            "model.embed_tokens.weight".to_string(),
-            vec![shape.vocab_size, d],
-        ),
-        ("model.norm.weight".to_string(), vec![d]),
-    ]);
-    if !shape.tie_word_embeddings {
-        tensors.insert("lm_head.weight".into(), vec![shape.vocab_size, d]);
-    }
-    for layer in 0..shape.num_hidden_layers {
-        for module in Module::ALL {
-            let (d_out, d_in) = config.linear_shape(module);
-            tensors.insert(format!("{}.weight", module.path(layer)), vec![d_out, d_in]);
-        }
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            tensors.insert(format!("model.layers.{layer}.{norm}.weight"), vec![d]);
-        }
-    }
+    // By their names, which number the streams of random values.
+    let tensors = ModelTensor::all(&config).into_iter();
+    let tensors: BTreeMap<_, _> = tensors.map(|t| (t.name(), t.shape(&config))).collect();
     let spec = |(name, shape): (String, Vec<usize>)| TensorSpec::new(name, Dtype::BF16, shape);
     let specs: Vec<_> = tensors.into_iter().map(spec).collect();
     let mut file =

@@ -10,8 +10,9 @@ use super::architecture;
 use super::tensor_names::tensor_name;
 use super::writer::{Change, GgufWriter, Metadata, TensorInfo, Value};
 use super::{GgufBase, GgufReport, GgufType};
-use crate::export::ModelTensor;
-use crate::model::{DecoderConfig, Module};
+use crate::model::{
+    DecoderConfig, LORA_A, LORA_B, ModelTensor, Module, adapter_tensor_name, expect_stored,
+};
 use crate::quant::DenseTensor;
 use crate::store::{Adapter, AdapterConfig};
 use crate::{Error, Result};
@@ -109,15 +110,16 @@ fn factors<'a>(adapter: &'a Adapter, config: &DecoderConfig) -> Result<Vec<Facto
     for layer in 0..config.num_layers {
         for module in Module::ALL {
             let path = module.path(layer);
-            let name = |part| format!("base_model.model.{path}.{part}.weight");
-            let Some(a) = rest.remove(name("lora_A").as_str()) else {
+            let [a_name, b_name] =
+                [LORA_A, LORA_B].map(|part| adapter_tensor_name(layer, module, part));
+            let Some(a) = rest.remove(a_name.as_str()) else {
                 continue;
             };
-            let b = rest.remove(name("lora_B").as_str());
+            let b = rest.remove(b_name.as_str());
             let r = adapter.config.rank_of(&path);
             let (d_out, d_in) = config.linear_shape(module);
-            let b = expect_shape(&name("lora_B"), b, &[d_out, r])?;
-            expect_shape(&name("lora_A"), Some(a), &[r, d_in])?;
+            let b = expect_stored(&b_name, b, &[d_out, r])?;
+            expect_stored(&a_name, Some(a), &[r, d_in])?;
             all.push(Factors {
                 layer,
                 module,
@@ -133,21 +135,6 @@ fn factors<'a>(adapter: &'a Adapter, config: &DecoderConfig) -> Result<Vec<Facto
             tensor: name.to_string(),
             expected: "half of an adapter of a linear layer that the model has".into(),
             found: format!("{:?}", tensor.shape),
-        }),
-    }
-}
-
-fn expect_shape<'a>(
-    name: &str,
-    tensor: Option<&'a DenseTensor>,
-    shape: &[usize],
-) -> Result<&'a DenseTensor> {
-    match tensor {
-        Some(tensor) if tensor.shape == shape => Ok(tensor),
-        _ => Err(Error::TensorMismatch {
-            tensor: name.into(),
-            expected: format!("{shape:?}"),
-            found: tensor.map_or("none".into(), |tensor| format!("{:?}", tensor.shape)),
         }),
     }
 }

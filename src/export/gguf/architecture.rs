@@ -5,8 +5,7 @@
 use super::GgufBase;
 use super::writer::Change;
 use crate::Result;
-use crate::export::ModelTensor;
-use crate::model::{DecoderConfig, Module, RopeScaling};
+use crate::model::{DecoderConfig, ModelTensor, Module, RopeScaling};
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

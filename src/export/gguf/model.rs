@@ -8,8 +8,7 @@ use super::tensor_names::tensor_name;
 use super::vocabulary;
 use super::writer::{Change, GgufWriter, Metadata, TensorInfo};
 use super::{GgufBase, GgufReport, GgufType};
-use crate::export::ModelTensor;
-use crate::model::DecoderConfig;
+use crate::model::{DecoderConfig, ModelTensor};
 use crate::store::{TensorSource, WriteProgress};
 use crate::{Error, Result};
 

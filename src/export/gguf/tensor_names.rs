@@ -2,8 +2,7 @@
 //!
 //! Source: `gguf-py/gguf/constants.py` and `LlamaModel.permute` of llama.cpp.
 
-use crate::export::{ModelTensor, Norm};
-use crate::model::Module;
+use crate::model::{ModelTensor, Module, Norm};
 
 /// `blk.0.attn_q.weight`.
 pub(super) fn tensor_name(tensor: ModelTensor) -> String {

@@ -3,7 +3,10 @@
 //! Q8_0: blocks of 32 values of a row, each an f16 scale `d = max |x| / 127` and 32 bytes `round(x / d)`; halves round away
 //! from zero. Source: `ggml-quants.c` of ggml.
 
-use half::{bf16, f16};
+use candle_core::DType;
+use half::f16;
+
+use crate::quant::write_floats;
 
 /// The type that the matrices of a GGUF file are stored in; vectors are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,38 +75,20 @@ impl GgufType {
 
     /// Appends the bytes of `row`.
     pub(super) fn encode(self, row: &[f32], out: &mut Vec<u8>) -> Result<(), TooLarge> {
-        let finite = |at: usize, is_finite: bool| match is_finite {
-            true => Ok(()),
-            false => Err(TooLarge(at)),
-        };
-        match self {
-            Self::F32 => {
-                for (at, x) in row.iter().enumerate() {
-                    finite(at, x.is_finite())?;
-                    out.extend(x.to_le_bytes());
-                }
-            }
-            Self::F16 => {
-                for (at, x) in row.iter().enumerate() {
-                    let x = f16::from_f32(*x);
-                    finite(at, x.is_finite())?;
-                    out.extend(x.to_le_bytes());
-                }
-            }
-            Self::Bf16 => {
-                for (at, x) in row.iter().enumerate() {
-                    let x = bf16::from_f32(*x);
-                    finite(at, x.is_finite())?;
-                    out.extend(x.to_le_bytes());
-                }
-            }
+        let dtype = match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
             Self::Q8_0 => {
                 for (block, values) in row.chunks(BLOCK).enumerate() {
                     encode_block(values, out).map_err(|at| TooLarge(block * BLOCK + at))?;
                 }
+                return Ok(());
             }
-        }
-        Ok(())
+        };
+        let start = out.len();
+        out.resize(start + self.nbytes(row.len()), 0);
+        write_floats(row, dtype, &mut out[start..]).map_err(TooLarge)
     }
 }
 

@@ -2,9 +2,6 @@
 
 use std::cmp::Reverse;
 
-use candle_core::DType;
-use safetensors::Dtype;
-
 use super::{ModelDir, TensorSource, bitsandbytes};
 use crate::quant::QuantizeOptions;
 use crate::store::TensorSpec;
@@ -86,7 +83,7 @@ pub(super) fn plan(
 fn plan_tensor(source: TensorSpec, options: Option<QuantizeOptions>) -> Result<PlannedTensor> {
     let written = match options {
         Some(options) if is_linear_weight(&source.name) => {
-            let dtype = dense_dtype(&source)?;
+            let dtype = source.float_type()?;
             if source.shape.len() != 2 {
                 return Err(Error::TensorMismatch {
                     tensor: source.name,
@@ -99,20 +96,6 @@ fn plan_tensor(source: TensorSpec, options: Option<QuantizeOptions>) -> Result<P
         _ => vec![source.clone()],
     };
     Ok(PlannedTensor { source, written })
-}
-
-/// The type of a tensor of real numbers.
-pub(super) fn dense_dtype(spec: &TensorSpec) -> Result<DType> {
-    match spec.dtype {
-        Dtype::BF16 => Ok(DType::BF16),
-        Dtype::F16 => Ok(DType::F16),
-        Dtype::F32 => Ok(DType::F32),
-        other => Err(Error::TensorMismatch {
-            tensor: spec.name.clone(),
-            expected: "bf16, f16 or f32".into(),
-            found: format!("{other:?}"),
-        }),
-    }
 }
 
 fn is_linear_weight(name: &str) -> bool {

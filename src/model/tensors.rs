@@ -1,6 +1,8 @@
 //! The tensors that a decoder is stored as, each with its name and shape in a Hugging Face checkpoint.
 
-use crate::model::{DecoderConfig, Module, ModuleToSave};
+use super::config::DecoderConfig;
+use super::names::Module;
+use super::vocabulary::ModuleToSave;
 
 /// A tensor of a decoder; the number is that of its layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
