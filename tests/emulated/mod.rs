@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device};
 use half::bf16;
@@ -43,6 +44,17 @@ fn note(request: &str) {
 /// The emulator, whose CUDA threads take turns in the order that [`use_order`] set for the calling thread.
 #[derive(Debug)]
 pub struct EmulatedRuntime;
+
+/// How many want copies to the device to take longer than what is computed meanwhile.
+static SLOW_COPIES: AtomicUsize = AtomicUsize::new(0);
+
+/// Does `work` while copies to the device are slow, those of other threads too.
+pub fn with_slow_copies<R>(work: impl FnOnce() -> R) -> R {
+    SLOW_COPIES.fetch_add(1, Ordering::Relaxed);
+    let result = work();
+    SLOW_COPIES.fetch_sub(1, Ordering::Relaxed);
+    result
+}
 
 /// Launches by this thread let CUDA threads take turns in `order` from now on.
 pub fn use_order(order: Order) {
@@ -152,6 +164,9 @@ impl Runtime for EmulatedRuntime {
 
     unsafe fn copy(&self, from: &[u8], to: u64, after: Option<&Marker>) -> Result<Marker> {
         note("copy to the device");
+        if SLOW_COPIES.load(Ordering::Relaxed) > 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         copies::queue(from, to, after)
     }
 

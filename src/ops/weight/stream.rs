@@ -159,6 +159,8 @@ fn no_block() -> Error {
 #[derive(Debug, Default)]
 struct Slot {
     block: Option<usize>,
+    /// How often a block was asked for: what the thread brings for an earlier request is not what the slot is to hold.
+    requests: u64,
     /// When the copy is there; the error if there was one.
     loaded: Option<Result<Marker, String>>,
     /// When the last kernel that reads it is through.
@@ -180,6 +182,8 @@ impl Shared {
 struct Request {
     block: usize,
     slot: usize,
+    /// Of those for the slot.
+    number: u64,
     after: Option<Marker>,
 }
 
@@ -220,9 +224,11 @@ impl BlockStream {
                 // Blocks that are wanted together have different slots: this one holds a block that was left.
                 slot.block = Some(wanted);
                 slot.loaded = None;
+                slot.requests += 1;
                 self.request(Request {
                     block: wanted,
                     slot: wanted % count,
+                    number: slot.requests,
                     after: slot.left.clone(),
                 })?;
             }
@@ -273,12 +279,6 @@ impl Drop for BlockStream {
             // It has nothing to say but its panic, which was printed.
             let _ = thread.join();
         }
-        // The slots are freed next: no copy may still be on its way into them.
-        for slot in self.shared.lock().iter() {
-            if let Some(Ok(marker)) = &slot.loaded {
-                let _ = self.runtime.wait_on_host(marker);
-            }
-        }
     }
 }
 
@@ -301,10 +301,27 @@ struct Loader {
 impl Loader {
     fn run(mut self, incoming: &Receiver<Request>) {
         for request in incoming {
+            // A block that was on its way when the direction turned may not be wanted any more.
+            if !self.is_wanted(&request) {
+                continue;
+            }
             let loaded = self.load(&request).map_err(|error| error.to_string());
-            self.shared.lock()[request.slot].loaded = Some(loaded);
+            let mut slots = self.shared.lock();
+            let slot = &mut slots[request.slot];
+            if slot.requests == request.number {
+                slot.loaded = Some(loaded);
+            }
             self.shared.is_loaded.notify_all();
         }
+        // The slots and the stages are freed next: no copy may still be on its way.
+        for copy in self.stages.iter().filter_map(|stage| stage.busy.as_ref()) {
+            // What fails here fails at the next thing that is asked of the device as well.
+            let _ = self.runtime.wait_on_host(copy);
+        }
+    }
+
+    fn is_wanted(&self, request: &Request) -> bool {
+        self.shared.lock()[request.slot].requests == request.number
     }
 
     /// Queues the copies of a block; gives the last one's marker.
