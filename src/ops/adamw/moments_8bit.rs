@@ -60,6 +60,12 @@ pub fn maps(device: &Device) -> Result<[Tensor; 2]> {
     Ok([map(dynamic_map())?, map(unsigned_dynamic_map())?])
 }
 
+/// The codes of zero, of `m` and of `v`.
+pub fn zero_codes() -> [u8; 2] {
+    [dynamic_lower_bounds(), unsigned_dynamic_lower_bounds()]
+        .map(|lower_bounds| nearest_dynamic_code(0.0, lower_bounds))
+}
+
 impl Moments {
     /// Moments of zero for `n` elements.
     pub fn zeros(n: usize, device: &Device) -> Result<Self> {

@@ -140,11 +140,23 @@ impl Moments {
         stored.collect()
     }
 
-    /// Takes up what [`stored`](Self::stored) gave, in its order.
+    /// Takes up what [`stored`](Self::stored) gave, in its order. The last block of codes is filled with those of zero, which
+    /// is what the updates leave there: any other would count in its scale.
     pub(super) fn restore(&self, elements: &Range<usize>, stored: &[&DenseTensor]) -> Result<()> {
         let tensors = self.tensors.iter().zip(layout(self.in_8_bits));
         for ((home, (_, _, per)), stored) in tensors.zip(stored) {
             home.write(part(elements, *per), stored)?;
+        }
+        let rest = elements.end..elements.end.next_multiple_of(BLOCK_SIZE);
+        if let ([m, _, v, _], false) = (&self.tensors[..], rest.is_empty()) {
+            for (codes, zero) in [m, v].into_iter().zip(moments_8bit::zero_codes()) {
+                let zeros = DenseTensor {
+                    dtype: DType::U8,
+                    shape: vec![rest.len()],
+                    data: vec![zero; rest.len()].into(),
+                };
+                codes.write(rest.clone(), &zeros)?;
+            }
         }
         Ok(())
     }
