@@ -12,13 +12,14 @@ use emulated::placement_test;
 use qlora::device::Placement;
 use qlora::export::{Merged, MergedQuantizer};
 use qlora::infer::agreement;
-use qlora::model::{Decoder, DecoderConfig, ModelTensor, Module};
+use qlora::model::{Decoder, DecoderConfig, InitLoraWeights, ModelTensor, Module};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit};
 use qlora::store::{
-    Adapter, Checkpoint, Existing, ModelDir, Quantization, TensorSource, WriteReport,
+    Adapter, AdapterConfig, Checkpoint, Existing, GgufFile, ModelDir, Quantization, TensorSource,
+    WriteReport,
 };
 use reference_case::{ADAPTER_CASES, CASES, ReferenceCase, largest_difference, sequences, values};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn merged(case: &ReferenceCase, dtype: Option<DType>) -> Merged {
     let adapter = Adapter::read(&case.adapter).unwrap();
@@ -34,6 +35,7 @@ fn write(
     max_shard_bytes: u64,
 ) -> WriteReport {
     let dir = ModelDir {
+        generation_config: None,
         origin: merged.origin(),
         config: merged.config_json(),
         destination,
@@ -520,17 +522,6 @@ fn files_of_llama_cpp_are_written_and_only_their_own_kind_is_replaced() {
     );
 
     ok(&of_demo("gguf", "new/directory/demo.gguf"), &[]);
-    let verify = [
-        "verify",
-        "export",
-        "demo.gguf",
-        "--model",
-        "model",
-        "--adapter",
-        "adapter",
-    ];
-    let verify = verify.map(str::to_string);
-    refused(&verify, &[], "only model directories");
 
     // A directory of its kind, but with the model in it.
     fs::copy(
@@ -583,4 +574,167 @@ fn a_model_alone_is_exported_as_its_own_weights() {
     let expected = values(&decoder.logits(sequences(&case.batch())).unwrap());
     let difference = largest_difference(&logits(&out, &case), &expected);
     assert!(difference < 1e-5, "{difference}");
+}
+
+/// Copies the demo's model to `dir`, as `model`, and makes an adapter for it that changes what it predicts.
+fn lay_out_demo(dir: &Path) {
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/demo/base");
+    fs::create_dir(dir.join("model")).unwrap();
+    for entry in fs::read_dir(demo).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, dir.join("model").join(path.file_name().unwrap())).unwrap();
+    }
+    let checkpoint = Checkpoint::open(dir.join("model")).unwrap();
+    let mut decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
+    let config = AdapterConfig {
+        r: 4,
+        lora_alpha: 8.0,
+        base_model_name_or_path: Some("model".into()),
+        ..AdapterConfig::default()
+    };
+    decoder
+        .add_lora(&config, InitLoraWeights::Default, 0)
+        .unwrap();
+    let mut adapter = decoder.adapter(&config).unwrap();
+    for (name, tensor) in &mut adapter.tensors {
+        if name.contains("lora_B") {
+            let values: Vec<f32> = (0..tensor.numel())
+                .map(|i| 0.2 * (i as f32).sin())
+                .collect();
+            *tensor = DenseTensor::from_f32(tensor.shape.clone(), &values);
+        }
+    }
+    adapter.write(dir.join("adapter")).unwrap();
+}
+
+#[test]
+fn verify_reads_the_files_of_llama_cpp_again() {
+    let dir = tempfile::tempdir().unwrap();
+    lay_out_demo(dir.path());
+    let export = |of: &str, arguments: &[&str]| {
+        let export = [&["export", of, "--out"], arguments].concat();
+        let output = qlora(&export, dir.path());
+        assert!(output.status.success(), "{output:?}");
+    };
+    let verify = |file: &str| {
+        let of = ["--model", "model", "--adapter", "adapter", "--json"];
+        qlora(&[&["verify", "export", file], &of[..]].concat(), dir.path())
+    };
+    let report = |output: &Output| serde_json::from_slice::<Value>(&output.stdout).unwrap();
+    for (file, to, dtype, closest) in [
+        ("f32.gguf", "gguf", "f32", 1e-6),
+        ("q8_0.gguf", "gguf", "q8_0", 1e-2),
+        ("lora.gguf", "gguf-lora", "f32", 1e-6),
+    ] {
+        export("--adapter=adapter", &[file, "--to", to, "--dtype", dtype]);
+        let output = verify(file);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let report = report(&output);
+        assert!(report["exported"]["kl"].as_f64().unwrap() < closest);
+        assert!(report["without_adapter"]["kl"].as_f64().unwrap() > 0.1);
+        assert_eq!(
+            (&report["same"], &report["differences"]),
+            (&json!(true), &json!([]))
+        );
+    }
+
+    export("--base=model", &["without.gguf", "--to", "gguf"]);
+    let output = verify("without.gguf");
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(report(&output)["same"], false);
+
+    // The model's tokenizer is no more what it was.
+    let template = dir.path().join("model/chat_template.jinja");
+    fs::write(template, "{{ messages[0].content }}").unwrap();
+    let output = verify("f32.gguf");
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.contains("does not have the tokenizer"), "{message}");
+    let report = report(&output);
+    assert!(
+        report["differences"][0]
+            .as_str()
+            .unwrap()
+            .starts_with("tokenizer.chat_template is")
+    );
+    assert!(report["exported"]["kl"].as_f64().unwrap() < 1e-6);
+}
+
+/// An adapter that changes little is told from none at all.
+#[test]
+fn verify_takes_no_export_without_the_adapter_for_one_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    lay_out_demo(dir.path());
+    let adapter = Adapter::read(dir.path().join("adapter")).unwrap();
+    let weak = Adapter {
+        config: AdapterConfig {
+            lora_alpha: 0.05,
+            ..adapter.config.clone()
+        },
+        ..adapter
+    };
+    weak.write(dir.path().join("weak")).unwrap();
+    let run = |arguments: &[&str]| qlora(arguments, dir.path());
+    let modelfile = [
+        "export",
+        "--adapter=weak",
+        "--to=modelfile",
+        "--out=with",
+        "--dtype=f32",
+    ];
+    assert!(run(&modelfile).status.success());
+    let alone = ["export", "--base=model", "--to=gguf", "--out=without.gguf"];
+    assert!(run(&alone).status.success());
+    let verify = |exported: &str| {
+        let output = run(&[
+            "verify",
+            "export",
+            exported,
+            "--model=model",
+            "--adapter=weak",
+            "--json",
+        ]);
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(report["without_adapter"]["kl"].as_f64().unwrap() < 1e-3);
+        output.status.code()
+    };
+    // A directory with a Modelfile is read by the model in it.
+    assert_eq!((verify("with"), verify("without.gguf")), (Some(0), Some(1)));
+}
+
+/// Training teaches the end that the chat template writes, whether or not the model names it.
+#[test]
+fn the_end_of_an_answer_goes_along() {
+    let dir = tempfile::tempdir().unwrap();
+    lay_out_demo(dir.path());
+    let model = dir.path().join("model");
+    let path = model.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+    let mut halt = added[0].clone();
+    (halt["id"], halt["content"]) = (json!(1023), json!("<|halt|>"));
+    added.push(halt);
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    vocabulary.retain(|_, id| *id != 1023);
+    // The merge of the token that is gone.
+    tokenizer["model"]["merges"].as_array_mut().unwrap().pop();
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    fs::write(
+        model.join("chat_template.jinja"),
+        "{% for m in messages %}{{ m.content }}<|halt|>{% endfor %}",
+    )
+    .unwrap();
+    for (to, out) in [("merged", "merged"), ("gguf", "model.gguf")] {
+        let export = ["export", "--adapter=adapter", "--to", to, "--out", out];
+        let output = qlora(&export, dir.path());
+        assert!(output.status.success(), "{output:?}");
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(told.contains("[2, 1023]"), to == "merged", "{told}");
+    }
+    let config = fs::read(dir.path().join("merged/generation_config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["eos_token_id"], json!([2, 1023]));
+    let file = GgufFile::open(dir.path().join("model.gguf")).unwrap();
+    assert_eq!(file.json("tokenizer.ggml.eot_token_id"), Some(json!(1023)));
+    assert_eq!(file.json("tokenizer.ggml.eos_token_id"), Some(json!(2)));
 }

@@ -370,3 +370,23 @@ fn the_masks_beside_an_adapter_are_shown_and_a_damaged_file_is_named() {
         assert.stdout("").stderr(named.and(contains(expected)));
     }
 }
+
+#[test]
+fn a_gguf_file_is_shown_by_its_types_and_keys() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let gguf = |file: &str| stdout(inspect(&fixtures, &[file]));
+    insta::assert_snapshot!(gguf("fixtures/gguf/types.gguf") + &gguf("corpus/gguf/adapter.gguf"));
+    let found = json_of(inspect(&fixtures, &["corpus/gguf/model.gguf", "--json"]));
+    assert_eq!(found["kind"], "gguf");
+    assert_eq!(found["metadata"]["llama.block_count"], 1);
+    assert_eq!(found["types"]["q8_0"]["tensors"], 9);
+}
+
+#[test]
+fn a_page_is_made_of_data_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    write_models(dir.path());
+    let page = ["nf4", "--html", "page.html"];
+    let assert = inspect(dir.path(), &page).assert().code(1).stdout("");
+    assert.stderr(contains("--html is for data"));
+}

@@ -1,4 +1,4 @@
-//! `qlora inspect`: what is in a data file, a model or an adapter.
+//! `qlora inspect`: what is in a data file, a model, an adapter or a GGUF file.
 //!
 //! A data file is shown as training would see it: token ids, and which of them carry loss.
 
@@ -26,7 +26,7 @@ const DEFAULT_HTML_ROWS: usize = 100;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Data as `train` takes it (a file, a directory of files, a name), a model directory or an adapter directory
+    /// Data as `train` takes it (a file, a directory of files, a name), a model or adapter directory, or a GGUF file
     #[arg(value_name = "PATH")]
     path: PathBuf,
 
@@ -73,8 +73,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         };
     }
     let has = |name: &str| args.path.join(name).exists();
-    let is_weights = has("config.json") || has("adapter_config.json");
+    let is_gguf = args.path.extension().is_some_and(|e| e == "gguf");
+    let is_weights = is_gguf || has("config.json") || has("adapter_config.json");
     if is_weights || (args.path.is_dir() && data_files(&args.path).is_err()) {
+        if args.html.is_some() {
+            bail!("--html is for data, which {} is not", args.path.display());
+        }
         let contents = weights::Contents::read(&args.path)?;
         return if args.json {
             print_json(&contents.json())
@@ -92,7 +96,10 @@ fn inspect_dataset(args: &Args) -> anyhow::Result<()> {
     let mut config = TrainConfig::load_partial(None, &args.data.overrides)?;
     config.dataset = args.path.clone().into();
     super::data_sources::prepare(&mut config)?;
-    let tokenizer = args.model.as_ref().map(Tokenizer::from_dir).transpose()?;
+    let mut tokenizer = args.model.as_ref().map(Tokenizer::from_dir).transpose()?;
+    if let Some(tokenizer) = &mut tokenizer {
+        config.settle_date(tokenizer);
+    }
     let vocab_size = args.model.as_deref().map(vocab_size).transpose()?.flatten();
     let data = RunData::load(&config, tokenizer.as_ref(), vocab_size)?;
     let plan = BatchPlan::of(&data, &config);

@@ -5,6 +5,7 @@ mod export;
 use std::path::PathBuf;
 
 use anyhow::bail;
+use clap::builder::RangedU64ValueParser;
 use qlora::train::{ReplayOptions, ReplayReport, TrainConfig, replay};
 
 /// The arguments of `qlora verify`.
@@ -32,7 +33,7 @@ struct RunArgs {
     checkpoint: Option<PathBuf>,
 
     /// Optimizer steps to do; unset: up to the next checkpoint
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     steps: Option<usize>,
 
     /// Print one JSON object
@@ -52,6 +53,13 @@ pub fn run(args: Args, threads: Option<usize>) -> anyhow::Result<()> {
 }
 
 fn verify(args: RunArgs, config: TrainConfig) -> anyhow::Result<()> {
+    if !config.model_name_or_path.exists() {
+        bail!(
+            "{}: its model, {}, is not there from here; start in the directory that the run was started in",
+            args.dir.display(),
+            config.model_name_or_path.display()
+        );
+    }
     let placement = super::open(config.device, config.compute_dtype)?;
     let options = ReplayOptions {
         checkpoint: args.checkpoint,
@@ -59,9 +67,9 @@ fn verify(args: RunArgs, config: TrainConfig) -> anyhow::Result<()> {
     };
     let report = replay(config, &options, &placement)?;
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        outln!("{}", serde_json::to_string(&report)?);
     } else {
-        println!("{}", told(&report));
+        outln!("{}", told(&report));
     }
     match report.differences.len() {
         0 => Ok(()),

@@ -108,6 +108,7 @@ impl Merged {
         ModelDir {
             origin: self.origin(),
             config: self.config_json(),
+            generation_config: None,
             destination,
             existing,
             max_shard_bytes,

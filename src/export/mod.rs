@@ -4,6 +4,9 @@ mod gguf;
 mod merged;
 mod ollama;
 
-pub use gguf::{GgufBase, GgufReport, GgufType, write_gguf_adapter, write_gguf_model};
+pub use gguf::{
+    GgufBase, GgufModel, GgufReport, GgufType, is_gguf_adapter, read_gguf_adapter,
+    write_gguf_adapter, write_gguf_model,
+};
 pub use merged::{Merged, MergedQuantizer};
 pub use ollama::modelfile;

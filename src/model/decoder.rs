@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use super::block::{ActivationPolicy, Block, Layout};
 use super::config::DecoderConfig;
 use super::kv_cache::{KvCache, LayerCache};
-use super::load::Loader;
+use super::load::{Loader, WeightSource};
 use super::lora_dropout::LoraDropout;
 use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
@@ -73,7 +73,20 @@ impl Decoder {
         placement: &Placement,
     ) -> Result<Self> {
         let config = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
-        let mut loader = Loader::new(checkpoint, &config, quantize, placement)?;
+        Self::from_source(checkpoint, config, quantize, placement)
+    }
+
+    /// Loads a model of this config from elsewhere than a checkpoint.
+    ///
+    /// # Errors
+    /// Those of [`load`](Self::load).
+    pub fn from_source(
+        source: &dyn WeightSource,
+        config: DecoderConfig,
+        quantize: Option<QuantizeOptions>,
+        placement: &Placement,
+    ) -> Result<Self> {
+        let mut loader = Loader::new(source, &config, quantize, placement)?;
         let Residence {
             embedding, head, ..
         } = placement.residence;
@@ -174,6 +187,8 @@ impl Decoder {
         let mut longest = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if longest.positions() < positions {
             let table = RopeTable::new(&self.inv_freq, positions.next_power_of_two());
+            // Not beside the longer one.
+            *longest = Arc::new(RopeTable::new(&[], 0));
             *longest = Arc::new(match self.placement.uses_kernels() {
                 true => table.on(&self.placement.device)?,
                 false => table,
@@ -216,7 +231,8 @@ impl Decoder {
             queries: 0..ids.len(),
             keys: 0..rows.end,
         };
-        let rows = Rows::new(self, &positions, vec![segment], Arc::clone(&cache.rope))?;
+        let rope = self.rope_table(rows.end)?;
+        let rows = Rows::new(self, &positions, vec![segment], rope)?;
         let layout = rows.layout().masked(cache.masks);
         let mut x = self.embed(ids)?;
         for (layer, LayerCache { block, rows }) in cache.layers.iter_mut().enumerate() {

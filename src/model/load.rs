@@ -1,4 +1,4 @@
-//! The weights of a decoder out of a checkpoint, checked against its config.
+//! The weights of a decoder, checked against its config.
 
 use std::sync::Arc;
 
@@ -17,8 +17,33 @@ use crate::quant::{BlockSizes, DenseTensor, FrozenWeight, Params4bit, QuantizeOp
 use crate::store::Checkpoint;
 use crate::{Error, Result};
 
+/// Where the weights of a decoder come from, by the names that a checkpoint has them under.
+pub trait WeightSource {
+    /// A matrix.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or why it cannot be read.
+    fn weight(&self, name: &str) -> Result<FrozenWeight>;
+
+    /// A vector of real numbers.
+    ///
+    /// # Errors
+    /// Those of [`weight`](Self::weight).
+    fn vector(&self, name: &str) -> Result<DenseTensor>;
+}
+
+impl WeightSource for Checkpoint {
+    fn weight(&self, name: &str) -> Result<FrozenWeight> {
+        Checkpoint::weight(self, name)
+    }
+
+    fn vector(&self, name: &str) -> Result<DenseTensor> {
+        self.tensor(name)
+    }
+}
+
 pub(super) struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
+    source: &'a dyn WeightSource,
     config: &'a DecoderConfig,
     quantize: Option<QuantizeOptions>,
     placement: &'a Placement,
@@ -30,7 +55,7 @@ pub(super) struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     pub(super) fn new(
-        checkpoint: &'a Checkpoint,
+        source: &'a dyn WeightSource,
         config: &'a DecoderConfig,
         quantize: Option<QuantizeOptions>,
         placement: &'a Placement,
@@ -44,14 +69,14 @@ impl<'a> Loader<'a> {
         };
         let slots = match placement.residence.weights {
             Residency::Streamed { slots } if cache.is_some() => {
-                let blocks = block_sizes(checkpoint, quantize.unwrap_or_default())?;
+                let blocks = block_sizes(source, quantize.unwrap_or_default())?;
                 let bytes = Weight::slot_bytes(&config.block_elements(), blocks);
                 Some(Slots::new(slots, bytes, &placement.device)?)
             }
             _ => None,
         };
         Ok(Self {
-            checkpoint,
+            source,
             config,
             quantize,
             placement,
@@ -106,7 +131,7 @@ impl<'a> Loader<'a> {
     /// A matrix as stored.
     fn stored(&self, tensor: ModelTensor) -> Result<FrozenWeight> {
         let name = tensor.name();
-        let weight = self.checkpoint.weight(&name)?;
+        let weight = self.source.weight(&name)?;
         expect_shape(&name, weight.shape(), &tensor.shape(self.config))?;
         Ok(weight)
     }
@@ -114,7 +139,7 @@ impl<'a> Loader<'a> {
     /// A small vector, in f32.
     pub(super) fn vector(&self, tensor: ModelTensor) -> Result<Tensor> {
         let name = tensor.name();
-        let stored = self.checkpoint.tensor(&name)?;
+        let stored = self.source.vector(&name)?;
         let shape = tensor.shape(self.config);
         expect_shape(&name, &stored.shape, &shape)?;
         let values = stored.to_f32_vec();
@@ -177,13 +202,13 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// The blocks of the 4-bit weights of a checkpoint, which is quantized by `options` where it is not yet.
+/// The blocks of the 4-bit weights of a model, which is quantized by `options` where it is not yet.
 ///
 /// # Errors
 /// Those of reading its first linear layer.
-pub fn block_sizes(checkpoint: &Checkpoint, options: QuantizeOptions) -> Result<BlockSizes> {
+pub fn block_sizes(source: &dyn WeightSource, options: QuantizeOptions) -> Result<BlockSizes> {
     let first = ModelTensor::Weight(0, Module::Q);
-    Ok(match checkpoint.weight(&first.name())? {
+    Ok(match source.weight(&first.name())? {
         FrozenWeight::Dense(_) => options.into(),
         FrozenWeight::Quantized(params) => BlockSizes::from(&params),
     })

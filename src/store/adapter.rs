@@ -4,7 +4,7 @@
 //! `.lora_magnitude_vector` `[out]` too. A module that is trained whole has its `base_model.model.{path}.weight`.
 //! Source: `save_pretrained` of PEFT 0.21.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -21,10 +21,16 @@ use crate::{Error, Result};
 pub(super) const CONFIG_FILE: &str = "adapter_config.json";
 pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub(super) const PREFIX: &str = "base_model.model.";
-pub(super) const LORA_A: &str = ".lora_A.weight";
-pub(super) const LORA_B: &str = ".lora_B.weight";
-const MAGNITUDE: &str = ".lora_magnitude_vector";
-const WEIGHT: &str = ".weight";
+/// How the names of A, B and the magnitude of a layer end, and that of the weight of a module that is trained whole.
+pub const LORA_A: &str = ".lora_A.weight";
+pub const LORA_B: &str = ".lora_B.weight";
+pub const MAGNITUDE: &str = ".lora_magnitude_vector";
+pub const WEIGHT: &str = ".weight";
+
+/// PEFT's name for a part of the module at `path`: [`LORA_A`] and so on.
+pub fn adapter_tensor_name(path: &str, part: &str) -> String {
+    format!("{PREFIX}{path}{part}")
+}
 
 /// A LoRA adapter with its tensors under the names PEFT gives them.
 #[derive(Debug, Clone)]
@@ -94,19 +100,11 @@ impl Adapter {
     fn config_json(&self) -> String {
         let mut config = self.config.clone();
         if config.target_modules == TargetModules::AllLinear {
-            config.target_modules = TargetModules::Names(self.layer_names());
+            let names = self.tensors.keys();
+            let paths = names.filter_map(|name| name.strip_suffix(LORA_A));
+            config.target_modules = TargetModules::last_names(paths);
         }
         format!("{:#}\n", config.to_json())
-    }
-
-    /// The last parts of the layers' names, sorted.
-    fn layer_names(&self) -> Vec<String> {
-        let paths = self
-            .tensors
-            .keys()
-            .filter_map(|name| name.strip_suffix(LORA_A));
-        let names: BTreeSet<&str> = paths.filter_map(|path| path.rsplit('.').next()).collect();
-        names.into_iter().map(str::to_string).collect()
     }
 
     fn check(&self, path: &Path) -> Result<()> {

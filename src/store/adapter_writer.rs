@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use bytemuck::cast_slice;
 use safetensors::Dtype;
 
-use super::adapter::{CONFIG_FILE, LORA_A, LORA_B, PREFIX, WEIGHTS_FILE, metadata};
+use super::adapter::{
+    CONFIG_FILE, LORA_A, LORA_B, PREFIX, WEIGHTS_FILE, adapter_tensor_name, metadata,
+};
 use super::adapter_config::AdapterConfig;
 use super::atomic::AtomicFile;
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
@@ -27,7 +29,7 @@ impl LoraShape {
     /// The tensors of A `[r, in]` and B `[out, r]`, in f32.
     fn specs(&self) -> [TensorSpec; 2] {
         let spec = |factor: &str, rows, cols| {
-            let name = format!("{PREFIX}{}{factor}", self.path);
+            let name = adapter_tensor_name(&self.path, factor);
             TensorSpec::new(name, Dtype::F32, vec![rows, cols])
         };
         [
@@ -55,14 +57,8 @@ impl AdapterWriter {
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
         let mut config = config.clone();
         if config.target_modules == TargetModules::AllLinear {
-            // As PEFT writes it.
-            let names = layers
-                .iter()
-                .filter_map(|layer| layer.path.rsplit('.').next());
-            let mut names: Vec<String> = names.map(str::to_string).collect();
-            names.sort();
-            names.dedup();
-            config.target_modules = TargetModules::Names(names);
+            let paths = layers.iter().map(|layer| layer.path.as_str());
+            config.target_modules = TargetModules::last_names(paths);
         }
         let specs: Vec<TensorSpec> = layers.iter().flat_map(LoraShape::specs).collect();
         Ok(Self {
@@ -97,7 +93,7 @@ impl AdapterWriter {
         if let Some(missing) = self.layers.next() {
             return Err(Error::MissingTensor {
                 path: self.dir.join(WEIGHTS_FILE),
-                tensor: format!("{PREFIX}{}{LORA_A}", missing.path),
+                tensor: adapter_tensor_name(&missing.path, LORA_A),
             });
         }
         self.weights.finish()?;

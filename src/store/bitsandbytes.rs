@@ -19,7 +19,8 @@ use safetensors::Dtype;
 use serde::Deserialize;
 
 use super::checkpoint::Checkpoint;
-use super::mapped_file::{MappedFile, aligned};
+use super::mapped_file::MappedFile;
+use super::mapping::aligned;
 use super::safetensors_writer::TensorSpec;
 use crate::quant::{
     Absmax, DoubleQuant, NESTED_BLOCK_SIZE, Params4bit, QuantType, QuantizeOptions, dynamic_map,

@@ -35,6 +35,10 @@ impl Checkpoint {
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         refuse_file(dir)?;
+        if !dir.exists() {
+            let reason = "there is no such directory; models are not downloaded, `hf download NAME --local-dir DIR` does that";
+            return Err(Error::malformed(dir, reason));
+        }
         let config = read_json(&dir.join("config.json"))?;
         let single = dir.join(SINGLE_FILE);
         let index = dir.join(INDEX_FILE);

@@ -51,7 +51,7 @@ impl LayerSelection {
         &self.indices
     }
 
-    pub fn patterns(&self) -> impl Iterator<Item = &str> {
+    fn patterns(&self) -> impl Iterator<Item = &str> {
         self.patterns.iter().map(|(pattern, _)| &**pattern)
     }
 

@@ -4,17 +4,14 @@
 //! Source: the safetensors format (`safetensors` crate, which parses and validates the header).
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use bytes::Bytes;
 use candle_core::DType;
-use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 
 use super::file_watch::WatchedFile;
-use super::mapped_ranges::MappedRange;
+use super::mapping::{Mapping, aligned};
 use super::safetensors_writer::{not_floats, read_float};
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
@@ -22,9 +19,8 @@ use crate::{Error, Result};
 /// A mapped safetensors file.
 #[derive(Debug)]
 pub struct MappedFile {
-    path: PathBuf,
     watched: WatchedFile,
-    map: Arc<NamedMap>,
+    map: Mapping,
     /// The mapping behind the header.
     data: Bytes,
     header: Metadata,
@@ -40,33 +36,15 @@ impl MappedFile {
     /// # Errors
     /// [`Error::Malformed`] if it is empty or truncated, or its header does not cover its bytes exactly once.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path))?;
-        let metadata = file.metadata().map_err(Error::io(path))?;
-        if !metadata.is_file() {
-            return Err(Error::malformed(path, "is not a regular file"));
-        }
-        if metadata.len() == 0 {
-            return Err(Error::malformed(
-                path,
-                "is empty, download or copy it again",
-            ));
-        }
-        // SAFETY: the mapping is read-only; as for every reader of mapped weights, the file must not be changed meanwhile.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        let (header_bytes, header) = SafeTensors::read_metadata(&map).map_err(|error| {
+        let (map, file) = Mapping::open(path)?;
+        let (header_bytes, header) = SafeTensors::read_metadata(map.all()).map_err(|error| {
             Error::malformed(
                 path,
                 format!("is not a complete safetensors file: {error}; download or copy it again"),
             )
         })?;
-        let map = Arc::new(NamedMap {
-            _range: MappedRange::enter(&map, path),
-            map,
-        });
-        let data =
-            Bytes::from_owner(SharedMap(Arc::clone(&map))).slice(size_of::<u64>() + header_bytes..);
+        let data = map.bytes_from(size_of::<u64>() + header_bytes);
         Ok(Self {
-            path: path.to_path_buf(),
             watched: WatchedFile::new(path, file)?,
             map,
             data,
@@ -75,7 +53,7 @@ impl MappedFile {
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
+        self.map.path()
     }
 
     /// The names of its tensors, in the order of their bytes.
@@ -95,7 +73,7 @@ impl MappedFile {
     /// Type, shape and place of a tensor.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.header.info(name).ok_or_else(|| Error::MissingTensor {
-            path: self.path.clone(),
+            path: self.path().to_path_buf(),
             tensor: name.to_string(),
         })
     }
@@ -142,13 +120,7 @@ impl MappedFile {
     pub fn release(&self, name: &str) -> Result<()> {
         let (start, end) = self.info(name)?.data_offsets;
         let offset = self.header_bytes() + start;
-        // SAFETY: the mapping is of a file and never written to, so its pages hold the same bytes when read again.
-        unsafe {
-            self.map
-                .map
-                .unchecked_advise_range(UncheckedAdvice::DontNeed, offset, end - start)
-        }
-        .map_err(Error::io(&self.path))
+        self.map.release(offset..offset + end - start)
     }
 
     pub(super) fn watched(&self) -> &WatchedFile {
@@ -157,7 +129,7 @@ impl MappedFile {
 
     /// The whole file.
     pub(super) fn all_bytes(&self) -> &[u8] {
-        &self.map.map
+        self.map.all()
     }
 
     /// How many bytes stand before those of the tensors.
@@ -172,46 +144,15 @@ impl MappedFile {
     pub fn tensor(&self, name: &str) -> Result<DenseTensor> {
         let info = self.info(name)?;
         let dtype = read_float(info.dtype).ok_or_else(|| {
-            not_floats(name, format!("{:?} in {}", info.dtype, self.path.display()))
+            not_floats(
+                name,
+                format!("{:?} in {}", info.dtype, self.path().display()),
+            )
         })?;
         Ok(DenseTensor {
             dtype,
             shape: info.shape.clone(),
             data: aligned(self.bytes(name)?, dtype.size_in_bytes()),
         })
-    }
-}
-
-/// A mapping that is listed under its file's name as long as it is there.
-#[derive(Debug)]
-struct NamedMap {
-    // Before the mapping, so that the range is taken off the list first.
-    _range: MappedRange,
-    map: Mmap,
-}
-
-struct SharedMap(Arc<NamedMap>);
-
-impl AsRef<[u8]> for SharedMap {
-    fn as_ref(&self) -> &[u8] {
-        &self.0.map
-    }
-}
-
-/// `bytes` at an address that is a multiple of `alignment` (at most 8).
-pub(super) fn aligned(bytes: Bytes, alignment: usize) -> Bytes {
-    if bytes.as_ptr().addr().is_multiple_of(alignment) {
-        return bytes;
-    }
-    let mut words = vec![0u64; bytes.len().div_ceil(size_of::<u64>())];
-    bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(&bytes);
-    Bytes::from_owner(Words(words)).slice(..bytes.len())
-}
-
-struct Words(Vec<u64>);
-
-impl AsRef<[u8]> for Words {
-    fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
     }
 }

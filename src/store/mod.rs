@@ -1,5 +1,5 @@
-//! Weight files: Hugging Face checkpoints, the bitsandbytes 4-bit layout, PEFT adapters, and writing them completely or
-//! not at all.
+//! Weight files: Hugging Face checkpoints, the bitsandbytes 4-bit layout, PEFT adapters, GGUF files, and writing them
+//! completely or not at all.
 
 mod adapter;
 mod adapter_config;
@@ -12,11 +12,13 @@ mod checkpoint;
 mod disk;
 mod file_watch;
 mod fingerprint;
+mod gguf_file;
 mod initialization;
 mod layer_selection;
 mod manifest;
 mod mapped_file;
 mod mapped_ranges;
+mod mapping;
 mod matrix_dropout;
 mod model_dir;
 mod module_patterns;
@@ -26,7 +28,7 @@ mod quantize;
 mod safetensors_writer;
 mod target_modules;
 
-pub use adapter::Adapter;
+pub use adapter::{Adapter, LORA_A, LORA_B, MAGNITUDE, WEIGHT, adapter_tensor_name};
 pub use adapter_config::AdapterConfig;
 pub use adapter_writer::{AdapterWriter, LoraShape};
 pub use atomic::AtomicFile;
@@ -35,6 +37,8 @@ pub(crate) use bitsandbytes::dtype_name;
 pub use checkpoint::Checkpoint;
 pub use disk::{Disk, SystemDisk};
 pub use file_watch::FileWatch;
+pub(crate) use gguf_file::shortest_json;
+pub use gguf_file::{GgufFile, StoredTensor};
 pub use initialization::{INITIAL_ADAPTER, Initialization, RelativeTo};
 pub use layer_selection::LayerSelection;
 pub(crate) use manifest::hex;
@@ -43,7 +47,8 @@ pub use mapped_file::MappedFile;
 pub use mapped_ranges::mapped_path_at;
 pub use matrix_dropout::{MatrixDropoutScale, MatrixDropoutSettings};
 pub use model_dir::{
-    ModelDir, Quantization, TensorSource, WeightQuantizer, WriteProgress, WriteReport,
+    GENERATION_CONFIG_FILE, ModelDir, Quantization, TensorSource, WeightQuantizer, WriteProgress,
+    WriteReport,
 };
 pub use module_patterns::ModulePatterns;
 pub use modules_to_save::ModulesToSave;

@@ -22,6 +22,9 @@ use crate::quant::{DenseTensor, DoubleQuant, Params4bit, QuantizeOptions};
 use crate::{Error, Result};
 use plan::{PlannedTensor, plan};
 
+/// How a model generates where nothing else is said.
+pub const GENERATION_CONFIG_FILE: &str = "generation_config.json";
+
 /// Files beside the weights that are larger are not copied.
 const MAX_COPIED_BYTES: u64 = 128 << 20;
 
@@ -126,6 +129,8 @@ pub struct ModelDir<'a> {
     pub origin: &'a Path,
     /// `config.json`, without a word on quantization.
     pub config: Value,
+    /// `generation_config.json` in place of the origin's.
+    pub generation_config: Option<Value>,
     pub destination: &'a Path,
     pub existing: Existing,
     pub max_shard_bytes: u64,
@@ -213,6 +218,9 @@ impl ModelDir<'_> {
             )?;
         }
         copy_other_files(self.origin, dir.path())?;
+        if let Some(config) = &self.generation_config {
+            write_json(&dir.path().join(GENERATION_CONFIG_FILE), config)?;
+        }
         let config = match options {
             None => self.config.clone(),
             Some(options) => self.quantized_config(&shards, options)?,

@@ -55,6 +55,7 @@ pub fn quantize_with(
     let checkpoint = Checkpoint::open(&job.source)?;
     check_source(&checkpoint)?;
     let dir = ModelDir {
+        generation_config: None,
         origin: &job.source,
         config: checkpoint.config().clone(),
         destination: &job.destination,

@@ -86,6 +86,12 @@ impl TargetModules {
 }
 
 impl TargetModules {
+    /// The last names of the layers at `paths`, sorted: what PEFT writes for all of them.
+    pub(super) fn last_names<'a>(paths: impl Iterator<Item = &'a str>) -> Self {
+        let names: BTreeSet<&str> = paths.filter_map(|path| path.rsplit('.').next()).collect();
+        Self::Names(names.into_iter().map(str::to_string).collect())
+    }
+
     /// Whether one of the names is the whole of `path`.
     pub(super) fn names(&self, path: &str) -> bool {
         matches!(self, Self::Names(names) if names.iter().any(|name| name == path))

@@ -11,7 +11,7 @@ use super::files::*;
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
 
-fn write(
+pub fn write(
     adapter: &Adapter,
     config: &Value,
     file_type: GgufType,
@@ -47,7 +47,7 @@ fn refusal(adapter: &Adapter, config: &Value) -> Error {
 }
 
 /// An adapter of PEFT and the config of its base.
-fn of_peft(case: &str) -> (Adapter, Value) {
+pub fn of_peft(case: &str) -> (Adapter, Value) {
     let dir = fixture("adapters").join(case);
     match dir.exists() {
         true => {
@@ -90,7 +90,7 @@ fn file_name(path: &str) -> String {
 }
 
 /// `scaling * B A`, `[out, in]`.
-fn product(a: &[f32], b: &[f32], r: usize, scaling: f64) -> Vec<f64> {
+pub fn product(a: &[f32], b: &[f32], r: usize, scaling: f64) -> Vec<f64> {
     let d_in = a.len() / r;
     let rows = b.chunks_exact(r).flat_map(|b| {
         (0..d_in).map(move |column| {

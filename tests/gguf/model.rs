@@ -75,7 +75,12 @@ fn file_name(name: &str) -> String {
     file.replace("blk.0.", &format!("blk.{layer}."))
 }
 
-fn write(model: &Model, config: &Value, file_type: GgufType, path: &Path) -> Result<GgufReport> {
+pub fn write(
+    model: &Model,
+    config: &Value,
+    file_type: GgufType,
+    path: &Path,
+) -> Result<GgufReport> {
     let base = GgufBase {
         config,
         dir: &tokenizer_dir(),
@@ -105,7 +110,7 @@ fn refusal(model: &Model, config: &Value, file_type: GgufType) -> Error {
 }
 
 /// The engine's families, and llama with all biases.
-fn configs() -> Vec<Value> {
+pub fn configs() -> Vec<Value> {
     let mut biased = config_with_vocabulary("llama_mha");
     biased["attention_bias"] = true.into();
     biased["mlp_bias"] = true.into();

@@ -201,6 +201,7 @@ each_reader!(
     chat_template,
     adapter_config,
     adapter_weights,
+    gguf,
     checkpoint,
     data_jsonl,
     data_json,

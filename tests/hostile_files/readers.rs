@@ -6,10 +6,13 @@ use std::sync::OnceLock;
 
 use qlora::Error;
 use qlora::data::{ChatTemplate, GenerationPrompt, LoadOptions, Tokenizer, load};
-use qlora::export::{GgufBase, GgufType, modelfile, write_gguf_model};
-use qlora::model::DecoderConfig;
-use qlora::quant::DenseTensor;
-use qlora::store::{Adapter, Checkpoint, MappedFile, TensorSource, TensorSpec};
+use qlora::device::Placement;
+use qlora::export::{
+    GgufBase, GgufModel, GgufType, modelfile, read_gguf_adapter, write_gguf_model,
+};
+use qlora::model::{Decoder, DecoderConfig, ModelTensor, WeightSource};
+use qlora::quant::{DenseTensor, FrozenWeight};
+use qlora::store::{Adapter, Checkpoint, GgufFile, MappedFile, TensorSource, TensorSpec};
 use qlora::train::{TrainConfig, checkpoint};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -50,7 +53,7 @@ impl Scratch {
     }
 }
 
-pub const READERS: [Reader; 15] = [
+pub const READERS: [Reader; 16] = [
     Reader {
         name: "safetensors",
         prepare: model_config_file,
@@ -85,6 +88,11 @@ pub const READERS: [Reader; 15] = [
         name: "adapter_weights",
         prepare: adapter_files,
         read: adapter_weights,
+    },
+    Reader {
+        name: "gguf",
+        prepare: nothing,
+        read: gguf,
     },
     Reader {
         name: "checkpoint",
@@ -163,7 +171,7 @@ fn safetensors(dir: &Path, bytes: &[u8]) {
     if let Ok(model) = Checkpoint::open(dir) {
         let names: Vec<String> = model.names().map(str::to_string).collect();
         for name in names {
-            if let Ok(qlora::quant::FrozenWeight::Quantized(params)) = model.weight(&name) {
+            if let Ok(FrozenWeight::Quantized(params)) = model.weight(&name) {
                 // A weight that was read is valid: its elements are no more than twice its bytes.
                 params.dequantize(&mut vec![0f32; params.numel()]);
             }
@@ -240,15 +248,19 @@ impl TensorSource for NoTensors {
     }
 }
 
-fn export_vocabulary(dir: &Path) {
-    let config = json!({
+fn small_llama() -> Value {
+    json!({
         "model_type": "llama",
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "vocab_size": 1024,
-    });
+    })
+}
+
+fn export_vocabulary(dir: &Path) {
+    let config = small_llama();
     let base = GgufBase {
         config: &config,
         dir,
@@ -302,6 +314,53 @@ fn adapter_config(dir: &Path, bytes: &[u8]) {
 fn adapter_weights(dir: &Path, bytes: &[u8]) {
     put(dir, "adapter_model.safetensors", bytes);
     let _ = Adapter::read(dir);
+}
+
+/// The weights of a model that knows nothing.
+struct Zeros(DecoderConfig);
+
+impl WeightSource for Zeros {
+    fn weight(&self, name: &str) -> qlora::Result<FrozenWeight> {
+        self.vector(name).map(FrozenWeight::Dense)
+    }
+
+    fn vector(&self, name: &str) -> qlora::Result<DenseTensor> {
+        let mut tensors = ModelTensor::all(&self.0).into_iter();
+        let tensor = tensors.find(|tensor| tensor.name() == name).unwrap();
+        let shape = tensor.shape(&self.0);
+        let values = vec![0.0; shape.iter().product()];
+        Ok(DenseTensor::from_f32_vec(shape, values))
+    }
+}
+
+/// A file of llama.cpp: every tensor, and what it is as a model and as an adapter.
+fn gguf(dir: &Path, bytes: &[u8]) {
+    put(dir, "model.gguf", bytes);
+    let Ok(file) = GgufFile::open(dir.join("model.gguf")) else {
+        return;
+    };
+    for name in file.names() {
+        let _ = file.tensor(name);
+    }
+    let mut config = small_llama();
+    config["vocab_size"] = 16.into();
+    let base = GgufBase {
+        config: &config,
+        dir,
+        name: "hostile",
+    };
+    if let Ok(adapter) = read_gguf_adapter(&file, base) {
+        let parsed = DecoderConfig::from_json(&config, Path::new("config.json")).unwrap();
+        let zeros = Zeros(parsed.clone());
+        let decoder = Decoder::from_source(&zeros, parsed, None, &Placement::cpu());
+        let _ = decoder.unwrap().load_adapter(&adapter);
+    }
+    let Ok(model) = GgufModel::new(file, base) else {
+        return;
+    };
+    for tensor in ModelTensor::all(model.config()) {
+        let _ = model.weight(&tensor.name());
+    }
 }
 
 /// A whole checkpoint, in a directory of the name that its state tells.

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use qlora::model::{ApproximationError, LoraFactors};
 use qlora::quant::FrozenWeight;
-use qlora::store::{Adapter, Checkpoint};
+use qlora::store::{Adapter, Checkpoint, LORA_A, LORA_B, adapter_tensor_name};
 use serde_json::{Value, json};
 
 /// The error of each quantized weight, by its name.
@@ -103,12 +103,12 @@ fn layer_error(
 ) -> anyhow::Result<ApproximationError> {
     let path = name.trim_end_matches(".weight");
     let factor = |adapter: &Adapter, factor: &str| {
-        let tensor = format!("base_model.model.{path}.{factor}.weight");
+        let tensor = adapter_tensor_name(path, factor);
         let tensor = adapter.tensors.get(&tensor)?;
         Some(tensor.to_f32_vec())
     };
     let factors = adapter.and_then(|adapter| {
-        let (a, b) = (factor(adapter, "lora_A")?, factor(adapter, "lora_B")?);
+        let (a, b) = (factor(adapter, LORA_A)?, factor(adapter, LORA_B)?);
         Some((a, b, adapter.config.clone()))
     });
     let factors = factors.as_ref().map(|(a, b, config)| LoraFactors {

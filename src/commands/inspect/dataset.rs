@@ -86,7 +86,7 @@ impl View<'_> {
         for line in self.summary() {
             writeln!(f, "{line}")?;
         }
-        for sentence in self.dataset().findings.sentences() {
+        for sentence in self.dataset().sentences() {
             writeln!(f, "! {sentence}")?;
         }
         writeln!(f, "\nrows by length in tokens")?;

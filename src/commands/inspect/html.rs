@@ -38,7 +38,7 @@ fn write_page(f: &mut impl Write, view: &View) -> fmt::Result {
         writeln!(f, "<li>{}</li>", escaped(&line))?;
     }
     writeln!(f, "</ul>")?;
-    for sentence in dataset.findings.sentences() {
+    for sentence in dataset.sentences() {
         writeln!(f, "<p class=\"found\">{}</p>", escaped(&sentence))?;
     }
     writeln!(f, "<h2>Rows by length in tokens</h2>\n<table>")?;

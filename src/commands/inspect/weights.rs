@@ -1,4 +1,4 @@
-//! What is in a model directory or an adapter directory: tensors, types, sizes, quantization, LoRA settings.
+//! What is in a model directory, an adapter directory or a GGUF file: tensors, types, sizes, quantization, settings.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use qlora::quant::{Absmax, FrozenWeight};
-use qlora::store::{Adapter, AdapterConfig, Checkpoint, MatrixDropoutSettings};
+use qlora::store::{Adapter, AdapterConfig, Checkpoint, GgufFile, MatrixDropoutSettings};
 use serde_json::{Value, json};
 
 /// The shape of a model, in the words of its `config.json`.
@@ -21,7 +21,7 @@ const SHAPE_KEYS: [&str; 8] = [
     "tie_word_embeddings",
 ];
 
-/// A directory's weights, counted by how they are stored.
+/// The weights of a directory or of a file, counted by how they are stored.
 pub struct Contents {
     path: PathBuf,
     kind: Kind,
@@ -31,6 +31,8 @@ pub struct Contents {
 enum Kind {
     Model(Value),
     Adapter(Box<AdapterConfig>, Option<MatrixDropoutSettings>),
+    /// With the metadata, of lists their length.
+    Gguf(serde_json::Map<String, Value>),
 }
 
 #[derive(Default, Clone, Copy)]
@@ -53,25 +55,28 @@ impl Group {
 }
 
 impl Contents {
-    pub fn read(dir: &Path) -> anyhow::Result<Self> {
-        let (kind, groups) = if dir.join("adapter_config.json").exists() {
-            let adapter = Adapter::read(dir)?;
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let (kind, groups) = if path.is_file() {
+            let file = GgufFile::open(path)?;
+            (Kind::Gguf(metadata(&file)), gguf_groups(&file))
+        } else if path.join("adapter_config.json").exists() {
+            let adapter = Adapter::read(path)?;
             let groups = adapter_groups(&adapter);
-            let matrix_dropout = MatrixDropoutSettings::read(dir)?;
+            let matrix_dropout = MatrixDropoutSettings::read(path)?;
             let kind = Kind::Adapter(Box::new(adapter.config), matrix_dropout);
             (kind, groups)
-        } else if dir.join("config.json").exists() {
-            let checkpoint = Checkpoint::open(dir)?;
+        } else if path.join("config.json").exists() {
+            let checkpoint = Checkpoint::open(path)?;
             let groups = model_groups(&checkpoint)?;
             (Kind::Model(checkpoint.config().clone()), groups)
         } else {
             bail!(
                 "{}: has neither config.json (a model) nor adapter_config.json (an adapter)",
-                dir.display()
+                path.display()
             );
         };
         Ok(Self {
-            path: dir.to_path_buf(),
+            path: path.to_path_buf(),
             kind,
             groups,
         })
@@ -115,6 +120,7 @@ impl Contents {
                 "target_modules": config.target_modules,
                 "base_model_name_or_path": config.base_model_name_or_path,
             }),
+            Kind::Gguf(metadata) => json!({ "kind": "gguf", "metadata": metadata }),
         };
         json["path"] = json!(self.path);
         json["tensors"] = json!(total.tensors);
@@ -169,8 +175,66 @@ impl Contents {
                     .as_deref()
                     .unwrap_or("not named"),
             ),
+            Kind::Gguf(metadata) => gguf_headline(metadata),
         }
     }
+}
+
+/// What it is, the numbers of its architecture, and its tokenizer.
+fn gguf_headline(metadata: &serde_json::Map<String, Value>) -> String {
+    let text = |key: &str| metadata.get(key).and_then(Value::as_str);
+    let architecture = text("general.architecture").unwrap_or("unnamed");
+    let kind = text("general.type").unwrap_or("model");
+    let mut parts = vec![format!("GGUF {kind} for the {architecture} architecture")];
+    let prefixes = [format!("{architecture}."), "adapter.".to_string()];
+    for (key, value) in metadata {
+        let name = prefixes.iter().find_map(|prefix| key.strip_prefix(prefix));
+        parts.extend(name.map(|name| format!("{name} {}", shown(value))));
+    }
+    if let (Some(model), Some(tokens)) = (
+        text("tokenizer.ggml.model"),
+        metadata.get("tokenizer.ggml.tokens"),
+    ) {
+        let pre = text("tokenizer.ggml.pre").unwrap_or("default");
+        parts.push(format!("tokenizer {model} ({pre}) of {tokens} tokens"));
+        let template = metadata.contains_key("tokenizer.chat_template");
+        parts.push(format!(
+            "{} chat template",
+            if template { "a" } else { "no" }
+        ));
+    }
+    parts.join(", ")
+}
+
+fn shown(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), String::from)
+}
+
+fn metadata(file: &GgufFile) -> serde_json::Map<String, Value> {
+    let keys = file.keys().into_iter();
+    keys.filter_map(|key| {
+        let value = match file.json(key)? {
+            Value::Array(values) => json!(values.len()),
+            value => value,
+        };
+        Some((key.to_string(), value))
+    })
+    .collect()
+}
+
+fn gguf_groups(file: &GgufFile) -> BTreeMap<String, Group> {
+    let mut groups: BTreeMap<String, Group> = BTreeMap::new();
+    for stored in file
+        .names()
+        .into_iter()
+        .filter_map(|name| file.stored(name))
+    {
+        let group = groups.entry(stored.type_name).or_default();
+        group.add(stored.parameters, stored.nbytes);
+    }
+    groups
 }
 
 /// The modules that have another rank or alpha than the rest, and those that are trained whole.

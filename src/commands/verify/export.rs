@@ -5,13 +5,16 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use clap::builder::RangedU64ValueParser;
 use qlora::IGNORE_INDEX;
-use qlora::data::{Example, LoadOptions, SplitMix64, Unlabelled, data_files, load_files};
+use qlora::data::{Example, SplitMix64};
+use qlora::device::Placement;
+use qlora::export::{GgufBase, GgufModel, is_gguf_adapter, read_gguf_adapter};
 use qlora::infer::{Agreement, agreement};
-use qlora::model::Decoder;
-use qlora::store::Checkpoint;
+use qlora::model::{Decoder, DecoderConfig};
+use qlora::store::{Checkpoint, GgufFile};
 use serde_json::json;
 
-use crate::commands::{ModelArgs, data_sources};
+use crate::commands::export::GGUF_FILE;
+use crate::commands::{ModelArgs, RowFlags, note};
 
 /// Rows of random tokens, where no data is given.
 const RANDOM_ROWS: usize = 4;
@@ -19,12 +22,14 @@ const RANDOM_ROW_TOKENS: usize = 64;
 
 /// An export may be this far from the model with its adapter, as a share of how far that is from the model without it.
 const KEPT_KL_SHARE: f64 = 0.5;
-/// Or this far, in nats: where an adapter changes next to nothing, rounding changes more.
-const KEPT_KL: f64 = 1e-3;
+/// Below this, in nats, an adapter changes nothing that could be kept: then only rounding is looked at.
+const NO_CHANGE_KL: f64 = 1e-9;
+/// What rounding may do, in nats.
+const ROUNDING_KL: f64 = 1e-3;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model directory that `qlora export` wrote
+    /// What `qlora export` wrote: a model directory or a GGUF file, of whatever type llama.cpp has made of it
     #[arg(value_name = "EXPORTED")]
     exported: PathBuf,
 
@@ -39,6 +44,9 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     rows: usize,
 
+    #[command(flatten)]
+    of_rows: RowFlags,
+
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -48,30 +56,37 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.model.adapter.is_none() {
         bail!("give --adapter, the one that was exported");
     }
-    if args.exported.is_file() {
-        bail!(
-            "{}: is a file; only model directories are read again",
-            args.exported.display()
-        );
-    }
     let reference = args.model.load()?;
     let without = args.model.load_base(reference.placement())?;
-    let checkpoint = Checkpoint::open(&args.exported)?;
-    let exported = Decoder::load(&checkpoint, None, reference.placement())?;
+    let (exported, differences) = args.read_again(reference.placement())?;
     let rows = rows(&args, &reference)?;
     let found = agreement(&reference, [&exported, &without], rows);
     let [exported, without] = found.with_context(|| args.exported.display().to_string())?;
     // Not where it is NaN.
-    let is_kept = exported.kl <= KEPT_KL.max(KEPT_KL_SHARE * without.kl);
+    let is_kept = match without.kl <= NO_CHANGE_KL {
+        true => exported.kl <= ROUNDING_KL,
+        false => exported.kl <= KEPT_KL_SHARE * without.kl,
+    };
     if args.json {
-        let report = json!({ "exported": exported, "without_adapter": without, "same": is_kept });
-        println!("{report}");
+        let report = json!({
+            "exported": exported,
+            "without_adapter": without,
+            "differences": differences,
+            "same": is_kept && differences.is_empty(),
+        });
+        outln!("{report}");
     } else {
         print(&exported, &without);
+        differences.iter().for_each(|line| outln!("{line}"));
     }
-    match is_kept {
-        true => Ok(()),
-        false => bail!(
+    match (is_kept, differences.is_empty()) {
+        (true, true) => Ok(()),
+        (true, false) => bail!(
+            "{}: does not have the tokenizer of {}",
+            args.exported.display(),
+            args.model.model.display()
+        ),
+        (false, _) => bail!(
             "{}: does not predict what {} with {} does",
             args.exported.display(),
             args.model.model.display(),
@@ -80,20 +95,61 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
+impl Args {
+    /// The model that was exported, and where its file says something else than it should.
+    fn read_again(&self, placement: &Placement) -> anyhow::Result<(Decoder, Vec<String>)> {
+        let beside_modelfile = self.exported.join(GGUF_FILE);
+        let file = match beside_modelfile.is_file() {
+            true => &beside_modelfile,
+            false => &self.exported,
+        };
+        if file.is_dir() {
+            let checkpoint = Checkpoint::open(file)?;
+            return Ok((Decoder::load(&checkpoint, None, placement)?, Vec::new()));
+        }
+        let checkpoint = Checkpoint::open(&self.model.model)?;
+        let base = GgufBase {
+            config: checkpoint.config(),
+            dir: checkpoint.dir(),
+            name: "",
+        };
+        let file = GgufFile::open(file)?;
+        if is_gguf_adapter(&file) {
+            let mut config = DecoderConfig::from_json(base.config, &checkpoint.config_path())?;
+            // As llama.cpp has it, on a file of the base.
+            config.sliding_window.fill(None);
+            let quantize = self.model.quantization();
+            let mut decoder = Decoder::from_source(&checkpoint, config, quantize, placement)?;
+            decoder.load_adapter(&read_gguf_adapter(&file, base)?)?;
+            return Ok((decoder, Vec::new()));
+        }
+        let model = GgufModel::new(file, base)?;
+        let differences = model.tokenizer_differences(&base).unwrap_or_else(|error| {
+            note(&format!("its tokenizer is not compared: {error}"));
+            Vec::new()
+        });
+        let decoder = Decoder::from_source(&model, model.config().clone(), None, placement)?;
+        Ok((decoder, differences))
+    }
+}
+
 fn print(exported: &Agreement, without: &Agreement) {
-    println!(
+    outln!(
         "{:<26}{:>14}{:>18}{:>26}",
-        "", "KL (nats)", "same top token", "largest logit difference"
+        "",
+        "KL (nats)",
+        "same top token",
+        "largest logit difference"
     );
     for (name, agreement) in [("exported", exported), ("model without adapter", without)] {
-        println!(
+        outln!(
             "{name:<26}{:>14.6}{:>16.2} %{:>26.4}",
             agreement.kl,
             100.0 * agreement.same_top_token,
             agreement.largest_logit_difference
         );
     }
-    println!(
+    outln!(
         "from the model with its adapter, over {} tokens",
         exported.tokens
     );
@@ -104,14 +160,10 @@ fn rows(args: &Args, model: &Decoder) -> anyhow::Result<Vec<Example>> {
     let Some(data) = &args.data else {
         return Ok(random_rows(vocab_size));
     };
-    let options = LoadOptions {
-        max_samples: Some(args.rows),
-        vocab_size: Some(vocab_size),
-        unlabelled: Unlabelled::Keep,
-        ..LoadOptions::default()
-    };
-    let files = data_files(data_sources::resolve(data)?)?;
-    let dataset = load_files(&files, &options, args.model.tokenizer()?.as_ref())?;
+    let tokenizer = args.model.tokenizer()?;
+    let dataset = args
+        .of_rows
+        .load(data, Some(args.rows), tokenizer, vocab_size)?;
     Ok(dataset.examples().collect())
 }
 

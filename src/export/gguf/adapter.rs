@@ -10,11 +10,9 @@ use super::architecture;
 use super::tensor_names::tensor_name;
 use super::writer::{Change, GgufWriter, Metadata, TensorInfo, Value};
 use super::{GgufBase, GgufReport, GgufType};
-use crate::model::{
-    DecoderConfig, LORA_A, LORA_B, ModelTensor, Module, adapter_tensor_name, expect_stored,
-};
+use crate::model::{DecoderConfig, ModelTensor, Module, expect_stored};
 use crate::quant::DenseTensor;
-use crate::store::{Adapter, AdapterConfig};
+use crate::store::{Adapter, AdapterConfig, LORA_A, LORA_B, adapter_tensor_name};
 use crate::{Error, Result};
 
 const CONFIG_FILE: &str = "adapter_config.json";
@@ -110,8 +108,7 @@ fn factors<'a>(adapter: &'a Adapter, config: &DecoderConfig) -> Result<Vec<Facto
     for layer in 0..config.num_layers {
         for module in Module::ALL {
             let path = module.path(layer);
-            let [a_name, b_name] =
-                [LORA_A, LORA_B].map(|part| adapter_tensor_name(layer, module, part));
+            let [a_name, b_name] = [LORA_A, LORA_B].map(|part| adapter_tensor_name(&path, part));
             let Some(a) = rest.remove(a_name.as_str()) else {
                 continue;
             };

@@ -52,6 +52,21 @@ pub(super) fn add(
     }
 }
 
+/// What llama.cpp takes where a file does not have a key, which is told without the architecture's name.
+///
+/// Source: `llama_model::load_hparams` of llama.cpp.
+pub(super) fn default_of(key: &str, config: &DecoderConfig) -> Option<Value> {
+    let size = match key {
+        "attention.head_count_kv" => config.num_heads,
+        "attention.key_length" | "attention.value_length" => config.hidden_size / config.num_heads,
+        "rope.dimension_count" => config.head_dim,
+        "vocab_size" => config.vocab_size,
+        "rope.freq_base" => return Some(Value::F32(10_000.0)),
+        _ => return None,
+    };
+    Some(Value::U32(as_u32(size)))
+}
+
 /// By what llama.cpp divides each rotary frequency, `[head_dim / 2]`; `None` if the keys say it all.
 pub(super) fn rope_divisors(config: &DecoderConfig) -> Option<DenseTensor> {
     let RopeScaling::Llama3 { .. } = config.rope.scaling else {

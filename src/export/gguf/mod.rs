@@ -3,6 +3,7 @@
 //! ```text
 //! architecture (what llama.cpp computes)   tensor_names   tensor_type (f32, f16, bf16, Q8_0)   writer (the file format)
 //! vocabulary (tokenizer.json -> tokenizer.ggml.*): byte_level, sentencepiece   hyperparameters   model   adapter
+//! reader (both again)   difference (of what a file says from what it should)
 //! ```
 //!
 //! Source: `docs/gguf.md` of ggml; `convert_hf_to_gguf.py` and `convert_lora_to_gguf.py` of llama.cpp.
@@ -10,8 +11,10 @@
 mod adapter;
 mod architecture;
 mod byte_level;
+mod difference;
 mod hyperparameters;
 mod model;
+mod reader;
 mod sentencepiece;
 mod tensor_names;
 mod tensor_type;
@@ -25,6 +28,7 @@ use serde_json::Value;
 
 pub use adapter::write_gguf_adapter;
 pub use model::write_gguf_model;
+pub use reader::{GgufModel, is_gguf_adapter, read_gguf_adapter};
 pub use tensor_type::GgufType;
 
 use crate::Error;

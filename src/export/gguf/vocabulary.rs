@@ -1,6 +1,6 @@
 //! The tokenizer of a model as llama.cpp has it: `tokenizer.ggml.*` and `tokenizer.chat_template`.
 //!
-//! Source: `get_vocab_base` and `SpecialVocab` of llama.cpp's converter.
+//! Source: `get_vocab_base` and `SpecialVocab` of llama.cpp's converter, `src/llama-vocab.cpp`.
 
 use std::collections::HashSet;
 
@@ -24,6 +24,32 @@ pub(super) enum TokenType {
     Unused = 5,
     Byte = 6,
 }
+
+/// The tokens that llama.cpp ends a text with, whatever the file says of them.
+const KNOWN_ENDS: [&str; 22] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
+];
 
 /// The tokens by their ids, `[V]` each.
 pub(super) struct Tokens {
@@ -139,9 +165,15 @@ fn add_special_tokens(
     if eos.is_none() {
         notes.push("the model names no eos token; llama.cpp takes another for it".into());
     }
+    let ends = tokenizer.answer_end_ids()?.into_iter();
+    let mut unknown_ends = ends.filter(|&id| {
+        let known = KNOWN_ENDS.contains(&tokenizer.token_text(id).as_str());
+        !known && Some(id) != eos
+    });
     for (name, id) in [
         ("bos", bos),
         ("eos", eos),
+        ("eot", unknown_ends.next()),
         ("padding", tokenizer.pad_token_id()),
     ] {
         if let Some(id) = id {

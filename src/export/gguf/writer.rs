@@ -39,6 +39,10 @@ impl Metadata {
         self.add(key, Value::U32(value));
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.0.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
     pub(super) fn add_text(&mut self, key: impl Into<String>, text: &str) {
         self.add(key, Value::Text(text.into()));
     }
@@ -72,6 +76,22 @@ impl Change {
         rotary_head_dim: None,
         factor: 1.0,
     };
+
+    /// The tensor that is stored, in its own type, as `stored`; not for a factor.
+    pub(super) fn undo(self, stored: DenseTensor) -> DenseTensor {
+        if self.rotary_head_dim.is_none() {
+            return stored;
+        }
+        let row_bytes = stored.data.len() / stored.shape[0];
+        let mut data = vec![0; stored.data.len()];
+        for (row, bytes) in stored.data.chunks_exact(row_bytes).enumerate() {
+            data[self.source_row(row) * row_bytes..][..row_bytes].copy_from_slice(bytes);
+        }
+        DenseTensor {
+            data: data.into(),
+            ..stored
+        }
+    }
 
     /// The row of the source that comes at `row`.
     fn source_row(self, row: usize) -> usize {
