@@ -40,10 +40,8 @@ pub enum Error {
         found: String,
     },
 
-    /// A weight that is to be quantized has a NaN or an infinity.
-    #[error(
-        "tensor `{tensor}`: element {index} is {value}, a non-finite weight cannot be quantized"
-    )]
+    /// A weight that is to be quantized, or what a model predicts, has a NaN or an infinity.
+    #[error("tensor `{tensor}`: element {index} is {value}, a non-finite number")]
     NonFinite {
         tensor: String,
         index: usize,
@@ -122,9 +120,9 @@ pub enum Error {
     )]
     OutOfDeviceMemory { detail: String },
 
-    #[error("the run needs {}, and it may take {}: {advice}", in_units(*.needed), in_units(*.limit))]
+    #[error("the run needs at least {}, and it may take {}: {advice}", in_units(*.needed), in_units(*.limit))]
     DoesNotFit {
-        /// Bytes, with every block computing its activations again.
+        /// Bytes, with as little kept of the blocks' activations as the config allows.
         needed: u64,
         /// Bytes.
         limit: u64,

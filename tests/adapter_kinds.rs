@@ -90,7 +90,6 @@ fn greedy_generation_with_a_cache_is_that_of_peft() {
         let options = GenerateOptions {
             max_new_tokens: case.generated.len(),
             stop_ids: Vec::new(),
-            ensemble: None,
         };
         let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
         let go_on = |_| ControlFlow::Continue(());

@@ -167,3 +167,25 @@ fn a_failed_load_leaves_nothing_behind() {
     load(&path, &cached(dir.path()), Some(&tokenizer())).unwrap_err();
     assert_eq!(kept(dir.path()), [""; 0].map(PathBuf::from));
 }
+
+/// Nobody has asked for the one in the home directory.
+#[test]
+fn a_home_that_cannot_be_written_to_costs_the_cache_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let large = dir.path().join("large.jsonl");
+    let row = json!({"input_ids": vec![1; 1 << 16]});
+    std::fs::write(&large, jsonl(&vec![row; 150])).unwrap();
+    let inspect = |home: &Path| {
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("qlora"));
+        command.arg("inspect").arg(&large).env("HOME", home);
+        let output = command.env_remove("XDG_CACHE_HOME").output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    // A file is in the way.
+    let told = inspect(&large);
+    assert!(told.contains("tokenized rows are not kept there"), "{told}");
+    assert_eq!(inspect(dir.path()), "");
+    let kept = std::fs::read_dir(dir.path().join(".cache/qlora")).unwrap();
+    assert_eq!(kept.count(), 1);
+}

@@ -6,7 +6,9 @@ use std::path::Path;
 
 use data_files::{expect_row_error, fixtures, jsonl, load_bytes, tokenizer};
 use qlora::IGNORE_INDEX;
-use qlora::data::{DatasetFormat, ExcessLength, Finding, LoadOptions, SpecialTokens, Tokenizer};
+use qlora::data::{
+    DatasetFormat, ExcessLength, Finding, LoadOptions, SpecialTokens, Tokenizer, load_files,
+};
 use qlora::train::{RunData, TrainConfig};
 use serde_json::{Value, json};
 
@@ -18,6 +20,7 @@ fn finding(rows: usize, line: usize) -> Finding {
     Finding {
         rows,
         first_line: Some(line),
+        first_file: None,
     }
 }
 
@@ -56,7 +59,7 @@ fn excess_length_is_cut_dropped_or_an_error() {
         text(1)
     );
     assert!(!text(2).contains("</s>"), "{}", text(2));
-    let sentences = cut.findings.sentences();
+    let sentences = cut.sentences();
     assert!(
         sentences[0].starts_with("1 row cut so that an answer lost its end"),
         "{sentences:?}"
@@ -197,14 +200,13 @@ fn doubled_bos_missing_end_and_pad_as_eos_are_found_and_said() {
     let options = LoadOptions::default();
     let template = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
     let (_dir, tokenizer) = model(template, json!({"pad_token": "</s>"}));
-    let found = load_bytes("a.jsonl", &chat(), &options, Some(&tokenizer))
-        .unwrap()
-        .findings;
+    let dataset = load_bytes("a.jsonl", &chat(), &options, Some(&tokenizer)).unwrap();
+    let found = dataset.findings;
     assert_eq!(
         (found.doubled_bos, found.missing_end, found.pad_is_eos),
         (finding(1, 1), finding(1, 1), true)
     );
-    let sentences = found.sentences().join("\n");
+    let sentences = dataset.sentences().join("\n");
     for expected in [
         "with the bos token twice at the start",
         "does not end with an end token",
@@ -214,9 +216,7 @@ fn doubled_bos_missing_end_and_pad_as_eos_are_found_and_said() {
     }
     let sound = "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}";
     let (_dir, tokenizer) = model(sound, json!({}));
-    let found = load_bytes("a.jsonl", &chat(), &options, Some(&tokenizer))
-        .unwrap()
-        .findings;
+    let found = load_bytes("a.jsonl", &chat(), &options, Some(&tokenizer)).unwrap();
     assert_eq!(found.sentences(), [""; 0]);
 
     let (_dir, tokenizer) = model(sound, json!({"eos_token": null}));
@@ -452,4 +452,51 @@ fn several_data_sets_are_used_by_their_weights() {
     let firsts = (0..9).map(|position| data.train_example(order.rows(position)[0]).input_ids[0]);
     let firsts: Vec<u32> = firsts.collect();
     assert_eq!(firsts.iter().filter(|&&id| id >= 60).count(), 4);
+}
+
+#[test]
+fn a_line_is_told_with_its_file_where_there_are_several() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, rows: &[Value]| {
+        std::fs::write(dir.path().join(name), jsonl(rows)).unwrap();
+    };
+    let trained = |id: u32| json!({"input_ids": [id, 50]});
+    let masked = json!({"input_ids": [1, 2], "labels": [-100, -100]});
+    write("a.jsonl", &[trained(1), trained(2)]);
+    write("b.jsonl", &[masked.clone(), trained(3)]);
+    write("c.jsonl", &[trained(4)]);
+    let load = || {
+        let config = TrainConfig {
+            dataset: dir.path().to_path_buf().into(),
+            dataset_cache_dir: Some(dir.path().join("cache")),
+            ..TrainConfig::default()
+        };
+        RunData::load(&config, None, None).unwrap()
+    };
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let expected = [("a", 1), ("a", 2), ("b", 2), ("c", 1)];
+    let expected =
+        expected.map(|(name, line)| format!("{}:{line}", path(&format!("{name}.jsonl"))));
+    // Read, and then taken from the cache.
+    for data in [load(), load()] {
+        let names: Vec<String> = (0..4).map(|row| data.row_name(row)).collect();
+        assert_eq!(names, expected);
+        let sentence = &data.sources[0].dataset.sentences()[0];
+        let first = format!("(the first in line 1 of {})", path("b.jsonl"));
+        assert!(sentence.contains(&first), "{sentence}");
+    }
+
+    write("a.jsonl", &[masked.clone()]);
+    write("b.jsonl", &[masked]);
+    std::fs::write(path("c.jsonl"), "").unwrap();
+    let error = load_files(
+        &["c.jsonl", "a.jsonl", "b.jsonl"].map(|name| dir.path().join(name)),
+        &LoadOptions::default(),
+        None,
+    );
+    let error = error.err().unwrap().to_string();
+    assert!(
+        error.starts_with(&format!("{}:1: ", path("a.jsonl"))),
+        "{error}"
+    );
 }

@@ -9,7 +9,7 @@ use qlora::data::Batch;
 use qlora::infer::{
     Finish, GenerateOptions, LogProbs, Sampler, SamplingOptions, evaluate, generate,
 };
-use qlora::model::{ActivationPolicy, Decoder, KvCache, MLP_TILE_ROWS};
+use qlora::model::{ActivationPolicy, Decoder, KvCache, MLP_TILE_ROWS, Sequences};
 use qlora::ops::dropout::Dropout;
 use reference_case::{
     CASES, ReferenceCase, largest_difference, micro_batch, relative_error, sequences, values,
@@ -169,7 +169,6 @@ fn greedy_generation_is_that_of_transformers() {
         let options = GenerateOptions {
             max_new_tokens: case.generated.len(),
             stop_ids: Vec::new(),
-            ensemble: None,
         };
         let mut seen = Vec::new();
         let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
@@ -196,7 +195,6 @@ fn a_stop_token_ends_the_text_and_is_not_part_of_it() {
     let options = GenerateOptions {
         max_new_tokens: case.generated.len(),
         stop_ids: vec![case.generated[5]],
-        ensemble: None,
     };
     let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
     let go_on = |_| ControlFlow::Continue(());
@@ -226,6 +224,34 @@ fn the_cache_gives_the_logits_of_the_whole_sequence_however_it_is_fed() {
             }
         }
     }
+}
+
+/// Of a text that is longer than there was memory for at first.
+#[test]
+fn the_cache_grows_with_the_text() {
+    let case = ReferenceCase::read("llama_gqa");
+    let decoder = case.decoder();
+    let ids: Vec<u32> = (0..600).map(|i| i * 37 % 250).collect();
+    let positions: Vec<u32> = (0..600).collect();
+    let sequences = Sequences {
+        input_ids: &ids,
+        positions: &positions,
+        cu_seqlens: &[0, 600],
+    };
+    let expected = values(&decoder.logits(sequences).unwrap());
+    let vocab_size = decoder.config().vocab_size;
+    let mut cache = KvCache::new(&decoder, 600).unwrap();
+    for len in [250, 6, 1, 1, 200, 142] {
+        let end = cache.len() + len;
+        let logits = values(&decoder.decode(&ids[end - len..end], &mut cache).unwrap());
+        let expected = &expected[(end - 1) * vocab_size..end * vocab_size];
+        let difference = largest_difference(&logits, expected);
+        assert!(difference < 1e-4, "at {end}: {difference}");
+    }
+    assert!(
+        decoder.decode(&[1], &mut cache).is_err(),
+        "there is no more room"
+    );
 }
 
 #[test]

@@ -14,8 +14,8 @@ use qlora::IGNORE_INDEX;
 use qlora::data::Example;
 use qlora::device::Placement;
 use qlora::infer::{
-    Ensemble, Evaluation, GenerateOptions, LogProbs, Sampler, SamplingOptions, evaluate_ensemble,
-    generate,
+    Ensemble, Evaluation, GenerateOptions, LogProbs, Sampler, SamplingOptions, Session,
+    evaluate_ensemble,
 };
 use qlora::model::{Decoder, MatrixDropout, Module};
 use qlora::ops::matrix_dropout;
@@ -213,21 +213,21 @@ fn an_ensemble_writes_what_its_mean_says_token_by_token() {
         let likeliest = (0..mean.len()).max_by(|&a, &b| mean[a].total_cmp(&mean[b]));
         text.push(likeliest.unwrap() as u32);
     }
-    let options = |ensemble| GenerateOptions {
+    let options = GenerateOptions {
         max_new_tokens: new_tokens,
         stop_ids: Vec::new(),
-        ensemble,
     };
     let decoder = case.decoder();
-    let written = |options: &GenerateOptions| {
+    let written = |ensemble: Option<&Ensemble>| {
+        let mut session = Session::new(&decoder, text.len(), ensemble).unwrap();
         let mut greedy = Sampler::new(SamplingOptions::default()).unwrap();
         let go_on = |_| ControlFlow::Continue(());
-        let generated = generate(&decoder, &case.prompt, options, &mut greedy, go_on);
+        let generated = session.write(&case.prompt, &options, &mut greedy, go_on);
         generated.unwrap().ids
     };
-    let found = written(&options(Some(ensemble(models))));
+    let found = written(Some(&ensemble(models)));
     assert_eq!(found, text[case.prompt.len()..]);
-    assert_ne!(found, written(&options(None)));
+    assert_ne!(found, written(None));
 }
 
 fn qlora(command: &str, case: &ReferenceCase, arguments: &[&str]) -> Command {

@@ -314,7 +314,6 @@ fn a_session_writes_what_is_written_without_one() {
     let options = GenerateOptions {
         max_new_tokens: 6,
         stop_ids: Vec::new(),
-        ensemble: None,
     };
     let greedy = || Sampler::new(SamplingOptions::default()).unwrap();
     let go_on = |_| ControlFlow::Continue(());
@@ -396,4 +395,66 @@ fn chat_remembers_the_conversation_until_it_is_cleared() {
         .assert()
         .code(1);
     refused.stderr(predicate::str::contains("no chat template"));
+}
+
+#[test]
+fn eval_reads_rows_as_training_does() {
+    let case = ReferenceCase::read("qwen3");
+    let dir = tempfile::tempdir().unwrap();
+    let model = model_with_tokenizer(&case, dir.path());
+    let write = |name: &str, row: Value| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, format!("{row}\n")).unwrap();
+        path
+    };
+    let named = write(
+        "named.jsonl",
+        json!({"question": "w1 w2", "answer": "w3 w4"}),
+    );
+    let plain = write("plain.jsonl", json!({"input": "w1 w2", "output": "w3 w4"}));
+    let eval = |data: &std::path::Path, more: &[&str]| {
+        let mut command = qlora();
+        command
+            .arg("eval")
+            .arg("--model")
+            .arg(&model)
+            .arg("--data")
+            .arg(data);
+        stdout_json(command.args(more).arg("--json"))
+    };
+    let columns = ["--dataset_columns", "input=question,output=answer"];
+    assert_eq!(eval(&named, &columns), eval(&plain, &[]));
+    let mut command = qlora();
+    command
+        .arg("eval")
+        .arg("--model")
+        .arg(&model)
+        .arg("--data")
+        .arg(&plain);
+    command.args(["--max_seq_len", "0"]).assert().failure();
+}
+
+/// As on a full disk.
+#[cfg(target_os = "linux")]
+#[test]
+fn results_that_cannot_be_written_are_an_error_and_no_panic() {
+    let full = || {
+        std::fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap()
+    };
+    for arguments in [
+        &["plan", "--shape", "llama-7b"][..],
+        &["train", "--preset", "guanaco-7b", "--print-config"],
+    ] {
+        let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("qlora"));
+        let output = command.args(arguments).stdout(full()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            message.starts_with("error: writing to stdout: "),
+            "{message}"
+        );
+    }
 }

@@ -126,7 +126,6 @@ placement_test!(also_on_the_cpu text_is_generated_as_on_the_cpu, |placement| {
     let options = GenerateOptions {
         max_new_tokens: 4,
         stop_ids: Vec::new(),
-        ensemble: None,
     };
     let write = |placement: &Placement| {
         let decoder = case.decoder_at(placement);
@@ -233,7 +232,6 @@ placement_test!(also_on_the_cpu threads_get_the_right_text_or_an_error, |placeme
     let options = GenerateOptions {
         max_new_tokens: 4,
         stop_ids: Vec::new(),
-        ensemble: None,
     };
     let write = || {
         let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use assert_cmd::Command;
+use predicates::str::contains;
 use serde_json::{Value, json};
 
 const REVISION: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -43,10 +44,21 @@ fn answer(mut stream: TcpStream, asked: &Mutex<Vec<String>>) {
                 json!({"siblings": files, "sha": REVISION}).to_string(),
             )
         }
-        "/datasets/org/rows/resolve/main/data/train.jsonl" if is_probe => {
+        "/api/datasets/org/parts/revision/main" => {
+            let files = ["train-1.jsonl", "train-2.jsonl"].map(|name| json!({"rfilename": name}));
+            (
+                "200 OK",
+                json!({"siblings": files, "sha": REVISION}).to_string(),
+            )
+        }
+        "/datasets/org/rows/resolve/main/data/train.jsonl"
+        | "/datasets/org/parts/resolve/main/train-1.jsonl"
+            if is_probe =>
+        {
             ("206 Partial Content", TRAIN[..1].to_string())
         }
-        "/datasets/org/rows/resolve/main/data/train.jsonl" => {
+        "/datasets/org/rows/resolve/main/data/train.jsonl"
+        | "/datasets/org/parts/resolve/main/train-1.jsonl" => {
             ("206 Partial Content", TRAIN.to_string())
         }
         _ => ("404 Not Found", String::new()),
@@ -130,4 +142,21 @@ fn a_data_set_is_downloaded_once_and_then_taken_from_the_cache() {
     let mut without_network = inspect(home.path(), "org/rows");
     without_network.env("HF_ENDPOINT", "http://127.0.0.1:9");
     assert_eq!(rows(without_network), expected);
+}
+
+#[test]
+fn a_data_set_of_which_a_part_is_missing_is_not_taken_from_the_cache() {
+    let home = tempfile::tempdir().unwrap();
+    let (endpoint, _) = hub();
+    let mut online = inspect(home.path(), "org/parts");
+    online.env("HF_ENDPOINT", &endpoint);
+    online
+        .assert()
+        .failure()
+        .stderr(contains("cannot be fetched"));
+    let snapshot = format!("hub/datasets--org--parts/snapshots/{REVISION}/train-1.jsonl");
+    assert!(home.path().join(snapshot).exists(), "the first part came");
+    let mut offline = inspect(home.path(), "org/parts");
+    offline.env("HF_HUB_OFFLINE", "1");
+    offline.assert().failure().stderr(contains("or not whole"));
 }

@@ -298,3 +298,30 @@ fn the_error_is_reported_for_each_weight_with_and_without_the_adapter() {
         .code(1)
         .stderr(contains("is quantized itself"));
 }
+
+#[test]
+fn an_adapter_is_not_used_on_weights_that_it_is_no_change_of() {
+    let home = tempfile::tempdir().unwrap();
+    let model = initialized(home.path(), "pissa");
+    let adapter = model.join(INITIAL_ADAPTER);
+    let (demo, model) = (demo_base(), model.to_str().unwrap().to_string());
+    let heldout = repository().join("examples/demo/heldout.jsonl");
+    let data = heldout.to_str().unwrap();
+    let adapter = ["--adapter", adapter.to_str().unwrap()];
+    let eval = ["eval", "--data", data, "--max_eval_samples", "2", "--model"];
+    let generate = [
+        "generate",
+        "--prompt",
+        "a",
+        "--max_new_tokens",
+        "1",
+        "--model",
+    ];
+    for command in [&eval[..], &generate] {
+        let on = |model: &str| qlora(&[command, &[model], &adapter].concat()).assert();
+        on(&model).success();
+        on(demo.to_str().unwrap())
+            .code(1)
+            .stderr(contains("belongs to the 4-bit weights"));
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::process::Output;
 
+use qlora::store::{MatrixDropoutScale, MatrixDropoutSettings};
 use serde_json::Value;
 
 fn plan(arguments: &str) -> Output {
@@ -48,4 +49,87 @@ fn what_does_not_fit_ends_with_1_and_the_smallest_change_that_would() {
     let output = plan("--shape llama-65b --max_seq_len 512 --vram 8GiB");
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     insta::assert_snapshot!(text(output.stderr));
+}
+
+#[test]
+fn a_preset_has_the_shape_of_its_model_and_without_any_none_is_assumed() {
+    let of = |arguments: &str| -> Value {
+        let output = plan(arguments);
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let preset = of("--preset guanaco-65b --json");
+    assert_eq!(preset["model"]["num_hidden_layers"], 80);
+    assert_eq!(
+        of("--preset guanaco-7b --num_hidden_layers 3 --json")["model"]["num_hidden_layers"],
+        3
+    );
+    let output = plan("--json");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(output.stderr).contains("--shape llama-7b"));
+}
+
+#[test]
+fn what_a_run_would_refuse_is_refused() {
+    for (arguments, part) in [
+        ("--lora_target_modules q_proj,bar", "bar"),
+        ("--layers_to_transform 99", "99"),
+        ("--rank_pattern foo=8", "foo"),
+        ("--use_dora --optim paged_adamw_8bit", "`optim`"),
+        ("--lora_r 1000000000", "at most 65536"),
+        ("--max_seq_len 99999999999", "at most 268435456"),
+        (
+            "--per_device_train_batch_size 1000000 --max_seq_len 1000000",
+            "micro-batches of up to",
+        ),
+    ] {
+        let output = plan(&format!("--shape llama-7b {arguments}"));
+        assert_ne!(output.status.code(), Some(0), "{arguments}");
+        let message = text(output.stderr);
+        assert!(message.contains(part), "`{part}` is not in `{message}`");
+    }
+}
+
+#[test]
+fn of_changes_that_would_fit_one_without_an_effect_on_the_result_comes_first() {
+    let output = plan("--shape llama-7b --vram 3.5GB");
+    assert_eq!(output.status.code(), Some(1));
+    let message = text(output.stderr);
+    assert!(
+        message.contains("optim paged_adamw_32bit would fit"),
+        "{message}"
+    );
+    let output = plan("--shape llama-7b --vram 3.5GB --optim paged_adamw_32bit");
+    assert!(output.status.success(), "{output:?}");
+    let message = text(plan("--shape llama-7b --vram 1GB").stderr);
+    assert!(message.contains("a smaller model"), "{message}");
+}
+
+/// The dropout on matrices comes with the adapter that a run starts from.
+#[test]
+fn an_adapter_is_planned_with_its_masks() {
+    let fixtures =
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/engine/llama_gqa");
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(fixtures.join("adapter").join(file), dir.path().join(file)).unwrap();
+    }
+    let (model, adapter) = (fixtures.display(), dir.path().display());
+    let gradients = |more: &str| {
+        let instances = "--lora_matrix_dropout_instances 3";
+        let output = plan(&format!(
+            "--model {model} --adapter {adapter} {instances} --json{more}"
+        ));
+        let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+        found["plans"][0]["total_bytes"].as_u64().unwrap()
+    };
+    let (plain, masked) = (gradients(""), gradients(" --lora_matrix_dropout 0.5"));
+    assert!(masked > plain);
+    let settings = MatrixDropoutSettings {
+        p: 0.5,
+        scale: MatrixDropoutScale::Inverse,
+        seed: 0,
+    };
+    MatrixDropoutSettings::write(Some(&settings), dir.path()).unwrap();
+    assert_eq!(gradients(""), masked);
 }

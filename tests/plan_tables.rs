@@ -79,7 +79,7 @@ fn with_optim(workload: Workload, optim: Optim) -> Workload {
         gradient_accumulation_steps: 1,
         ..TrainConfig::default()
     };
-    workload.with_settings(&config, 0.0)
+    workload.with_settings(&config, 0.0, None)
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn micro_batches_are_divided_until_the_weights_stay_on_the_device() {
     let shape = Shape::named("llama3-8b").unwrap();
     let plan = |config: &TrainConfig| {
         let batch = LongestBatch::full(config.per_device_train_batch_size, 16_384);
-        let workload = workload(shape, 32, batch).with_settings(config, 0.0);
+        let workload = workload(shape, 32, batch).with_settings(config, 0.0, None);
         Plan::within(&workload, config, 17_000_000_000)
     };
     let asked = |auto_find_batch_size| TrainConfig {

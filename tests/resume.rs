@@ -438,3 +438,48 @@ fn a_run_whose_every_step_would_be_skipped_stops() {
     );
     assert!(!dir.path().join("adapter_model.safetensors").exists());
 }
+
+/// A template that prints the date makes other rows on another day, but not within a run.
+#[test]
+fn a_run_keeps_the_date_that_its_chat_template_prints() {
+    const TEMPLATE: &str = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{% generation %}\
+        {{ m.content + eos_token }}{% endgeneration %}{% endfor %}";
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    copy_dir(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/demo/base"),
+        &model,
+    );
+    fs::write(model.join("chat_template.jinja"), TEMPLATE).unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    let row = r#"{"messages": [{"role": "assistant", "content": "yes"}]}"#;
+    fs::write(&rows, format!("{row}\n{row}\n")).unwrap();
+    let output_dir = dir.path().join("run");
+    let config = |date: Option<&str>, max_steps| TrainConfig {
+        model_name_or_path: model.clone(),
+        dataset: rows.clone().into(),
+        max_steps,
+        save_steps: 1,
+        gradient_accumulation_steps: 1,
+        eval_dataset_size: None,
+        chat_template_date: date.map(|date| date.parse().unwrap()),
+        ..config(&output_dir)
+    };
+    run(config(Some("2001-02-03"), 1)).unwrap();
+    // Some years later.
+    run(resumed(config(None, 2))).unwrap();
+    let message = error(resumed(config(Some("2001-02-04"), 3)));
+    assert!(message.contains("the training rows"), "{message}");
+    let kept = TrainConfig::load(Some(&output_dir.join("config.toml")), &[]).unwrap();
+    assert_eq!(kept.chat_template_date, "2001-02-03".parse().ok());
+
+    // What a run did can be done again from its config.
+    assert_eq!(kept.resume_from_checkpoint, Resume::Never);
+    let today = run(TrainConfig {
+        output_dir: dir.path().join("today"),
+        ..config(None, 1)
+    });
+    today.unwrap();
+    let today = TrainConfig::load(Some(&dir.path().join("today/config.toml")), &[]).unwrap();
+    assert!(today.chat_template_date > kept.chat_template_date);
+}

@@ -197,3 +197,23 @@ fn a_diverging_run_stops_with_the_step_and_no_adapter() {
     );
     assert!(!dir.path().join("adapter_model.safetensors").exists());
 }
+
+/// transformers would load the adapter together with the model.
+#[test]
+fn a_run_does_not_write_into_its_model() {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(tiny_run::model().join(file), dir.path().join(file)).unwrap();
+    }
+    let in_model = TrainConfig {
+        model_name_or_path: dir.path().to_path_buf(),
+        output_dir: dir.path().join("."),
+        ..config(dir.path())
+    };
+    let error = run(in_model).unwrap_err().to_string();
+    assert!(
+        error.contains("`output_dir`") && error.contains("model's own"),
+        "{error}"
+    );
+    assert_eq!(names(dir.path()), ["config.json", "model.safetensors"]);
+}

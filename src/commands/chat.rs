@@ -58,7 +58,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         options: GenerateOptions {
             max_new_tokens: args.sampling.max_new_tokens,
             stop_ids: tokenizer.answer_end_ids()?,
-            ensemble: None,
         },
         sampler,
         signals: Signals::watch()?,

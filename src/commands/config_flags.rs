@@ -1,10 +1,14 @@
 //! Every key of the training configuration as a flag: `--lora_r 64`, `--lora-r 64`, `--lora_r=64`.
 
+use std::path::Path;
+
 use clap::builder::{NonEmptyStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Arg, ArgMatches, Command};
 
+use qlora::data::{Dataset, LoadOptions, Tokenizer, Unlabelled, data_files, load_files};
 use qlora::train::config::{FOREIGN_KEYS, KEYS, Key, SYNONYMS, ValueKind};
+use qlora::train::{TrainConfig, load_options};
 
 /// The keys that were given as flags, as text.
 #[derive(Debug, Clone, Default)]
@@ -66,7 +70,7 @@ impl clap::FromArgMatches for ConfigFlags {
 }
 
 /// The keys that decide which rows are seen and how they are laid together.
-const DATA_KEYS: [&str; 18] = [
+const DATA_KEYS: [&str; 19] = [
     "dataset_format",
     "dataset_columns",
     "source_max_len",
@@ -80,11 +84,24 @@ const DATA_KEYS: [&str; 18] = [
     "packing",
     "max_train_samples",
     "eval_dataset_size",
+    "chat_template_date",
     "dataset_cache_dir",
     "per_device_train_batch_size",
     "per_device_train_batch_tokens",
     "gradient_accumulation_steps",
     "data_seed",
+];
+
+/// Of these, the keys that decide what a row becomes.
+const ROW_KEYS: [&str; 8] = [
+    "dataset_format",
+    "dataset_columns",
+    "source_max_len",
+    "target_max_len",
+    "max_seq_len",
+    "train_on_source",
+    "mask_history",
+    "chat_template_date",
 ];
 
 /// The keys that decide what an adapter is.
@@ -135,8 +152,34 @@ macro_rules! flags_of_keys {
 flags_of_keys! {
     /// Those of the configuration's keys that concern data, as flags.
     DataFlags: DATA_KEYS, |arg| arg;
+    /// Those that concern single rows, as flags.
+    RowFlags: ROW_KEYS, |arg| arg;
     /// Those that say what an adapter is, as flags that `--init_lora_weights` makes sense of.
     LoraFlags: LORA_KEYS, |arg: Arg| arg.requires("init_lora_weights").help_heading("Initialization");
+}
+
+impl RowFlags {
+    /// The rows of the data set that is called `name`, or the first `max_rows` of them: row i of the files is example i.
+    pub fn load(
+        &self,
+        name: &Path,
+        max_rows: Option<usize>,
+        tokenizer: Option<Tokenizer>,
+        vocab_size: usize,
+    ) -> anyhow::Result<Dataset> {
+        let mut config = TrainConfig::load_partial(None, &self.overrides)?;
+        let mut tokenizer = tokenizer;
+        if let Some(tokenizer) = &mut tokenizer {
+            config.settle_date(tokenizer);
+        }
+        let options = LoadOptions {
+            max_samples: max_rows,
+            unlabelled: Unlabelled::Keep,
+            ..load_options(&config, Some(vocab_size))
+        };
+        let files = data_files(super::data_sources::resolve(name)?)?;
+        Ok(load_files(&files, &options, tokenizer.as_ref())?)
+    }
 }
 
 fn keys(names: &[&str]) -> impl Iterator<Item = &'static Key> {

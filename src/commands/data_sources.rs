@@ -30,9 +30,24 @@ pub fn prepare(config: &mut TrainConfig) -> anyhow::Result<()> {
         *path = resolve(path)?;
     }
     if config.dataset_cache_dir.is_none() && is_large(config)? {
-        config.dataset_cache_dir = user_cache_dir().map(|dir| dir.join("qlora"));
+        config.dataset_cache_dir = user_cache_dir().and_then(|dir| writable(dir.join("qlora")));
     }
     Ok(())
+}
+
+/// A directory for what was not asked to be kept: where it cannot be written to, the run does without.
+fn writable(dir: PathBuf) -> Option<PathBuf> {
+    let tried = std::fs::create_dir_all(&dir).and_then(|()| tempfile::tempfile_in(&dir));
+    match tried {
+        Ok(_) => Some(dir),
+        Err(error) => {
+            let dir = dir.display();
+            super::note(&format!(
+                "{dir}: tokenized rows are not kept there ({error})"
+            ));
+            None
+        }
+    }
 }
 
 fn is_large(config: &TrainConfig) -> anyhow::Result<bool> {
@@ -102,7 +117,7 @@ impl Location {
         if is_set("HF_HUB_OFFLINE") {
             return self.cached(&cache).ok_or_else(|| {
                 anyhow!(
-                    "not a file here, and HF_HUB_OFFLINE is set while {} is not in {}",
+                    "not a file here, and HF_HUB_OFFLINE is set while {} is not in {}, or not whole",
                     self.repository,
                     cache.path().display()
                 )
@@ -144,6 +159,10 @@ impl Location {
         if files.is_empty() {
             bail!("{} has no data files that can be read", self.repository);
         }
+        // Not in a cache that cannot be written to, to which nothing will come.
+        let unfinished = self.unfinished(cache);
+        let _ = std::fs::create_dir_all(self.directory(cache))
+            .and_then(|()| std::fs::write(&unfinished, ""));
         let mut snapshot = PathBuf::new();
         for file in files {
             super::note(&format!("{}: {}", self.repository, file.display()));
@@ -155,20 +174,35 @@ impl Location {
                 .context("a path in the cache")?
                 .to_path_buf();
         }
+        let _ = std::fs::remove_file(&unfinished);
         Ok(snapshot.join(&self.part))
     }
 
-    /// What an earlier download has left.
+    /// Where the cache has the repository.
+    fn directory(&self, cache: &Cache) -> PathBuf {
+        let name = Repo::dataset(self.repository.clone()).folder_name();
+        cache.path().join(name)
+    }
+
+    /// A file that is there while not all of the data set is.
+    fn unfinished(&self, cache: &Cache) -> PathBuf {
+        let part = self.part.replace('/', "--");
+        self.directory(cache)
+            .join(format!("qlora-unfinished-{part}"))
+    }
+
+    /// What an earlier download has left, if it came to its end.
     fn cached(&self, cache: &Cache) -> Option<PathBuf> {
-        let directory = cache
-            .path()
-            .join(Repo::dataset(self.repository.clone()).folder_name());
+        if self.unfinished(cache).exists() {
+            return None;
+        }
+        let directory = self.directory(cache);
         let revision = std::fs::read_to_string(directory.join("refs/main")).ok()?;
         let path = directory
             .join("snapshots")
             .join(revision.trim())
             .join(&self.part);
-        data_files(&path).is_ok().then_some(path)
+        (path.exists() && data_files(&path).is_ok()).then_some(path)
     }
 }
 

@@ -77,9 +77,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let path = args.out.join("report.md");
     report.write_markdown(&path)?;
     if args.json {
-        println!("{}", report.json(&path));
+        outln!("{}", report.json(&path));
     } else {
-        print!("{}", report.text(&path));
+        out!("{}", report.text(&path));
     }
     Ok(())
 }

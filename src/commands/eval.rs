@@ -11,9 +11,7 @@ use anyhow::Context;
 use clap::ArgGroup;
 use clap::builder::RangedU64ValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
-use qlora::data::{
-    Dataset, DatasetFormat, LoadOptions, TrainOnSource, Unlabelled, data_files, load_files,
-};
+use qlora::data::Dataset;
 use qlora::infer::{Evaluation, LogProbs, evaluate, evaluate_ensemble};
 use qlora::model::Decoder;
 use qlora::store::AtomicFile;
@@ -21,7 +19,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Map, Value};
 
 use self::mmlu::{MmluArgs, Questions};
-use super::{EnsembleArgs, ModelArgs};
+use super::{EnsembleArgs, ModelArgs, RowFlags};
 
 /// The arguments of `qlora eval`.
 #[derive(Debug, clap::Args)]
@@ -54,34 +52,8 @@ pub struct Args {
     #[command(flatten)]
     masks: EnsembleArgs,
 
-    /// What a row looks like; seen from the first row if not given
-    #[arg(
-        long = "dataset_format",
-        alias = "dataset-format",
-        value_name = "FORMAT"
-    )]
-    dataset_format: Option<DatasetFormat>,
-
-    /// Cut rows after this many tokens
-    #[arg(long = "max_seq_len", alias = "max-seq-len", value_name = "N")]
-    max_seq_len: Option<usize>,
-
-    /// Cut the source of rows with a source and a target
-    #[arg(
-        long = "source_max_len",
-        alias = "source-max-len",
-        value_name = "N",
-        default_value_t = LoadOptions::default().source_max_len
-    )]
-    source_max_len: usize,
-
-    /// Cut the target of rows with a source and a target; 256 if not given, and 128 for super-natural-instructions
-    #[arg(long = "target_max_len", alias = "target-max-len", value_name = "N")]
-    target_max_len: Option<usize>,
-
-    /// Count the loss of the source too
-    #[arg(long = "train_on_source", alias = "train-on-source", num_args = 0..=1, default_missing_value = "true", default_value_t = false)]
-    train_on_source: bool,
+    #[command(flatten)]
+    of_rows: RowFlags,
 
     /// Evaluate only the first rows, and of each file of MMLU the first questions
     #[arg(
@@ -163,7 +135,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         eprintln!("log-probabilities: {path}");
     }
     if args.json {
-        println!("{}", report(&of_models)?);
+        outln!("{}", report(&of_models)?);
     } else {
         print(of_models);
     }
@@ -218,21 +190,11 @@ fn ensemble_sizes(given: &[usize]) -> Vec<usize> {
 }
 
 fn rows(args: &Args, path: &Path, model: &Decoder) -> anyhow::Result<Dataset> {
-    let options = LoadOptions {
-        format: args.dataset_format,
-        source_max_len: args.source_max_len,
-        target_max_len: args.target_max_len,
-        max_seq_len: args.max_seq_len,
-        train_on_source: TrainOnSource::from(args.train_on_source),
-        max_samples: args.max_eval_samples,
-        vocab_size: Some(model.config().vocab_size),
-        // Example i has to stay row i of the file.
-        unlabelled: Unlabelled::Keep,
-        ..LoadOptions::default()
-    };
+    let vocab_size = model.config().vocab_size;
     let tokenizer = args.model.tokenizer()?;
-    let files = data_files(super::data_sources::resolve(path)?)?;
-    let dataset = load_files(&files, &options, tokenizer.as_ref())?;
+    let dataset = args
+        .of_rows
+        .load(path, args.max_eval_samples, tokenizer, vocab_size)?;
     eprintln!(
         "{}: {} rows, {}",
         path.display(),
@@ -286,17 +248,22 @@ fn print(of_models: Vec<Measures>) {
 }
 
 fn print_measures(evaluation: &Evaluation) {
-    println!("loss            {:.6}", evaluation.loss);
-    println!("perplexity      {:.4}", evaluation.perplexity);
-    println!("token_accuracy  {:.4}", evaluation.token_accuracy);
-    println!("ece             {:.4}", evaluation.ece);
-    println!("tokens          {}", evaluation.tokens);
+    outln!("loss            {:.6}", evaluation.loss);
+    outln!("perplexity      {:.4}", evaluation.perplexity);
+    outln!("token_accuracy  {:.4}", evaluation.token_accuracy);
+    outln!("ece             {:.4}", evaluation.ece);
+    outln!("tokens          {}", evaluation.tokens);
 }
 
 fn print_table(of_models: &[(String, Evaluation)]) {
-    println!(
+    outln!(
         "{:<14}{:>10}{:>12}{:>16}{:>8}{:>10}",
-        "", "loss", "perplexity", "token_accuracy", "ece", "tokens"
+        "",
+        "loss",
+        "perplexity",
+        "token_accuracy",
+        "ece",
+        "tokens"
     );
     for (name, evaluation) in of_models {
         let Evaluation {
@@ -306,7 +273,7 @@ fn print_table(of_models: &[(String, Evaluation)]) {
             ece,
             tokens,
         } = evaluation;
-        println!(
+        outln!(
             "{name:<14}{loss:>10.6}{perplexity:>12.4}{token_accuracy:>16.4}{ece:>8.4}{tokens:>10}"
         );
     }

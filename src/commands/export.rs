@@ -13,17 +13,19 @@ use qlora::export::{
 };
 use qlora::quant::QuantType;
 use qlora::store::{
-    Adapter, AtomicDir, AtomicFile, Checkpoint, Existing, Initialization, Quantization, RelativeTo,
+    Adapter, AtomicDir, AtomicFile, Checkpoint, Existing, GENERATION_CONFIG_FILE, Quantization,
     expect_replaceable,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::model_args::{note_as_stored, note_missing_adapter, quantization};
+use super::model_args::{
+    expect_its_base, note_as_stored, note_missing_adapter, parse_quant_type, quantization,
+};
 use super::note;
-use super::quantize::{parse_bytes, parse_quant_type, with_progress};
+use super::quantize::{parse_bytes, with_progress};
 
 /// The model in the directory of `--to modelfile`.
-const GGUF_FILE: &str = "model.gguf";
+pub const GGUF_FILE: &str = "model.gguf";
 const MODELFILE: &str = "Modelfile";
 
 /// Hand an adapter over to other programs: merged into its model, or for llama.cpp
@@ -127,16 +129,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if args.json {
         let mut json = serde_json::to_value(report)?;
         json["base"] = json!(source.base);
-        println!("{json}");
+        outln!("{json}");
         return Ok(());
     }
-    println!(
+    outln!(
         "{}: {source}, {}",
         args.out.display(),
         DecimalBytes(report.written_bytes),
     );
     if let Some(rounding) = report.rounding_error {
-        println!(
+        outln!(
             "rounding moves its weights by {:.2} % of what the adapter does",
             100.0 * rounding
         );
@@ -183,6 +185,19 @@ impl Source {
         })
     }
 
+    /// The tokens that end a text, where training has taught one that the model does not name: that of its chat template.
+    fn learned_ends(&self) -> anyhow::Result<Option<Vec<u32>>> {
+        if self.adapter.is_none() {
+            return Ok(None);
+        }
+        let Some(tokenizer) = Tokenizer::find(&self.base)? else {
+            return Ok(None);
+        };
+        let ends = tokenizer.answer_end_ids()?;
+        let is_learned = ends.len() > tokenizer.eos_token_ids().len();
+        Ok(is_learned.then_some(ends))
+    }
+
     fn merge(&self, args: &Args, dtype: Option<DType>) -> anyhow::Result<Merged> {
         let checkpoint = Checkpoint::open(&self.base)?;
         if self.adapter.is_some() {
@@ -224,8 +239,13 @@ impl Args {
 
     /// What llama.cpp shows the model as.
     fn name(&self) -> String {
-        let stem = self.out.file_stem().unwrap_or(self.out.as_os_str());
-        stem.to_string_lossy().into_owned()
+        let name = match self.to {
+            // A directory, whose name may have a dot in it.
+            Target::Modelfile => self.out.file_name(),
+            _ => self.out.file_stem(),
+        };
+        let name = name.unwrap_or(self.out.as_os_str());
+        name.to_string_lossy().into_owned()
     }
 
     fn gguf_type(&self) -> Option<GgufType> {
@@ -262,34 +282,15 @@ fn named_base(adapter: &Adapter, dir: &Path) -> anyhow::Result<PathBuf> {
     }
 }
 
-/// Refuses weights that the adapter is not a change of.
-fn expect_its_base(adapter: &Path, base: &Path) -> anyhow::Result<()> {
-    let Some(record) = Initialization::read(adapter)? else {
-        return Ok(());
-    };
-    let is_initialized = Initialization::of_model(base)?.is_some();
-    match (record.adapter_is_relative_to, is_initialized) {
-        (RelativeTo::InitializedBase, false) => bail!(
-            "{}: belongs to the 4-bit weights that were made with it ({}) and not to {}; \
-             adapter_for_original_model in its run directory does",
-            adapter.display(),
-            record.initialized_base,
-            base.display()
-        ),
-        (RelativeTo::OriginalModel, true) => bail!(
-            "{}: belongs to the original model ({}) and not to {}",
-            adapter.display(),
-            record.original_model,
-            base.display()
-        ),
-        _ => Ok(()),
-    }
-}
-
 fn write_directory(args: &Args, source: &Source) -> anyhow::Result<Report> {
     let dtype = args.dtype.map(Dtype::of_elements).transpose()?;
     let merged = source.merge(args, dtype)?;
-    let dir = merged.model_dir(&args.out, args.existing(), args.max_shard_size);
+    let mut dir = merged.model_dir(&args.out, args.existing(), args.max_shard_size);
+    let ends = source.learned_ends()?;
+    dir.generation_config = ends
+        .as_deref()
+        .map(|ids| generation_config(&source.base, ids))
+        .transpose()?;
     let mut quantizer = MergedQuantizer(&merged);
     let quantization = (args.to == Target::Merged4bit).then_some(Quantization {
         options: merged.quantize_options(),
@@ -299,8 +300,22 @@ fn write_directory(args: &Args, source: &Source) -> anyhow::Result<Report> {
     Ok(Report {
         written_bytes: written.written_bytes,
         rounding_error: merged.rounding_error(),
-        notes: Vec::new(),
+        notes: ends.map(|ids| format!("its generation ends with the tokens {ids:?}, as the chat template ends an answer")).into_iter().collect(),
     })
+}
+
+/// `generation_config.json` of a model in `dir`, with these tokens to end a text.
+fn generation_config(dir: &Path, ends: &[u32]) -> anyhow::Result<Value> {
+    let path = dir.join(GENERATION_CONFIG_FILE);
+    let mut config = match path.exists() {
+        false => json!({}),
+        true => {
+            let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
+            serde_json::from_slice(&text).with_context(|| path.display().to_string())?
+        }
+    };
+    config["eos_token_id"] = json!(ends);
+    Ok(config)
 }
 
 fn write_gguf_lora(args: &Args, source: &Source) -> anyhow::Result<Report> {

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use qlora::data::{GenerationPrompt, Tokenizer, chat_message};
-use qlora::infer::{GenerateOptions, generate};
+use qlora::infer::{GenerateOptions, Session};
 use serde_json::json;
 
 use super::text_stream::stream_text;
@@ -71,13 +71,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             true => tokenizer.eos_token_ids().to_vec(),
             false => tokenizer.answer_end_ids()?,
         },
-        ensemble,
     };
 
     let started = Instant::now();
     let never = || false;
+    let capacity = prompt.len() + options.max_new_tokens;
+    let mut session = Session::new(&model, capacity, ensemble.as_ref())?;
     let (generated, text) = stream_text(&tokenizer, !args.json, never, |on_token| {
-        generate(&model, &prompt, &options, &mut sampler, on_token)
+        session.write(&prompt, &options, &mut sampler, on_token)
     })?;
     let seconds = started.elapsed().as_secs_f64();
     if args.json {
@@ -89,7 +90,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "new_tokens": generated.ids.len(),
             "seconds": seconds,
         });
-        println!("{result}");
+        outln!("{result}");
     } else {
         let new = generated.ids.len();
         eprintln!(
@@ -104,7 +105,9 @@ fn prompt_ids(args: &Args, tokenizer: &Tokenizer) -> anyhow::Result<Vec<u32>> {
     let text = match (&args.prompt.text, &args.prompt.file) {
         (Some(text), _) => text.clone(),
         (None, Some(file)) => {
-            std::fs::read_to_string(file).with_context(|| file.display().to_string())?
+            let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+            // That of the file's last line is not of the prompt.
+            text.strip_suffix('\n').map_or(text.clone(), str::to_string)
         }
         (None, None) => unreachable!("clap requires one of the two"),
     };

@@ -1,5 +1,15 @@
 //! The subcommands, one file each, and what they share: config keys as flags, threads, errors on one line.
 
+/// Writes to stdout, as `print!` does; if that fails, the program ends with an error instead of a panic.
+macro_rules! out {
+    ($($part:tt)*) => { $crate::commands::write_out(format_args!($($part)*)) };
+}
+
+/// The same with a line feed.
+macro_rules! outln {
+    ($($part:tt)*) => { out!("{}\n", format_args!($($part)*)) };
+}
+
 pub mod bench;
 pub mod chat;
 mod config_flags;
@@ -21,7 +31,7 @@ mod text_stream;
 pub mod train;
 pub mod verify;
 
-pub use config_flags::{ConfigFlags, DataFlags, LoraFlags};
+pub use config_flags::{ConfigFlags, DataFlags, LoraFlags, RowFlags};
 pub use ensemble_args::EnsembleArgs;
 pub use model_args::ModelArgs;
 pub use sampling_args::SamplingArgs;
@@ -51,6 +61,15 @@ pub fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line
+}
+
+/// What `out!` does.
+pub fn write_out(text: std::fmt::Arguments<'_>) {
+    let mut stdout = std::io::stdout().lock();
+    if let Err(error) = stdout.write_fmt(text).and_then(|()| stdout.flush()) {
+        note(&format!("error: writing to stdout: {error}"));
+        std::process::exit(1);
+    }
 }
 
 /// A line on stderr, above the progress bar where one is shown.

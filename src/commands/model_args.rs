@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use qlora::data::Tokenizer;
 use qlora::device::{ComputeDtype, DeviceKind, Placement};
 use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
-use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER};
+use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER, Initialization, RelativeTo};
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
@@ -37,11 +37,14 @@ impl ModelArgs {
     pub fn load(&self) -> anyhow::Result<Decoder> {
         let placement = super::open(self.device, self.compute_dtype)?;
         let checkpoint = Checkpoint::open(&self.model)?;
-        match self.adapter {
-            Some(_) => note_as_stored(&checkpoint, self.quant_type),
+        match &self.adapter {
+            Some(adapter) => {
+                expect_its_base(adapter, &self.model)?;
+                note_as_stored(&checkpoint, self.quant_type);
+            }
             None => note_missing_adapter(&self.model),
         }
-        let mut decoder = Decoder::load(&checkpoint, quantization(self.quant_type), &placement)?;
+        let mut decoder = Decoder::load(&checkpoint, self.quantization(), &placement)?;
         if let Some(dir) = &self.adapter {
             decoder
                 .load_adapter(&Adapter::read(dir)?)
@@ -53,8 +56,12 @@ impl ModelArgs {
     /// The model without an adapter.
     pub fn load_base(&self, placement: &Placement) -> anyhow::Result<Decoder> {
         let checkpoint = Checkpoint::open(&self.model)?;
-        let quantize = quantization(self.quant_type);
-        Ok(Decoder::load(&checkpoint, quantize, placement)?)
+        Ok(Decoder::load(&checkpoint, self.quantization(), placement)?)
+    }
+
+    /// How the model is quantized on load, if it is.
+    pub fn quantization(&self) -> Option<QuantizeOptions> {
+        quantization(self.quant_type)
     }
 
     /// The model's tokenizer; `None` if there is none, which is enough for rows of token ids.
@@ -69,6 +76,30 @@ pub fn quantization(quant_type: Option<QuantType>) -> Option<QuantizeOptions> {
         quant_type,
         ..QuantizeOptions::default()
     })
+}
+
+/// Refuses weights that the adapter is not a change of.
+pub fn expect_its_base(adapter: &Path, base: &Path) -> anyhow::Result<()> {
+    let Some(record) = Initialization::read(adapter)? else {
+        return Ok(());
+    };
+    let is_initialized = Initialization::of_model(base)?.is_some();
+    match (record.adapter_is_relative_to, is_initialized) {
+        (RelativeTo::InitializedBase, false) => bail!(
+            "{}: belongs to the 4-bit weights that were made with it ({}) and not to {}; \
+             adapter_for_original_model in its run directory does",
+            adapter.display(),
+            record.initialized_base,
+            base.display()
+        ),
+        (RelativeTo::OriginalModel, true) => bail!(
+            "{}: belongs to the original model ({}) and not to {}",
+            adapter.display(),
+            record.original_model,
+            base.display()
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// Says where the weights below an adapter are not those that it was trained on.
@@ -93,8 +124,8 @@ pub fn note_missing_adapter(model: &Path) {
     }
 }
 
-fn parse_quant_type(text: &str) -> Result<QuantType, String> {
-    match text {
+pub fn parse_quant_type(text: &str) -> Result<QuantType, String> {
+    match text.to_ascii_lowercase().as_str() {
         "nf4" => Ok(QuantType::Nf4),
         "fp4" => Ok(QuantType::Fp4),
         _ => Err("expected nf4 or fp4".to_string()),

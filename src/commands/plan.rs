@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
 use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::{Adapter, Checkpoint};
@@ -13,7 +14,8 @@ use serde_json::json;
 use super::{ConfigFlags, ShapeArgs};
 
 /// Keys of `qlora train` that decide how much memory a run takes.
-const WITH_EFFECT: [&str; 22] = [
+const WITH_EFFECT: [&str; 24] = [
+    "adapter",
     "auto_find_batch_size",
     "preset",
     "source_max_len",
@@ -28,6 +30,7 @@ const WITH_EFFECT: [&str; 22] = [
     "exclude_modules",
     "layers_to_transform",
     "rank_pattern",
+    "modules_to_save",
     "use_dora",
     "lora_dropout",
     "lora_matrix_dropout",
@@ -85,14 +88,24 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         overrides.push(("device".into(), DeviceKind::Cuda.name().into()));
     }
     let config = TrainConfig::load_partial(None, &overrides)?;
-    let (model, blocks) = match &args.model {
+    // A command line of `train` may name one that is here.
+    let named =
+        Some(&config.model_name_or_path).filter(|dir| !args.shape.is_given() && dir.is_dir());
+    let (model, blocks) = match args.model.as_ref().or(named) {
         Some(dir) => {
             let checkpoint = Checkpoint::open(dir)?;
             let model = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
             (model, block_sizes(&checkpoint, config.quantize_options())?)
         }
         None => {
-            let shape = args.shape.shape(Shape::LLAMA_110M);
+            let of_preset = config
+                .preset
+                .and_then(|preset| Shape::named(preset.shape()));
+            let sizes = args.shape.is_given().then_some(Shape::LLAMA_110M);
+            let Some(otherwise) = of_preset.or(sizes) else {
+                bail!("give the model's directory as --model, or a size such as --shape llama-7b");
+            };
+            let shape = args.shape.shape(otherwise);
             (shape.decoder_config()?, config.quantize_options().into())
         }
     };
@@ -104,12 +117,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(dir) => config.adapter_config_of(&Adapter::read(dir)?.config, dir, &model)?,
         None => config.new_adapter_config(),
     };
+    let matrix_dropout = config.matrix_dropout()?;
     let budget = config.per_device_train_batch_tokens.unwrap_or(0);
     let longest = config.longest_sequence().max(budget);
     let workload = |config: &TrainConfig| {
         let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
         let workload = Workload::new(model.clone(), blocks, engine, &lora, batch);
-        workload.with_settings(config, lora.lora_dropout)
+        workload.with_settings(config, lora.lora_dropout, matrix_dropout.as_ref())
     };
     // Where nothing fits, the report of all that was asked for says so.
     let fitting = args.vram.map(|limit| {
@@ -121,14 +135,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         _ => config,
     };
     let workload = workload(&config);
+    workload.expect_possible(&lora)?;
     let report = Report::new(&workload, &config, args.vram);
     let rates = args.tflops.map(|tflops| Rates {
         product: tflops * 1e12,
         bus: args.bus * 1e9,
     });
     match args.json {
-        true => println!("{}", report.json(rates)),
-        false => print!("{}", report.text(rates)),
+        true => outln!("{}", report.json(rates)),
+        false => out!("{}", report.text(rates)),
     }
     report.refusal.map_or(Ok(()), |error| Err(error.into()))
 }
@@ -198,7 +213,10 @@ impl<'a> Report<'a> {
         let width = width.max().unwrap_or_default() + 2;
         let mut lines = vec![
             format!(
-                "{} x micro-batch of {} tokens, {} trained values",
+                "{} blocks of hidden_size {}, vocab_size {}: {} x micro-batch of {} tokens, {} trained values",
+                self.workload.model.num_layers,
+                self.workload.model.hidden_size,
+                self.workload.model.vocab_size,
                 self.workload.micro_batches,
                 self.workload.rows,
                 self.workload.trained_values()
@@ -245,6 +263,11 @@ impl<'a> Report<'a> {
             })
         };
         json!({
+            "model": {
+                "num_hidden_layers": self.workload.model.num_layers,
+                "hidden_size": self.workload.model.hidden_size,
+                "vocab_size": self.workload.model.vocab_size,
+            },
             "tokens": self.workload.rows,
             "trained_values": self.workload.trained_values(),
             "limit_bytes": self.limit,

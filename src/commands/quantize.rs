@@ -11,8 +11,10 @@ use qlora::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use qlora::store::{
     Checkpoint, Existing, INITIAL_ADAPTER, QuantizeJob, WriteProgress, quantize, quantize_with,
 };
+use qlora::train::config::ByteCount;
 use serde_json::json;
 
+use super::model_args::parse_quant_type;
 use initialization::InitArgs;
 
 /// Quantize a Hugging Face checkpoint to 4 bits
@@ -88,10 +90,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         if let Some(dir) = initial_adapter {
             json["initial_adapter"] = json!(dir);
         }
-        println!("{json}");
+        outln!("{json}");
         return Ok(());
     }
-    println!(
+    outln!(
         "{}: {} weights quantized, {} tensors copied, {} to {}",
         job.destination.display(),
         report.quantized_tensors,
@@ -100,7 +102,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         DecimalBytes(report.written_bytes),
     );
     if let Some(dir) = initial_adapter {
-        println!("{}: the adapter that belongs to it", dir.display());
+        outln!("{}: the adapter that belongs to it", dir.display());
     }
     Ok(())
 }
@@ -133,36 +135,11 @@ fn progress_bar() -> anyhow::Result<ProgressBar> {
     Ok(ProgressBar::new(0).with_style(style))
 }
 
-pub(super) fn parse_quant_type(text: &str) -> Result<QuantType, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "nf4" => Ok(QuantType::Nf4),
-        "fp4" => Ok(QuantType::Fp4),
-        _ => Err("use nf4 or fp4".to_string()),
-    }
-}
-
 /// A number of bytes with a unit: decimal as in transformers' `max_shard_size` (`4GB`) or binary (`4GiB`).
 pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
-    let wrong = || "write it as 500MB, 4GB or 4GiB".to_string();
-    let unit = text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
-    let number: f64 = text[..text.len() - unit.len()]
-        .parse()
-        .map_err(|_| wrong())?;
-    let factor = match unit.to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "kb" => 1e3,
-        "mb" => 1e6,
-        "gb" => 1e9,
-        "tb" => 1e12,
-        "kib" => 1024.0,
-        "mib" => 1024f64.powi(2),
-        "gib" => 1024f64.powi(3),
-        "tib" => 1024f64.powi(4),
-        _ => return Err(wrong()),
-    };
-    match number * factor {
-        bytes if bytes >= 1.0 => Ok(bytes as u64),
-        _ => Err(wrong()),
+    match text.parse::<ByteCount>()?.0 {
+        0 => Err("write it as 500MB, 4GB or 4GiB".to_string()),
+        bytes => Ok(bytes),
     }
 }
 

@@ -60,6 +60,20 @@ fn parse_shape(name: &str) -> Result<Shape, String> {
 }
 
 impl ShapeArgs {
+    /// Whether anything is said of it.
+    pub fn is_given(&self) -> bool {
+        let sizes = [
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.vocab_size,
+        ];
+        let is_sized = sizes.iter().any(Option::is_some) || self.tie_word_embeddings.is_some();
+        self.shape.is_some() || is_sized
+    }
+
     /// The shape that was asked for, in the sizes that were not of `otherwise`.
     pub fn shape(&self, otherwise: Shape) -> Shape {
         let named = self.shape.unwrap_or(otherwise);

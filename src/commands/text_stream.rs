@@ -39,7 +39,7 @@ pub fn stream_text(
     }
     let text = tokenizer.decode(&generated.ids, SpecialTokens::Skip)?;
     if is_shown {
-        println!("{}", text.strip_prefix(&stream.text).unwrap_or_default());
+        outln!("{}", text.strip_prefix(&stream.text).unwrap_or_default());
     }
     Ok((generated, text))
 }

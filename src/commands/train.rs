@@ -26,7 +26,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     super::outlive_closed_pipe();
     let config = TrainConfig::load(args.config.as_deref(), &args.flags.overrides)?;
     if args.print_config {
-        print!("{}", config.resolved_toml()?);
+        out!("{}", config.resolved_toml()?);
         return Ok(());
     }
     super::on_threads(config.threads, || fine_tune(config))
@@ -143,7 +143,7 @@ fn describe(trainer: &Trainer) {
             stats.dropped,
             stats.truncated,
         ));
-        for sentence in dataset.findings.sentences() {
+        for sentence in dataset.sentences() {
             super::note(&format!("{path}: {sentence}"));
         }
     }

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use chrono::{Local, NaiveDate};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, context};
@@ -58,6 +59,8 @@ pub struct ChatTemplate {
     special_tokens: Map<String, Value>,
     added_tokens: Vec<String>,
     has_generation_blocks: bool,
+    /// What a template that prints the date is given; `None` for today's.
+    date: Option<NaiveDate>,
 }
 
 impl ChatTemplate {
@@ -87,6 +90,7 @@ impl ChatTemplate {
             special_tokens,
             added_tokens,
             has_generation_blocks,
+            date: None,
         };
         template
             .environment
@@ -182,10 +186,16 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Today's date, if the template prints it.
-    pub(super) fn date(&self) -> Option<String> {
+    /// The date that the template prints, if it prints one.
+    pub fn date(&self) -> Option<NaiveDate> {
         let is_dated = self.source.contains(python_compat::STRFTIME_NOW);
-        is_dated.then(|| chrono::Local::now().date_naive().to_string())
+        is_dated.then(|| self.date.unwrap_or_else(|| Local::now().date_naive()))
+    }
+
+    /// Has it print this date from now on.
+    pub(super) fn set_date(&mut self, date: NaiveDate) {
+        self.date = Some(date);
+        python_compat::set_date(&mut self.environment, date);
     }
 
     fn conversation<'a>(

@@ -22,6 +22,9 @@ const CHUNK_BYTES: usize = 16 << 20;
 #[derive(Debug)]
 pub struct Dataset {
     rows: TokenRows,
+    files: Vec<PathBuf>,
+    /// The number of the first row of each file.
+    first_rows: Vec<usize>,
     pub format: DatasetFormat,
     /// A sentence that says which format is used and why.
     pub detected: String,
@@ -55,6 +58,21 @@ impl Dataset {
         self.rows.example(i)
     }
 
+    /// The file that row `i` is from, if there are several.
+    pub fn file(&self, i: usize) -> Option<&Path> {
+        if self.files.len() < 2 {
+            return None;
+        }
+        let begun = self.first_rows.partition_point(|first| *first <= i);
+        let file = self.files.get(begun.checked_sub(1)?);
+        file.map(PathBuf::as_path)
+    }
+
+    /// A sentence for each thing that is likely wrong.
+    pub fn sentences(&self) -> Vec<String> {
+        self.findings.sentences(&self.files)
+    }
+
     /// All rows in their order.
     pub fn examples(&self) -> impl ExactSizeIterator<Item = Example> {
         (0..self.len()).map(|i| self.example(i))
@@ -64,6 +82,7 @@ impl Dataset {
 /// What is kept beside rows in the cache.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Summary {
+    first_rows: Vec<usize>,
     format: DatasetFormat,
     detected: String,
     stats: LoadStats,
@@ -101,11 +120,13 @@ pub fn load_files(
     if let Some((rows, summary)) = cache.as_ref().map(Cache::open).transpose()?.flatten()
         && let Ok(summary) = serde_json::from_slice(&summary)
     {
-        return Ok(dataset(rows, summary));
+        return Ok(dataset(files, rows, summary));
     }
     let directory = options.cache_dir.clone().unwrap_or_else(std::env::temp_dir);
     let mut loading = Loading::new(options, tokenizer, TokenRowsWriter::new(directory));
-    for file in files {
+    for (number, file) in files.iter().enumerate() {
+        loading.file = (files.len() > 1).then_some(number);
+        loading.first_rows.push(loading.kept);
         loading.read(file)?;
     }
     let (rows, summary) = loading.finish(files)?;
@@ -117,12 +138,14 @@ pub fn load_files(
         }
         None => rows.finish()?,
     };
-    Ok(dataset(rows, summary))
+    Ok(dataset(files, rows, summary))
 }
 
-fn dataset(rows: TokenRows, summary: Summary) -> Dataset {
+fn dataset(files: &[PathBuf], rows: TokenRows, summary: Summary) -> Dataset {
     Dataset {
         rows,
+        files: files.to_vec(),
+        first_rows: summary.first_rows,
         format: summary.format,
         detected: summary.detected,
         stats: summary.stats,
@@ -137,6 +160,12 @@ struct Loading<'a> {
     /// Known after the first row.
     format: Option<(DatasetFormat, String)>,
     rows: TokenRowsWriter,
+    /// Rows that have been pushed.
+    kept: usize,
+    /// Before each file.
+    first_rows: Vec<usize>,
+    /// The one that is read, where there are several.
+    file: Option<usize>,
     stats: LoadStats,
     findings: Findings,
     /// Records that may still be read.
@@ -160,6 +189,9 @@ impl<'a> Loading<'a> {
             tokenizer,
             format: None,
             rows,
+            kept: 0,
+            first_rows: Vec::new(),
+            file: None,
             stats: LoadStats::default(),
             findings: Findings {
                 pad_is_eos: tokenizer.is_some_and(Tokenizer::pads_with_eos),
@@ -249,16 +281,16 @@ impl<'a> Loading<'a> {
     fn add(&mut self, rows: Vec<Encoded>) -> Result<()> {
         for row in rows {
             self.stats.rows += 1;
-            let line = row.example.line;
+            let (file, line) = (self.file, row.example.line);
             if row.is_too_long {
-                self.findings.too_long.add(line);
+                self.findings.too_long.add(file, line);
                 self.stats.dropped += 1;
                 continue;
             }
             self.stats.truncated += usize::from(row.cut.row);
             let target_tokens = row.example.target_count();
             if target_tokens == 0 && self.options.unlabelled == Unlabelled::Drop {
-                self.findings.all_masked.add(line);
+                self.findings.all_masked.add(file, line);
                 self.stats.dropped += 1;
                 continue;
             }
@@ -268,12 +300,13 @@ impl<'a> Loading<'a> {
                 (row.lacks_end, &mut self.findings.missing_end),
             ] {
                 if is_found {
-                    finding.add(line);
+                    finding.add(file, line);
                 }
             }
             self.stats.tokens += row.example.input_ids.len();
             self.stats.target_tokens += target_tokens;
             self.rows.push(&row.example)?;
+            self.kept += 1;
         }
         Ok(())
     }
@@ -290,7 +323,13 @@ impl<'a> Loading<'a> {
                 too_long,
                 ..
             } = self.findings;
-            let line = all_masked.first_line.or(too_long.first_line).unwrap_or(1);
+            let first = if all_masked.rows > 0 {
+                all_masked
+            } else {
+                too_long
+            };
+            let file = first.first_file.map_or(file, |file| &files[file]);
+            let line = first.first_line.unwrap_or(1);
             let reason = match (all_masked.rows, too_long.rows) {
                 (0, 0) => "the file has no instances".to_string(),
                 (0, _) => format!(
@@ -310,6 +349,7 @@ impl<'a> Loading<'a> {
             return Err(row_error(file, line, reason));
         }
         let summary = Summary {
+            first_rows: self.first_rows,
             format,
             detected,
             stats,

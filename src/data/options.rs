@@ -121,22 +121,29 @@ pub struct Finding {
     pub rows: usize,
     /// The line of the first of them.
     pub first_line: Option<usize>,
+    /// Which of the files that line is in, counted from 0, where there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_file: Option<usize>,
 }
 
 impl Finding {
-    pub(super) fn add(&mut self, line: usize) {
+    pub(super) fn add(&mut self, file: Option<usize>, line: usize) {
+        if self.rows == 0 {
+            (self.first_file, self.first_line) = (file, Some(line));
+        }
         self.rows += 1;
-        self.first_line.get_or_insert(line);
     }
 
-    fn sentence(self, what: &str) -> Option<String> {
+    fn sentence(self, what: &str, files: &[PathBuf]) -> Option<String> {
         let line = self.first_line?;
+        let file = self.first_file.and_then(|file| files.get(file));
+        let file = file.map_or_else(String::new, |file| format!(" of {}", file.display()));
         let rows = if self.rows == 1 {
             "1 row".into()
         } else {
             format!("{} rows", self.rows)
         };
-        Some(format!("{rows} {what} (the first in line {line})"))
+        Some(format!("{rows} {what} (the first in line {line}{file})"))
     }
 }
 
@@ -158,14 +165,27 @@ pub struct Findings {
 }
 
 impl Findings {
-    /// A sentence for each thing that was found.
-    pub fn sentences(&self) -> Vec<String> {
+    /// A sentence for each thing that was found in `files`.
+    pub(super) fn sentences(&self, files: &[PathBuf]) -> Vec<String> {
         let rows = [
-            self.all_masked.sentence("dropped: no label other than -100, nothing to train on"),
-            self.too_long.sentence("dropped: longer than the limits (excess_length_strategy drop)"),
-            self.answer_cut.sentence("cut so that an answer lost its end, and the model is not taught to stop there"),
-            self.doubled_bos.sentence("with the bos token twice at the start: take it out of the text or of the chat template"),
-            self.missing_end.sentence(
+            (
+                self.all_masked,
+                "dropped: no label other than -100, nothing to train on",
+            ),
+            (
+                self.too_long,
+                "dropped: longer than the limits (excess_length_strategy drop)",
+            ),
+            (
+                self.answer_cut,
+                "cut so that an answer lost its end, and the model is not taught to stop there",
+            ),
+            (
+                self.doubled_bos,
+                "with the bos token twice at the start: take it out of the text or of the chat template",
+            ),
+            (
+                self.missing_end,
                 "with an answer that does not end with an end token, so the model is not taught to stop: check eos_token and \
                  the chat template",
             ),
@@ -173,6 +193,8 @@ impl Findings {
         let pad = "pad_token is eos_token: harmless here, where nothing is padded and the end token carries loss; programs that \
                    mask the padding would not train it";
         let pad = self.pad_is_eos.then(|| pad.to_string());
-        rows.into_iter().flatten().chain(pad).collect()
+        let rows = rows.into_iter();
+        let rows = rows.filter_map(|(finding, what)| finding.sentence(what, files));
+        rows.chain(pad).collect()
     }
 }

@@ -1,11 +1,12 @@
 //! The functions and filters that chat templates expect from Python: `tojson`, `strftime_now`, `raise_exception`, and the
 //! methods of strings that minijinja's own set leaves out.
 
+use chrono::{DateTime, Local, NaiveDate, NaiveTime};
 use minijinja::value::Kwargs;
 use minijinja::{Environment, ErrorKind, State, Value};
 use serde::Serialize;
 
-/// The function that prints the time.
+/// The function that prints the time: what it is, unless [`set_date`] says otherwise.
 pub(super) const STRFTIME_NOW: &str = "strftime_now";
 
 /// Adds them to `environment`.
@@ -13,7 +14,19 @@ pub(super) fn add_to(environment: &mut Environment) {
     environment.set_unknown_method_callback(method);
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", raise_exception);
-    environment.add_function(STRFTIME_NOW, strftime_now);
+    environment.add_function(STRFTIME_NOW, |format: String| {
+        strftime(Local::now(), &format)
+    });
+}
+
+/// Lets templates have it that it is the beginning of this day.
+pub(super) fn set_date(environment: &mut Environment, date: NaiveDate) {
+    environment.add_function(STRFTIME_NOW, move |format: String| {
+        let midnight = date.and_time(NaiveTime::MIN);
+        // Where the clocks are changed at midnight there may be none, or two.
+        let local = midnight.and_local_timezone(Local).earliest();
+        strftime(local.unwrap_or_else(|| midnight.and_utc().into()), &format)
+    });
 }
 
 /// A method of a Python object.
@@ -63,10 +76,10 @@ fn raise_exception(message: String) -> Result<String, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
 }
 
-fn strftime_now(format: String) -> Result<String, minijinja::Error> {
+fn strftime(time: DateTime<Local>, format: &str) -> Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut text = String::new();
-    match write!(text, "{}", chrono::Local::now().format(&format)) {
+    match write!(text, "{}", time.format(format)) {
         Ok(()) => Ok(text),
         Err(_) => Err(minijinja::Error::new(
             ErrorKind::InvalidOperation,

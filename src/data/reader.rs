@@ -138,6 +138,7 @@ pub fn is_data_file(path: &Path) -> bool {
 /// [`Error::Malformed`] for a name that says nothing, [`Error::Io`] if the file cannot be opened; the rows themselves
 /// give [`Error::Row`].
 pub(super) fn open(path: &Path) -> Result<Records> {
+    std::fs::metadata(path).map_err(Error::io(path))?;
     let kind = FileKind::of(path).ok_or_else(|| {
         Error::malformed(
             path,

@@ -5,10 +5,16 @@ use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
+use chrono::NaiveDate;
 use serde_json::{Map, Value};
 
 use super::ChatTemplate;
 use crate::{Error, Result};
+
+const TOKENIZER_FILE: &str = "tokenizer.json";
+/// What to do about a model that has none.
+pub(super) const SENTENCEPIECE_ALONE: &str = "a SentencePiece model alone is not read; write a tokenizer.json beside it with Python: \
+    `AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR)` (transformers)";
 
 /// The special tokens by the names under which transformers keeps them and hands them to chat templates.
 const SPECIAL_TOKEN_NAMES: [&str; 7] = [
@@ -70,16 +76,14 @@ impl Encoding {
 }
 
 impl Tokenizer {
-    /// The tokenizer of `model_dir` as [`Tokenizer::from_dir`] reads it; `None` if there is none, which is enough for
-    /// rows of token ids.
+    /// The tokenizer of `model_dir` as [`Tokenizer::from_dir`] reads it; `None` if there is no `tokenizer.json`, which is
+    /// enough for rows of token ids.
     ///
     /// # Errors
     /// Those of a tokenizer that cannot be read.
     pub fn find(model_dir: impl AsRef<Path>) -> Result<Option<Self>> {
         let dir = model_dir.as_ref();
-        let has_one = ["tokenizer.json", "tokenizer.model"]
-            .iter()
-            .any(|name| dir.join(name).exists());
+        let has_one = dir.join(TOKENIZER_FILE).exists();
         has_one.then(|| Self::from_dir(dir)).transpose()
     }
 
@@ -91,14 +95,10 @@ impl Tokenizer {
     /// only a SentencePiece `tokenizer.model`, with how to convert it.
     pub fn from_dir(model_dir: impl AsRef<Path>) -> Result<Self> {
         let dir = model_dir.as_ref();
-        let path = dir.join("tokenizer.json");
+        let path = dir.join(TOKENIZER_FILE);
         let sentencepiece = dir.join("tokenizer.model");
         if !path.exists() && sentencepiece.exists() {
-            return Err(Error::malformed(
-                sentencepiece,
-                "a SentencePiece model alone is not read; write a tokenizer.json beside it with Python: \
-                 `AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR)` (transformers)",
-            ));
+            return Err(Error::malformed(sentencepiece, SENTENCEPIECE_ALONE));
         }
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
         let inner = plain_tokenizer(&bytes).map_err(|e| Error::malformed(&path, e.to_string()))?;
@@ -267,7 +267,7 @@ impl Tokenizer {
     }
 
     /// A hash of all that decides which tokens a row becomes: of the vocabulary, the special tokens, and the chat
-    /// template with, if it asks for it, the date.
+    /// template with the date that it prints, if it prints one.
     pub(super) fn fingerprint(&self) -> [u8; 32] {
         let template = self.chat_template.as_ref();
         let parts = serde_json::json!([
@@ -288,6 +288,13 @@ impl Tokenizer {
     /// The chat template of the model, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    /// Has a chat template that prints the date print this one.
+    pub fn set_date(&mut self, date: NaiveDate) {
+        if let Some(template) = &mut self.chat_template {
+            template.set_date(date);
+        }
     }
 
     fn cannot_encode(&self, error: &tokenizers::Error) -> Error {

@@ -18,7 +18,7 @@ use crate::{Error, IGNORE_INDEX, Result};
 pub const ECE_BINS: usize = 15;
 
 /// Short examples go through the model together up to this many tokens.
-const BATCH_TOKENS: usize = 2048;
+pub(super) const BATCH_TOKENS: usize = 2048;
 
 /// Bytes of logits that are there at a time, at most.
 const LOGITS_BYTES: usize = 64 << 20;
@@ -53,13 +53,28 @@ pub fn evaluate(
     decoder: &Decoder,
     examples: impl IntoIterator<Item: Borrow<Example>>,
     log_probs: LogProbs,
+    on_example: impl FnMut(usize, Option<Vec<f32>>) -> Result<()>,
+) -> Result<Evaluation> {
+    evaluate_within(BATCH_TOKENS, decoder, examples, log_probs, on_example)
+}
+
+/// The same with no more than `batch_tokens` tokens at a time, but for an example that is longer.
+///
+/// # Errors
+/// Those of [`evaluate`].
+pub fn evaluate_within(
+    batch_tokens: usize,
+    decoder: &Decoder,
+    examples: impl IntoIterator<Item: Borrow<Example>>,
+    log_probs: LogProbs,
     mut on_example: impl FnMut(usize, Option<Vec<f32>>) -> Result<()>,
 ) -> Result<Evaluation> {
+    let batch_tokens = batch_tokens.min(BATCH_TOKENS);
     let mut totals = Totals::default();
     let mut done = 0;
     let mut examples = examples.into_iter().peekable();
     while examples.peek().is_some() {
-        let group = next_group(&mut examples);
+        let group = next_group(&mut examples, batch_tokens);
         let group: Vec<&Example> = group.iter().map(Borrow::borrow).collect();
         let batch = Batch::from_examples(&group);
         let targets = match log_probs {
@@ -93,15 +108,16 @@ pub fn evaluate(
     totals.evaluation()
 }
 
-/// The next examples, as many as fit into [`BATCH_TOKENS`], but at least one.
+/// The next examples, as many as fit into `batch_tokens`, but at least one.
 pub(super) fn next_group<E: Borrow<Example>>(
     examples: &mut Peekable<impl Iterator<Item = E>>,
+    batch_tokens: usize,
 ) -> Vec<E> {
     let mut group = Vec::new();
     let mut tokens = 0;
     while let Some(example) = examples.next_if(|example| {
         tokens += example.borrow().input_ids.len();
-        tokens <= BATCH_TOKENS || group.is_empty()
+        tokens <= batch_tokens || group.is_empty()
     }) {
         group.push(example);
     }
@@ -246,7 +262,7 @@ mod tests {
     fn groups_hold_whole_examples_within_the_token_budget() {
         let examples = [3000, 1000, 1000, 1000].map(|tokens| example(vec![0; tokens]));
         let mut examples = examples.iter().peekable();
-        let groups = [1, 2, 1, 0].map(|_| next_group(&mut examples).len());
+        let groups = [1, 2, 1, 0].map(|_| next_group(&mut examples, BATCH_TOKENS).len());
         assert_eq!(groups, [1, 2, 1, 0]);
     }
 

@@ -13,8 +13,6 @@ pub struct GenerateOptions {
     pub max_new_tokens: usize,
     /// Tokens that end the text; they are not part of it.
     pub stop_ids: Vec<u32>,
-    /// Each token is chosen by the mean of the probabilities of these models; `None` for the adapter as it is.
-    pub ensemble: Option<Ensemble>,
 }
 
 /// Why a generation ended.
@@ -50,7 +48,7 @@ pub fn generate(
     on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generated> {
     let capacity = prompt.len() + options.max_new_tokens;
-    let mut session = Session::new(decoder, capacity, options.ensemble.as_ref())?;
+    let mut session = Session::new(decoder, capacity, None)?;
     session.write(prompt, options, sampler, on_token)
 }
 
@@ -66,7 +64,8 @@ pub struct Session<'m> {
 }
 
 impl<'m> Session<'m> {
-    /// For texts of up to `capacity` tokens, by the adapter as it is or by an ensemble.
+    /// For texts of up to `capacity` tokens, each chosen by the adapter as it is, or by the mean of the probabilities of an
+    /// ensemble's models.
     ///
     /// # Errors
     /// [`Error::OutOfDeviceMemory`] where the caches do not fit.
@@ -84,7 +83,7 @@ impl<'m> Session<'m> {
         })
     }
 
-    /// As [`generate`]; the ensemble is the session's.
+    /// As [`generate`].
     ///
     /// # Errors
     /// Those of [`generate`], and [`Error::Shape`] for a text that is longer than there is room for.

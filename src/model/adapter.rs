@@ -16,7 +16,7 @@ use super::vocabulary::ModuleToSave;
 use crate::ops::linear::dora;
 use crate::ops::philox::{Normal, Uniform};
 use crate::quant::{DenseTensor, FrozenWeight};
-use crate::store::{Adapter, AdapterConfig};
+use crate::store::{Adapter, AdapterConfig, LORA_A, LORA_B, MAGNITUDE, adapter_tensor_name};
 use crate::{Error, Result};
 
 /// The factors of one layer's adapter, row-major: `a: [R, in]`, `b: [out, R]`.
@@ -305,6 +305,9 @@ impl Decoder {
             tensors.extend(branches.iter_mut().filter_map(Factors::new_magnitude));
         }
         tensors.extend(head.map(|weight| whole(ModuleToSave::Head, weight)));
+        // The memory of the one before is there for this one.
+        let none = Parameters::none(&self.placement().device)?;
+        self.set_parameters(none, Vec::new(), [None, None]);
         let parameters = Parameters::new(tensors, self.placement())?;
         let mut pairs = Vec::with_capacity(factors.len());
         for branches in factors.chunk_by(Factors::reads_input_of) {
@@ -425,13 +428,9 @@ fn new_a(
         .collect()
 }
 
-pub(crate) const LORA_A: &str = "lora_A.weight";
-pub(crate) const LORA_B: &str = "lora_B.weight";
-const MAGNITUDE: &str = "lora_magnitude_vector";
-
 /// PEFT's name for a part of a layer's adapter.
-pub(crate) fn tensor_name(layer: usize, module: Module, part: &str) -> String {
-    format!("base_model.model.{}.{part}", module.path(layer))
+fn tensor_name(layer: usize, module: Module, part: &str) -> String {
+    adapter_tensor_name(&module.path(layer), part)
 }
 
 fn stored_values(name: &str, stored: Option<&DenseTensor>, shape: &[usize]) -> Result<Vec<f32>> {

@@ -23,7 +23,7 @@ pub enum InitLoraWeights {
 }
 
 /// The names, for messages.
-pub const INIT_NAMES: &str = "true, gaussian, pissa, pissa_niter_N, loftq or olora";
+const INIT_NAMES: &str = "true, gaussian, pissa, pissa_niter_N, loftq or olora";
 
 const PISSA_NITER: &str = "pissa_niter_";
 

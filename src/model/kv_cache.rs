@@ -1,22 +1,22 @@
 //! Keys and values of the tokens a sequence has so far, for generation.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
 use candle_core::Tensor;
 
 use super::block::Block;
 use super::decoder::Decoder;
 use crate::ops::matrix_dropout::MatrixDropout;
-use crate::ops::rope::RopeTable;
 use crate::{Error, Result};
 
-/// The cache of one sequence, allocated in full when it is made. It borrows the decoder, which is not trained and keeps its
-/// adapters for as long.
+/// Tokens that there is memory for at first.
+const FIRST_TOKENS: usize = 256;
+
+/// The cache of one sequence, whose memory grows with it. It borrows the decoder, which is not trained and keeps its adapters
+/// for as long.
 #[derive(Debug)]
 pub struct KvCache<'m> {
     pub(super) layers: Vec<LayerCache<'m>>,
-    pub(super) rope: Arc<RopeTable>,
     /// Those of the model of an ensemble whose cache this is.
     pub(super) masks: Option<MatrixDropout>,
     len: usize,
@@ -31,7 +31,7 @@ pub(super) struct LayerCache<'m> {
     pub(super) rows: CachedRows,
 }
 
-/// Keys and values of a layer, `k`, `v: [capacity, K * E]`.
+/// Keys and values of a layer, `k`, `v: [N, K * E]`, of which `len` rows are in use.
 #[derive(Debug)]
 pub(super) struct CachedRows {
     k: Tensor,
@@ -45,7 +45,8 @@ impl<'m> KvCache<'m> {
         let config = decoder.config();
         let width = config.num_kv_heads * config.head_dim;
         let placement = decoder.placement();
-        let empty = || Tensor::zeros((capacity, width), placement.dtype, &placement.device);
+        let rows = capacity.min(FIRST_TOKENS);
+        let empty = || Tensor::zeros((rows, width), placement.dtype, &placement.device);
         let layers = decoder.blocks().iter().map(|block| {
             let (k, v) = (empty()?, empty()?);
             Ok(LayerCache {
@@ -55,7 +56,6 @@ impl<'m> KvCache<'m> {
         });
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
-            rope: decoder.rope_table(capacity)?,
             masks: None,
             len: 0,
             capacity,
@@ -77,11 +77,6 @@ impl<'m> KvCache<'m> {
 
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// Tokens there is room for in all.
-    pub fn capacity(&self) -> usize {
-        self.capacity
     }
 
     /// Forgets all but the first `len` tokens.
@@ -110,12 +105,25 @@ impl<'m> KvCache<'m> {
 impl CachedRows {
     /// Adds the rows and gives all keys and values so far.
     pub(super) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.k.slice_set(k, 0, self.len)?;
-        self.v.slice_set(v, 0, self.len)?;
-        self.len += k.dim(0)?;
+        let len = self.len + k.dim(0)?;
+        for (rows, new) in [(&mut self.k, k), (&mut self.v, v)] {
+            if len > rows.dim(0)? {
+                *rows = grown(&rows.narrow(0, 0, self.len)?, len)?;
+            }
+            rows.slice_set(new, 0, self.len)?;
+        }
+        self.len = len;
         Ok((
             self.k.narrow(0, 0, self.len)?,
             self.v.narrow(0, 0, self.len)?,
         ))
     }
+}
+
+/// The rows with memory for at least `needed` behind them, and for twice as many as there are: each is copied once or so.
+fn grown(rows: &Tensor, needed: usize) -> Result<Tensor> {
+    let (held, width) = rows.dims2()?;
+    let grown = Tensor::zeros((needed.max(2 * held), width), rows.dtype(), rows.device())?;
+    grown.slice_set(&rows.contiguous()?, 0, 0)?;
+    Ok(grown)
 }

@@ -158,7 +158,7 @@ pub struct Parameters {
 }
 
 /// Where a tensor lies in the flat ones.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slot {
     pub name: String,
     pub shape: Vec<usize>,

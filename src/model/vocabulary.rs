@@ -12,6 +12,7 @@ use super::parameters::Trainable;
 use crate::ops::table::{PagedTable, Table};
 use crate::ops::weight::Weight;
 use crate::store::AdapterConfig;
+use crate::store::{WEIGHT, adapter_tensor_name};
 use crate::{Error, Result};
 
 /// A module beside the linear layers of blocks that can be trained whole.
@@ -34,7 +35,7 @@ impl ModuleToSave {
 
     /// PEFT's name for its tensor.
     pub(super) fn tensor_name(self) -> String {
-        format!("base_model.model.{}.weight", self.path())
+        adapter_tensor_name(self.path(), WEIGHT)
     }
 }
 

@@ -239,8 +239,16 @@ fn squared_norm_on_device(launcher: &Launcher, grad: &Tensor) -> Result<f64> {
 
 /// Sets every element of a gradient to zero.
 pub fn zero(grad: &Tensor) -> Result<()> {
+    /// candle's kernel counts in 32 bits, and never ends where there are 2^32 or more.
+    const AT_ONCE: usize = 1 << 31;
     let _span = tracing::trace_span!("optimizer").entered();
-    Ok(grad.zero_set()?)
+    let n = grad.elem_count();
+    let grad = grad.flatten_all()?;
+    for start in (0..n).step_by(AT_ONCE) {
+        let part = grad.narrow(0, start, AT_ONCE.min(n - start))?;
+        part.zero_set()?;
+    }
+    Ok(())
 }
 
 /// The same from candle primitives: the new weight and moments.

@@ -2,7 +2,7 @@
 //!
 //! T is the length of the row's own sequence; transformers counts the padding too, of which there is none here. Like a
 //! dropout mask the noise is a function of (seed, optimizer step, micro-batch, element): one call of Philox gives that of four
-//! elements, by the upper 24 bits of its words. The embedding is frozen, so there is no backward.
+//! elements, by the upper 24 bits of its words. Its backward is that of an addition: nothing.
 //!
 //! Source: arXiv:2310.05914.
 

@@ -39,10 +39,7 @@ impl BatchPlan {
             largest = largest.max(sum);
             micro_batches += 1;
         }
-        let capacity = match config.packing {
-            true => config.max_seq_len,
-            false => config.per_device_train_batch_tokens,
-        };
+        let capacity = config.packed_tokens();
         let share = |whole: usize| tokens as f64 / whole.max(1) as f64;
         Self {
             sequences,

@@ -28,11 +28,11 @@ impl CheckpointWriter {
         }
     }
 
-    /// Starts to write a checkpoint, once the one before is done. `metrics` is synced first: a checkpoint never knows of a
-    /// record that a loss of power took.
+    /// Starts to write a checkpoint; the one before has been waited for. `metrics` is synced first: a checkpoint never knows
+    /// of a record that a loss of power took.
     ///
     /// # Errors
-    /// Those of the checkpoint before.
+    /// [`Error::Io`] if no thread can be started.
     pub(super) fn start(&mut self, checkpoint: Checkpoint, metrics: File) -> Result<()> {
         debug_assert!(self.job.is_none(), "the caller has waited for it");
         let (disk, run_dir) = (Arc::clone(&self.disk), self.run_dir.clone());

@@ -12,6 +12,7 @@ mod values;
 
 use std::path::{Path, PathBuf};
 
+use chrono::NaiveDate;
 use serde::{Deserialize, Serialize};
 
 pub use datasets::{DatasetColumns, DatasetList, DatasetWeights};
@@ -137,6 +138,8 @@ train_config! {
     max_eval_samples: Option<usize> = None;
     /// Rows split off the training data for evaluation, chosen by data_seed
     eval_dataset_size: Option<usize> = None;
+    /// Date that a chat template which prints one is given, such as 2026-11-27; unset: that of the run's first start
+    chat_template_date: Option<NaiveDate> = None;
     /// Where tokenized rows are kept for the next run; unset: for large files, qlora/ in the user's cache directory
     dataset_cache_dir: Option<PathBuf> = None;
 
@@ -260,6 +263,11 @@ train_config! {
 /// Epochs where neither `max_steps` nor `num_train_epochs` says anything, as in transformers.
 const DEFAULT_EPOCHS: f64 = 3.0;
 
+/// The largest rank: more than any layer has columns.
+const MAX_RANK: usize = 1 << 16;
+/// The most of anything else that is counted, and tokens of a micro-batch.
+const MAX_COUNT: usize = 1 << 28;
+
 impl TrainConfig {
     /// Reads a configuration from a file (TOML, YAML or JSON by extension) and from `key = text` overrides, which win.
     ///
@@ -325,6 +333,14 @@ impl TrainConfig {
             .unwrap_or(format.default_target_max_len());
         self.max_seq_len
             .unwrap_or(self.source_max_len + target_max_len)
+    }
+
+    /// Tokens of the sequences that rows are laid together into; `None` where they are not.
+    pub fn packed_tokens(&self) -> Option<usize> {
+        match self.packing {
+            true => self.max_seq_len,
+            false => self.per_device_train_batch_tokens,
+        }
     }
 
     /// How weights that are not in 4 bits yet are quantized.
@@ -425,6 +441,28 @@ impl TrainConfig {
             if value == Some(0) {
                 return Err(Error::config(key, "must be at least 1, found 0"));
             }
+        }
+        // More would only be found out by running out of memory.
+        for (key, value) in at_least_one
+            .into_iter()
+            .chain([("max_seq_len", self.max_seq_len)])
+        {
+            let largest = match key {
+                "lora_r" => MAX_RANK,
+                _ => MAX_COUNT,
+            };
+            if let Some(value) = value.filter(|value| *value > largest) {
+                let reason = format!("must be at most {largest}, found {value}");
+                return Err(Error::config(key, reason));
+            }
+        }
+        let sequences = self.per_device_train_batch_size;
+        let tokens = sequences.saturating_mul(self.longest_sequence());
+        if tokens > MAX_COUNT {
+            let reason = format!(
+                "of {sequences} makes micro-batches of up to {tokens} tokens, more than {MAX_COUNT}"
+            );
+            return Err(Error::config("per_device_train_batch_size", reason));
         }
         if self.max_seq_len.is_some_and(|len| len < 2) {
             return Err(Error::config(

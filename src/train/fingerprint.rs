@@ -16,13 +16,14 @@ use crate::{Error, Result};
 /// Keys that may change between two parts of a run: they say where things are and what is kept and shown, or how the same
 /// numbers are computed. A key that is not here changes the mathematics.
 ///
-/// Paths are compared by what they lead to, and the number of steps by the learning rates that come of it.
+/// Paths are compared by what they lead to, a date by the rows, and the number of steps by the learning rates that come of it.
 pub const KEYS_WITHOUT_EFFECT: &[&str] = &[
     "preset",
     "model_name_or_path",
     "adapter",
     "output_dir",
     "dataset",
+    "chat_template_date",
     "dataset_cache_dir",
     "eval_dataset",
     "max_eval_samples",

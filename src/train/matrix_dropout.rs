@@ -21,6 +21,25 @@ pub(super) fn settings(
     (settings.p > 0.0).then_some(settings)
 }
 
+impl TrainConfig {
+    /// The dropout on matrices that the adapter was trained with which the run starts from.
+    ///
+    /// # Errors
+    /// Those of [`MatrixDropoutSettings::read`].
+    pub(super) fn matrix_dropout_of_adapter(&self) -> Result<Option<MatrixDropoutSettings>> {
+        let start = self.adapter.as_ref().map(MatrixDropoutSettings::read);
+        Ok(start.transpose()?.flatten())
+    }
+
+    /// The dropout on matrices that a run of this configuration has.
+    ///
+    /// # Errors
+    /// Those of [`MatrixDropoutSettings::read`].
+    pub fn matrix_dropout(&self) -> Result<Option<MatrixDropoutSettings>> {
+        Ok(settings(self, self.matrix_dropout_of_adapter()?.as_ref()))
+    }
+}
+
 /// Gives the adapter the `lora_alpha` and `alpha_pattern` that it has outside of training. With [`MatrixDropoutScale::None`] what is asked for is
 /// that of training, where the factors are not scaled; that of an adapter with such settings, which the run starts from, is
 /// not.

@@ -14,6 +14,7 @@ use crate::model::{Decoder, LowerHalves, Slot};
 use crate::ops::adamw::{self, AdamW, Weight};
 use crate::ops::paged::{PagedTensor, Pager, Purpose};
 use crate::quant::DenseTensor;
+use crate::store::LORA_B;
 use crate::{Error, Result};
 
 /// Added to the norm before dividing by it, as in torch's `clip_grad_norm_`.
@@ -21,9 +22,6 @@ const CLIP_EPSILON: f64 = 1e-6;
 
 /// Tensors with fewer elements keep f32 moments under an 8-bit optimizer, as in bitsandbytes.
 pub(super) const MIN_8BIT_ELEMENTS: usize = 4096;
-
-/// How the names of tensors end to which `loraplus_lr_ratio` applies, beside vectors.
-const LORA_B: &str = ".lora_B.weight";
 
 /// Elements that visit the device at a time, where the moments are in host memory: enough for a copy at full speed.
 pub(super) const PAGE_ELEMENTS: usize = 1 << 21;
@@ -98,6 +96,11 @@ impl Optimizer {
             slots: slots.to_vec(),
             pagers,
         })
+    }
+
+    /// Whether its moments are those of the tensors that the decoder trains.
+    pub fn is_of(&self, decoder: &Decoder) -> bool {
+        self.slots == decoder.parameters().slots()
     }
 
     /// Sets every gradient to zero.

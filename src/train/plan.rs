@@ -282,7 +282,7 @@ impl Workload {
 /// Bytes of pinned host memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct HostFootprint {
-    /// Inputs of blocks that are offloaded.
+    /// Inputs of blocks that are offloaded, or that of the first on its way from an embedding on the host.
     pub activations: u64,
     /// Moments and the lower halves of the masters.
     pub optimizer: u64,
@@ -334,11 +334,14 @@ impl Plan {
         plan
     }
 
-    /// How many inputs of blocks wait in host memory at a time, and the bytes of each in the longest micro-batch.
+    /// How many inputs of blocks are in host memory at a time, and the bytes of each in the longest micro-batch.
     pub fn offloaded_inputs(&self, workload: &Workload) -> (usize, usize) {
         let rows = workload.stacked().rows;
         let input = rows * workload.model.hidden_size * workload.value_bytes() as usize;
-        (self.offloaded_blocks() * self.together, input)
+        let is_brought =
+            workload.engine == Engine::Kernels && workload.residence.embedding == Some(Side::Host);
+        let offloaded = self.offloaded_blocks() * self.together;
+        (offloaded.max(usize::from(is_brought)), input)
     }
 
     /// Blocks that keep their activations.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::checkpoint::{self, Checkpoint};
 use super::config::{Resume, TrainConfig};
-use super::metrics::{EvalRecord, StepRecord};
+use super::metrics::StepRecord;
 use super::run::METRICS_FILE;
 use super::trainer::Trainer;
 use crate::device::Placement;
@@ -225,8 +225,8 @@ impl Records {
             let value: Value = serde_json::from_str(line).map_err(|e| malformed(e.to_string()))?;
             let step = value["step"].as_u64().and_then(|s| usize::try_from(s).ok());
             let step = step.ok_or_else(|| malformed("it has no step".into()))?;
-            let is_evaluation = serde_json::from_value::<EvalRecord>(value.clone()).is_ok();
-            let kind = match is_evaluation {
+            // Also one whose numbers are none, which JSON has no word for.
+            let kind = match value.get("eval_loss").is_some() {
                 true => &mut records.evaluations,
                 false => &mut records.steps,
             };

@@ -104,7 +104,9 @@ impl Trainer {
             .load_adapter(&adapter)
             .map_err(does_not_fit(dir))?;
         self.adapter_config = adapter.config;
-        self.optimizer = Optimizer::new(&self.config, &self.decoder)?;
+        if !self.optimizer.is_of(&self.decoder) {
+            self.optimizer = Optimizer::new(&self.config, &self.decoder)?;
+        }
         self.optimizer
             .restore(checkpoint.state.optimizer_updates, &checkpoint.moments)?;
         if checkpoint.state.partial_step.is_some() {

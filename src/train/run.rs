@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::best_model::BestModelRule;
 use super::checkpoint;
 use super::checkpoint_writer::CheckpointWriter;
+use super::config::{Resume, TrainConfig};
 use super::initial_adapter;
 use super::metrics::{EvalRecord, MetricsWriter, StepRecord};
 use super::requests::Requests;
@@ -46,6 +47,8 @@ struct Outputs<'o> {
     newest: Option<PathBuf>,
     /// Whether the latest one could not be written.
     save_failed: bool,
+    /// Whether the rows are being evaluated after a step, rather than a step done.
+    evaluates: bool,
     observe: &'o mut dyn FnMut(Event<'_>),
 }
 
@@ -71,9 +74,17 @@ impl Trainer {
         if let Err(error) = &ended {
             self.save_from_before(error, &mut outputs);
         }
-        outputs.report_last_checkpoint()?;
-        self.known_checkpoints = checkpoint::list(&dir)?;
-        if !ended? {
+        let saved = outputs.report_last_checkpoint();
+        let listed = checkpoint::list(&dir).map(|list| self.known_checkpoints = list);
+        let is_finished = match (ended, saved.and(listed)) {
+            // The error that ended the run is the one to tell.
+            (Err(error), second) => {
+                outputs.note_second(second);
+                return Err(error);
+            }
+            (ended, saved) => saved.and(ended)?,
+        };
+        if !is_finished {
             let newest = outputs.newest.take();
             return Ok(Outcome::Stopped(
                 newest.expect("a run is stopped after it was saved"),
@@ -131,7 +142,8 @@ impl Trainer {
             (outputs.observe)(Event::Step(&record));
             let is_last = record.step == self.total_steps;
             let is_due = |every: usize| is_last || record.step.is_multiple_of(every);
-            if is_due(self.config.eval_steps.unwrap_or(self.total_steps))
+            outputs.evaluates = is_due(self.config.eval_steps.unwrap_or(self.total_steps));
+            if outputs.evaluates
                 && let Some(record) = self.evaluate()?
             {
                 outputs.metrics.write_eval(&record)?;
@@ -145,6 +157,7 @@ impl Trainer {
                 }
                 (outputs.observe)(Event::Evaluation(&record));
             }
+            outputs.evaluates = false;
             let stops = requests.stops() && !is_last;
             if requests.takes_save() || stops || is_due(self.config.save_steps) {
                 self.save(outputs)?;
@@ -184,21 +197,19 @@ impl Trainer {
     }
 
     /// Saves the state where the run ended with all of it: before a step that failed without changing it, and after a
-    /// checkpoint that could not be written, once more.
+    /// checkpoint that could not be written, once more. Not where an evaluation failed, which would be left out for good.
     fn save_from_before(&mut self, error: &Error, outputs: &mut Outputs<'_>) {
-        let failed_before_update = matches!(
-            error,
-            Error::NonFiniteStep { .. } | Error::OutOfDeviceMemory { .. }
-        );
+        let failed_before_update = !outputs.evaluates
+            && matches!(
+                error,
+                Error::NonFiniteStep { .. } | Error::OutOfDeviceMemory { .. }
+            );
         if !failed_before_update && !outputs.save_failed {
             return;
         }
         let saved = self.save(outputs);
-        // The error that ended the run is the one to tell.
-        if let Err(second) = saved.and_then(|()| outputs.report_last_checkpoint()) {
-            let notice = format!("the state could not be saved: {second}");
-            (outputs.observe)(Event::Notice(&notice));
-        }
+        let saved = saved.and_then(|()| outputs.report_last_checkpoint());
+        outputs.note_second(saved);
     }
 
     fn open_outputs<'o>(
@@ -222,7 +233,13 @@ impl Trainer {
             // What a run that was killed before its cleanup left.
             self.prune(dir)?;
         }
-        AtomicFile::write(dir.join(CONFIG_FILE), self.config.resolved_toml()?)?;
+        // What does the run again from its start, and consents to nothing.
+        let from_start = TrainConfig {
+            resume_from_checkpoint: Resume::Never,
+            resume_with_changes: false,
+            ..self.config.clone()
+        };
+        AtomicFile::write(dir.join(CONFIG_FILE), from_start.resolved_toml()?)?;
         let path = dir.join(METRICS_FILE);
         let metrics = match self.resumed.is_some() || self.state.global_step > 0 {
             false => MetricsWriter::create(path)?,
@@ -252,6 +269,7 @@ impl Trainer {
             ),
             newest: self.known_checkpoints.contains(&here).then_some(here),
             save_failed: false,
+            evaluates: false,
             observe,
         })
     }
@@ -298,6 +316,14 @@ impl Trainer {
 }
 
 impl Outputs<'_> {
+    /// Tells of a failure to save beside the error that ended the run.
+    fn note_second(&mut self, saved: Result<()>) {
+        if let Err(second) = saved {
+            let notice = format!("the state could not be saved: {second}");
+            (self.observe)(Event::Notice(&notice));
+        }
+    }
+
     fn report_finished_checkpoint(&mut self) -> Result<()> {
         let finished = self.saves.finished();
         self.report(finished)

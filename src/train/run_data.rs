@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use super::config::TrainConfig;
+use super::config::{Resume, TrainConfig};
+use super::run::CONFIG_FILE;
 use crate::data::{
-    Arrangement, Dataset, Example, LoadOptions, RowOrder, SequenceOrder, Share, Shuffle, Tokenizer,
-    data_files, load_files,
+    Arrangement, ChatTemplate, Dataset, Example, LoadOptions, RowOrder, SequenceOrder, Share,
+    Shuffle, Tokenizer, data_files, load_files,
 };
 use crate::{Error, Result};
 
@@ -35,6 +36,27 @@ pub struct RunData {
 struct Place {
     source: u32,
     row: u32,
+}
+
+impl TrainConfig {
+    /// Has a chat template that prints the date print the same one all through a run, on whichever day a part of it is done:
+    /// what the config says, or that of the run that is taken up, or else today's.
+    pub fn settle_date(&mut self, tokenizer: &mut Tokenizer) {
+        let Some(today) = tokenizer.chat_template().and_then(ChatTemplate::date) else {
+            return;
+        };
+        let run = match &self.resume_from_checkpoint {
+            Resume::Never => None,
+            Resume::Latest => Some(self.output_dir.as_path()),
+            Resume::From(checkpoint) => checkpoint.parent(),
+        };
+        // Without it the rows are found to be others.
+        let earlier = run.and_then(|run| Self::load(Some(&run.join(CONFIG_FILE)), &[]).ok());
+        let earlier = earlier.and_then(|config| config.chat_template_date);
+        let date = self.chat_template_date.or(earlier).unwrap_or(today);
+        self.chat_template_date = Some(date);
+        tokenizer.set_date(date);
+    }
 }
 
 impl RunData {
@@ -109,10 +131,12 @@ impl RunData {
     /// Where training row `i` is: its line, with the file in front if there are several.
     pub fn row_name(&self, i: usize) -> String {
         let line = self.train_example(i).line;
-        let source = &self.sources[self.train[i].source as usize];
-        match self.sources.len() {
-            1 => line.to_string(),
-            _ => format!("{}:{line}", source.path.display()),
+        let Place { source, row } = self.train[i];
+        let source = &self.sources[source as usize];
+        let file = source.dataset.file(row as usize);
+        match file.or((self.sources.len() > 1).then_some(&source.path)) {
+            None => line.to_string(),
+            Some(path) => format!("{}:{line}", path.display()),
         }
     }
 
@@ -121,16 +145,28 @@ impl RunData {
         self.eval.as_ref().map(Vec::len)
     }
 
+    /// Tokens of the longest evaluation row; 0 if the run has none.
+    pub fn longest_eval_row(&self) -> usize {
+        let tokens = self.eval.iter().flatten().map(|place| {
+            let dataset = &self.eval_source(*place).dataset;
+            dataset.token_count(place.row as usize)
+        });
+        tokens.max().unwrap_or(0)
+    }
+
     /// The evaluation rows in their order.
     pub fn eval_examples(&self) -> Option<impl Iterator<Item = Example>> {
         let places = self.eval.as_ref()?.iter();
         Some(places.map(|place| {
-            let source = self
-                .eval_source
-                .as_ref()
-                .unwrap_or(&self.sources[place.source as usize]);
-            source.dataset.example(place.row as usize)
+            let dataset = &self.eval_source(*place).dataset;
+            dataset.example(place.row as usize)
         }))
+    }
+
+    /// The data set that an evaluation row is from.
+    fn eval_source(&self, place: Place) -> &Source {
+        let own = self.eval_source.as_ref();
+        own.unwrap_or(&self.sources[place.source as usize])
     }
 
     /// The order in which the training rows are used.
@@ -140,11 +176,7 @@ impl RunData {
             dataset.token_count(place.row as usize) as u32
         });
         let shuffle = Shuffle::from(config.shuffle);
-        let capacity = match config.packing {
-            true => config.max_seq_len,
-            false => config.per_device_train_batch_tokens,
-        };
-        let arrangement = match capacity {
+        let arrangement = match config.packed_tokens() {
             Some(capacity) => Arrangement::Packed { capacity, shuffle },
             None if config.group_by_length => Arrangement::GroupedByLength {
                 batch: config.per_device_train_batch_size * config.gradient_accumulation_steps,

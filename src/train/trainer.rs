@@ -1,5 +1,6 @@
 //! A training run. [`Trainer::step`] is the whole of an optimizer step: read it first.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,8 +17,8 @@ use super::resume::Resumed;
 use super::run_data::RunData;
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
-use crate::device::{Placement, Side, available_memory_bytes};
-use crate::infer::{LogProbs, evaluate, sequences};
+use crate::device::{Placement, available_memory_bytes};
+use crate::infer::{LogProbs, evaluate_within, sequences};
 use crate::model::{
     Decoder, DecoderConfig, InitLoraWeights, MicroBatch, Regularization, block_sizes,
 };
@@ -98,15 +99,18 @@ impl Trainer {
             let reason = "is not what the model is placed in";
             return Err(Error::config("compute_dtype", reason));
         }
+        expect_own_directory(&config)?;
         initial_adapter::choose(&mut config)?;
         let base = store::Checkpoint::open(&config.model_name_or_path)?;
         let model = DecoderConfig::from_json(base.config(), &base.config_path())?;
-        let tokenizer = Tokenizer::find(&config.model_name_or_path)?;
+        let mut tokenizer = Tokenizer::find(&config.model_name_or_path)?;
+        if let Some(tokenizer) = &mut tokenizer {
+            config.settle_date(tokenizer);
+        }
         let data = RunData::load(&config, tokenizer.as_ref(), Some(model.vocab_size))?;
         let mut order = data.order(&config);
         let adapter = config.adapter.as_ref().map(Adapter::read).transpose()?;
-        let start = config.adapter.as_ref().map(MatrixDropoutSettings::read);
-        let start = start.transpose()?.flatten();
+        let start = config.matrix_dropout_of_adapter()?;
         let matrix_dropout = matrix_dropout::settings(&config, start.as_ref());
         let mut adapter_config = match (&adapter, &config.adapter) {
             (Some(Adapter { config: found, .. }), Some(dir)) => {
@@ -119,17 +123,18 @@ impl Trainer {
         let blocks = block_sizes(&base, config.quantize_options())?;
         let engine = Engine::of(placement);
         let longest = order.longest_sequence();
+        let longest_evaluated = data.longest_eval_row();
         let workload = |config: &TrainConfig| {
-            let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
+            let batch = LongestBatch::full(config.per_device_train_batch_size, longest)
+                .with_room_for(longest_evaluated);
             let lora = &adapter_config;
             let workload = Workload::new(model.clone(), blocks, engine, lora, batch);
             Workload {
                 host_limit: available_memory_bytes(),
-                instances: masked.map(|_| config.lora_matrix_dropout_instances),
-                ..workload.with_settings(config, lora.lora_dropout)
+                ..workload.with_settings(config, lora.lora_dropout, masked)
             }
         };
-        expect_dora_possible(&adapter_config, &workload(&config))?;
+        workload(&config).expect_possible(&adapter_config)?;
         let (config, plan) = config.with_micro_batches_that_fit(|config| {
             Plan::of_run(config, &workload(config), placement)
         })?;
@@ -294,10 +299,22 @@ impl Trainer {
 
     /// Scores the evaluation rows; `None` if the run has none.
     pub fn evaluate(&self) -> Result<Option<EvalRecord>> {
-        let Some(rows) = self.data.eval_examples() else {
+        let of = |batch_tokens| {
+            let rows = self.data.eval_examples()?;
+            let found =
+                evaluate_within(batch_tokens, &self.decoder, rows, LogProbs::Omit, |_, _| {
+                    Ok(())
+                });
+            Some(found)
+        };
+        let evaluation = match of(usize::MAX) {
+            // What the plan has room for, of a run whose micro-batches are smaller than that.
+            Some(Err(Error::OutOfDeviceMemory { .. })) => of(self.workload.rows),
+            found => found,
+        };
+        let Some(evaluation) = evaluation.transpose()? else {
             return Ok(None);
         };
-        let evaluation = evaluate(&self.decoder, rows, LogProbs::Omit, |_, _| Ok(()))?;
         Ok(Some(EvalRecord {
             step: self.state.global_step,
             eval_loss: evaluation.loss,
@@ -476,16 +493,13 @@ fn suspects(micro_batches: &[SourcedBatch], is_finite: &[bool]) -> Vec<usize> {
     rows
 }
 
-fn expect_dora_possible(adapter: &AdapterConfig, workload: &Workload) -> Result<()> {
-    match adapter.use_dora {
-        true if workload.instances.is_some() => {
-            let reason = "masks the matrices of plain adapters; leave it or use_dora out";
-            Err(Error::config("lora_matrix_dropout", reason))
-        }
-        true if workload.residence.optimizer == Side::Host => {
-            let reason = "keeps a half of each trained value in host memory, and use_dora reads \
-                          the whole of its magnitudes; use adamw_torch or adamw_8bit";
-            Err(Error::config("optim", reason))
+/// An adapter beside the weights of a model is loaded with them by transformers.
+fn expect_own_directory(config: &TrainConfig) -> Result<()> {
+    let [model, run] = [&config.model_name_or_path, &config.output_dir].map(fs::canonicalize);
+    match (model, run) {
+        (Ok(model), Ok(run)) if model == run => {
+            let reason = "is the model's own directory; choose another";
+            Err(Error::config("output_dir", reason))
         }
         _ => Ok(()),
     }

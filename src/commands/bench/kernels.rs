@@ -431,12 +431,12 @@ impl Bench {
                 "rounds": ROUNDS,
                 "kernels": rows.collect::<Vec<_>>(),
             });
-            println!("{report}");
+            outln!("{report}");
             return;
         }
-        println!("{device}, median of {ROUNDS} rounds, share of the copy or of the product");
+        outln!("{device}, median of {ROUNDS} rounds, share of the copy or of the product");
         for m in &self.measured {
-            println!(
+            outln!(
                 "{:40} {:10.3} ms {:10.2} {:8} {:4.0} %",
                 m.name,
                 m.seconds * 1e3,

@@ -139,25 +139,23 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "machine": machine::describe(placement),
             "shape": prepared.shape,
         });
-        println!("{report}");
+        outln!("{report}");
         return Ok(());
     }
-    println!("{:<28}{:>14}{:>14}", "", "planned", "measured");
+    outln!("{:<28}{:>14}{:>14}", "", "planned", "measured");
     for part in &parts {
         if part.planned(plan) > 0 || part.measured.is_some_and(|bytes| bytes > 0) {
             print_row(part.name, part.planned(plan), part.measured);
         }
     }
     print_row("in all", plan.peak.total(), all);
-    println!("\nactivations: {}", activations(plan));
+    outln!("\nactivations: {}", activations(plan));
     if !placement.uses_kernels() {
-        println!(
+        outln!(
             "zeros take memory from the first step on: moments and gradients are measured with it"
         );
     }
-    on_the_host(plan)
-        .iter()
-        .for_each(|words| println!("{words}"));
+    on_the_host(plan).iter().for_each(|words| outln!("{words}"));
     Ok(())
 }
 
@@ -168,7 +166,7 @@ fn print_row(name: &str, planned: u64, measured: Option<u64>) {
         let share = measured as f64 / planned as f64 - 1.0;
         format!("{:>+9.1} %", 100.0 * share)
     });
-    println!(
+    outln!(
         "{name:<28}{:>14}{measured_text:>14}{}",
         megabytes(planned),
         difference.unwrap_or_default()

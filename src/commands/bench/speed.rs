@@ -91,20 +91,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "shape": prepared.shape,
             "version": env!("CARGO_PKG_VERSION"),
         });
-        println!("{report}");
+        outln!("{report}");
         return Ok(());
     }
     let gigabytes = |bytes: Option<u64>| match bytes {
         Some(bytes) => format!("{:.2} GB", bytes as f64 / 1e9),
         None => "unknown".into(),
     };
-    println!(
+    outln!(
         "{tokens_per_second:.1} tokens/s (median of {counted} steps of {tokens} tokens), peak memory {}, activations: {}, {} threads",
         gigabytes(peak_memory_bytes),
         activations(plan),
         rayon::current_num_threads()
     );
-    println!(
+    outln!(
         "{:.3} TFLOP/s, {:.0} % of the {:.3} that a product of this width reaches",
         flops / median / 1e12,
         100.0 * share,
@@ -112,7 +112,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     );
     let all: f64 = split.iter().map(|(_, seconds)| seconds).sum();
     for (part, seconds) in &split {
-        println!("{part:<30}{seconds:>9.3} s{:>6.1} %", 100.0 * seconds / all);
+        outln!("{part:<30}{seconds:>9.3} s{:>6.1} %", 100.0 * seconds / all);
     }
     Ok(())
 }

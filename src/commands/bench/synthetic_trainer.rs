@@ -26,7 +26,7 @@ const DEFAULTS: [(&str, &str, &str); 3] = [
 ];
 
 /// Keys of `qlora train` that a benchmark cannot do as asked: it makes its own model and rows.
-const REFUSED: [&str; 13] = [
+const REFUSED: [&str; 14] = [
     "preset",
     "model_name_or_path",
     "adapter",
@@ -34,6 +34,7 @@ const REFUSED: [&str; 13] = [
     "dataset_weights",
     "dataset_format",
     "dataset_columns",
+    "chat_template_date",
     "dataset_cache_dir",
     "eval_dataset",
     "group_by_length",

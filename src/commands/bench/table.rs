@@ -25,11 +25,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             )
         })?);
     }
-    println!(
+    outln!(
         "| model | batch | r | activations | tokens/s | of the floor | memory | planned | machine, commit |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
-    lines.iter().for_each(|line| println!("{line}"));
+    outln!("|---|---|---|---|---|---|---|---|---|");
+    lines.iter().for_each(|line| outln!("{line}"));
     Ok(())
 }
 

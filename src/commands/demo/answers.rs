@@ -90,7 +90,6 @@ fn answer(model: &Decoder, tokenizer: &Tokenizer, question: &Question) -> anyhow
     let options = GenerateOptions {
         max_new_tokens: MAX_NEW_TOKENS,
         stop_ids: tokenizer.eos_token_ids().to_vec(),
-        ensemble: None,
     };
     let mut greedy = Sampler::new(SamplingOptions::default())?;
     let ids = tokenizer.encode(&prompt)?;

@@ -165,7 +165,7 @@ pub fn print_table(models: &[(String, Map<String, Value>)]) {
             .iter()
             .map(|(name, _)| format!("{name:>16}"))
             .collect();
-        println!("{:width$}{names}", "");
+        outln!("{:width$}{names}", "");
     }
     for name in first.keys() {
         let value = |(_, measures): &(String, Map<String, Value>)| match &measures[name] {
@@ -174,6 +174,6 @@ pub fn print_table(models: &[(String, Map<String, Value>)]) {
             other => format!("{:>16.4}", other.as_f64().unwrap_or(f64::NAN)),
         };
         let values: String = models.iter().map(value).collect();
-        println!("{name:width$}{values}");
+        outln!("{name:width$}{values}");
     }
 }

@@ -96,7 +96,8 @@ pub(super) fn backward(
     d_head: Option<&Tensor>,
 ) -> Result<(DeviceLosses, Tensor)> {
     let rows = Rows::new(launcher, rows)?;
-    let dx = Tensor::zeros(x.shape(), DType::BF16, x.device())?;
+    let dx = launcher.empty(x.shape(), DType::BF16)?;
+    dx.zero_set()?;
     for chunk in rows.chunks(head.dims()?.0)? {
         let x = gather(launcher, x, &chunk.ids)?;
         let logits = logits(launcher, &x, head)?;

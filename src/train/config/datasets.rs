@@ -29,7 +29,8 @@ impl Serialize for DatasetList {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.0.as_slice() {
             [] => serializer.serialize_str(""),
-            [path] => path.serialize(serializer),
+            // A comma would part it when it is read.
+            [path] if !path.to_string_lossy().contains(',') => path.serialize(serializer),
             paths => paths.serialize(serializer),
         }
     }

@@ -15,12 +15,14 @@ pub(super) const NEAREST_SIMILARITY: f64 = 0.8;
 /// Reads a config file into its keys and values.
 pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    // Editors on Windows put a byte order mark there.
+    let text = text.trim_start_matches('\u{feff}');
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
     let value = match extension {
-        "toml" => from_toml(path, &text)?,
-        "yaml" | "yml" => serde_yaml_ng::from_str::<Value>(&text)
+        "toml" => from_toml(path, text)?,
+        "yaml" | "yml" => serde_yaml_ng::from_str::<Value>(text)
             .map_err(|e| Error::malformed(path, e.to_string()))?,
-        "json" => serde_json::from_str(&text).map_err(|e| Error::malformed(path, e.to_string()))?,
+        "json" => serde_json::from_str(text).map_err(|e| Error::malformed(path, e.to_string()))?,
         _ => {
             return Err(Error::malformed(
                 path,

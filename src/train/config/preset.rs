@@ -103,6 +103,16 @@ impl Size {
         }
     }
 
+    /// The name of its shape.
+    fn shape(self) -> &'static str {
+        match self {
+            Self::B7 => "llama-7b",
+            Self::B13 => "llama-13b",
+            Self::B33 => "llama-33b",
+            Self::B65 => "llama-65b",
+        }
+    }
+
     fn learning_rate(self) -> f64 {
         match self {
             Self::B7 | Self::B13 => 2e-4,
@@ -112,6 +122,11 @@ impl Size {
 }
 
 impl Preset {
+    /// What its model is called among the shapes.
+    pub fn shape(self) -> &'static str {
+        self.size.shape()
+    }
+
     /// All of them.
     pub fn all() -> impl Iterator<Item = Self> {
         let of = |recipe| Size::ALL.map(|size| Self { recipe, size });

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use chrono::NaiveDate;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
@@ -23,6 +24,7 @@ pub enum ValueKind {
     Number,
     Path,
     Text,
+    Date,
     /// One text, or a list of texts.
     List,
     /// One number, or a list of numbers.
@@ -48,6 +50,7 @@ impl ValueKind {
             Self::Number => "X",
             Self::Path => "PATH",
             Self::Text => "NAME",
+            Self::Date => "DATE",
             Self::List => "NAMES",
             Self::Numbers => "X,X",
             Self::Counts => "N,N",
@@ -75,6 +78,7 @@ impl ValueKind {
             Self::Number => "a number",
             Self::Path => "a path",
             Self::Text => "a name",
+            Self::Date => "a date such as 2026-11-27",
             Self::List => "a name or a list of names",
             Self::Numbers => "a number or a list of numbers",
             Self::Counts => "a non-negative integer or a list of them",
@@ -101,6 +105,10 @@ impl ValueKind {
             (Self::Integer, Value::Number(n)) => n.is_i64().then_some(Value::Number(n)),
             (Self::Count, Value::Number(n)) => n.is_u64().then_some(Value::Number(n)),
             (Self::Number, Value::Number(n)) => Some(Value::Number(n)),
+            (Self::Date, Value::String(text)) => {
+                let date = text.parse::<NaiveDate>().ok();
+                date.map(|date| Value::String(date.to_string()))
+            }
             (Self::Path | Self::Text | Self::List, Value::String(text)) => {
                 Some(Value::String(text))
             }
@@ -178,6 +186,7 @@ config_value! {
     i64 => Integer,
     f64 => Number,
     PathBuf => Path,
+    NaiveDate => Date,
     DatasetFormat => Text,
     DatasetList => List,
     DatasetWeights => Numbers,

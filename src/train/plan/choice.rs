@@ -136,31 +136,50 @@ impl Workload {
     /// The refusal of `plan`, with the smallest change that would fit.
     fn does_not_fit(&self, limit: u64, plan: &Plan) -> Error {
         let fits = |other: &Self| other.fits(limit, 0);
-        let short = self.shortened(1);
-        let with_8bit = Self {
-            moments: Moments::EightBit,
-            ..short.clone()
-        };
+        // On the host is where moments change no result.
         let paged = Self {
             residence: Residence {
-                optimizer: Side::Host,
+                optimizer: match self.engine == Engine::Kernels && !self.dora {
+                    true => Side::Host,
+                    false => self.residence.optimizer,
+                },
                 ..self.residence
             },
-            ..short
+            ..self.clone()
+        };
+        let paged_name = match self.moments {
+            Moments::F32 => "paged_adamw_32bit",
+            Moments::EightBit => "paged_adamw_8bit",
+        };
+        let with_8bit = Self {
+            moments: Moments::EightBit,
+            ..self.shortened(1)
+        };
+        let smallest = Self {
+            ranks: self
+                .ranks
+                .iter()
+                .map(|block| block.map(|r| r.min(1)))
+                .collect(),
+            ..with_8bit.clone()
         };
         let advice = if fits(self) {
             "leave gradient_checkpointing out, or set it to true".into()
+        } else if fits(&paged) {
+            format!("optim {paged_name} would fit")
         } else if let Some(rows) = self.longest_that_fits(limit) {
             format!(
                 "micro-batches of {rows} tokens instead of {} would fit (per_device_train_batch_size, max_seq_len)",
                 self.rows
             )
+        } else if fits(&paged.shortened(1)) {
+            format!("optim {paged_name} and shorter micro-batches would fit")
         } else if fits(&with_8bit) {
             "optim adamw_8bit and shorter micro-batches would fit".into()
-        } else if fits(&paged) {
-            "optim paged_adamw_32bit and shorter micro-batches would fit".into()
+        } else if fits(&smallest) {
+            "take a smaller lora_r, optim adamw_8bit and shorter micro-batches".into()
         } else {
-            "take a smaller model or a smaller lora_r".into()
+            "take a smaller model".into()
         };
         Error::DoesNotFit {
             needed: plan.peak.total(),

@@ -1,12 +1,12 @@
 //! The plan of a training run: its workload from the config, and the memory that it may take.
 
 use super::{Engine, LIBRARIES_BYTES, Moments, Plan, Workload};
-use crate::Result;
 use crate::device::{Placement, Residence, Residency, Side};
 use crate::model::{DecoderConfig, ModuleToSave};
 use crate::quant::BlockSizes;
-use crate::store::AdapterConfig;
+use crate::store::{AdapterConfig, MatrixDropoutSettings};
 use crate::train::TrainConfig;
+use crate::{Error, Result};
 
 /// The sizes of the longest micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +26,15 @@ impl LongestBatch {
             rows: sequences * length,
             label_rows: sequences * length,
             positions: length,
+        }
+    }
+
+    /// The same with a sequence of this length, of which no gradient is wanted, in place of a batch that is smaller.
+    pub fn with_room_for(self, length: usize) -> Self {
+        Self {
+            rows: self.rows.max(length),
+            positions: self.positions.max(length),
+            ..self
         }
     }
 }
@@ -80,8 +89,14 @@ impl Workload {
 }
 
 impl Workload {
-    /// The same with what `config` says of the optimizer, of accumulation and of dropout on matrices, and with dropout where `lora_dropout` is not 0.
-    pub fn with_settings(self, config: &TrainConfig, lora_dropout: f64) -> Self {
+    /// The same with what `config` says of the optimizer and of accumulation, with dropout where `lora_dropout` is not 0, and on
+    /// matrices where there are settings for that.
+    pub fn with_settings(
+        self,
+        config: &TrainConfig,
+        lora_dropout: f64,
+        matrix_dropout: Option<&MatrixDropoutSettings>,
+    ) -> Self {
         // The memory of the CPU's engine is the host's.
         let optimizer = match config.optim.is_paged() && self.engine == Engine::Kernels {
             true => Side::Host,
@@ -91,15 +106,36 @@ impl Workload {
             moments: config.optim.into(),
             micro_batches: config.gradient_accumulation_steps,
             dropout: lora_dropout > 0.0,
-            instances: config
-                .lora_matrix_dropout
-                .filter(|p| *p > 0.0)
-                .map(|_| config.lora_matrix_dropout_instances),
+            instances: matrix_dropout.map(|_| config.lora_matrix_dropout_instances),
             residence: Residence {
                 optimizer,
                 ..self.residence
             },
             ..self
+        }
+    }
+}
+
+impl Workload {
+    /// Refuses an adapter that fits nothing in the model, or that cannot be trained as the workload would have it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key.
+    pub fn expect_possible(&self, adapter: &AdapterConfig) -> Result<()> {
+        self.model.expect_targets(adapter)?;
+        self.model.expect_patterns(adapter)?;
+        self.model.expect_modules_to_save(adapter)?;
+        match adapter.use_dora {
+            true if self.instances.is_some() => {
+                let reason = "masks the matrices of plain adapters; leave it or use_dora out";
+                Err(Error::config("lora_matrix_dropout", reason))
+            }
+            true if self.residence.optimizer == Side::Host => {
+                let reason = "keeps a half of each trained value in host memory, and use_dora reads \
+                              the whole of its magnitudes; use adamw_torch or adamw_8bit";
+                Err(Error::config("optim", reason))
+            }
+            _ => Ok(()),
         }
     }
 }
