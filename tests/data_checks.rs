@@ -486,7 +486,7 @@ fn a_line_is_told_with_its_file_where_there_are_several() {
         assert!(sentence.contains(&first), "{sentence}");
     }
 
-    write("a.jsonl", &[masked.clone()]);
+    write("a.jsonl", std::slice::from_ref(&masked));
     write("b.jsonl", &[masked]);
     std::fs::write(path("c.jsonl"), "").unwrap();
     let error = load_files(

@@ -217,3 +217,27 @@ fn a_run_does_not_write_into_its_model() {
     );
     assert_eq!(names(dir.path()), ["config.json", "model.safetensors"]);
 }
+
+#[test]
+fn rows_beyond_what_the_model_was_made_for_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let told = |tokens: usize| {
+        let rows = dir.path().join("rows.jsonl");
+        let row = serde_json::json!({"input_ids": vec![5; tokens]});
+        fs::write(&rows, format!("{row}\n")).unwrap();
+        let run = dir.path().join(tokens.to_string());
+        let output = tiny_run::command(&[
+            ("model_name_or_path", tiny_run::text(&tiny_run::model())),
+            ("dataset", tiny_run::text(&rows)),
+            ("output_dir", tiny_run::text(&run)),
+            ("max_steps", "1"),
+            ("gradient_accumulation_steps", "1"),
+        ])
+        .output()
+        .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        tiny_run::stderr(&output)
+    };
+    assert!(told(129).contains("up to 129 tokens, and the model was made for 128"));
+    assert!(!told(128).contains("was made for"));
+}

@@ -23,12 +23,12 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> anyhow::Result<()> {
-    super::outlive_closed_pipe();
     let config = TrainConfig::load(args.config.as_deref(), &args.flags.overrides)?;
     if args.print_config {
         out!("{}", config.resolved_toml()?);
         return Ok(());
     }
+    super::outlive_closed_pipe();
     super::on_threads(config.threads, || fine_tune(config))
 }
 
@@ -156,6 +156,13 @@ fn describe(trainer: &Trainer) {
         data.train_len(),
         data.eval_len().unwrap_or(0),
     ));
+    let longest = data.longest_train_row().max(data.longest_eval_row());
+    let positions = trainer.decoder().config().max_position_embeddings;
+    if longest > positions {
+        super::note(&format!(
+            "rows have up to {longest} tokens, and the model was made for {positions} (max_position_embeddings); max_seq_len cuts them"
+        ));
+    }
     let trained: usize = trainer
         .decoder()
         .trainables()

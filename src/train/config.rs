@@ -104,7 +104,7 @@ train_config! {
     adapter: Option<PathBuf> = None;
     /// Run directory: metrics, checkpoints and the final adapter
     output_dir: PathBuf = PathBuf::from("./output");
-    /// Training data (required): a file, a directory of them, a name on the Hugging Face hub, or several of these
+    /// Training data (required): a file, a directory of them, a name on the Hugging Face hub, or several of these with commas between them
     dataset: DatasetList = DatasetList::default();
     /// How often each data set of several is used in an epoch: 2 twice, 0.5 half of its rows; unset: once
     dataset_weights: Option<DatasetWeights> = None;

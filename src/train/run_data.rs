@@ -169,12 +169,22 @@ impl RunData {
         own.unwrap_or(&self.sources[place.source as usize])
     }
 
+    /// Tokens of each training row.
+    fn train_tokens(&self) -> impl Iterator<Item = usize> {
+        self.train.iter().map(|place| {
+            let dataset = &self.sources[place.source as usize].dataset;
+            dataset.token_count(place.row as usize)
+        })
+    }
+
+    /// Tokens of the longest training row.
+    pub fn longest_train_row(&self) -> usize {
+        self.train_tokens().max().unwrap_or(0)
+    }
+
     /// The order in which the training rows are used.
     pub fn order(&self, config: &TrainConfig) -> SequenceOrder {
-        let tokens = self.train.iter().map(|place| {
-            let dataset = &self.sources[place.source as usize].dataset;
-            dataset.token_count(place.row as usize) as u32
-        });
+        let tokens = self.train_tokens().map(|tokens| tokens as u32);
         let shuffle = Shuffle::from(config.shuffle);
         let arrangement = match config.packed_tokens() {
             Some(capacity) => Arrangement::Packed { capacity, shuffle },
