@@ -179,7 +179,7 @@ impl Plan {
     /// without one, into what is free: all of it on a GPU, half of it on the CPU.
     ///
     /// # Errors
-    /// [`Error::DoesNotFit`](crate::Error::DoesNotFit) before anything is loaded. Without a `vram_limit` a run on the CPU
+    /// [`Error::DoesNotFit`] before anything is loaded. Without a `vram_limit` a run on the CPU
     /// is never refused: its system can swap.
     pub fn of_run(
         config: &TrainConfig,
@@ -212,7 +212,7 @@ impl Plan {
     /// The plan within `limit` bytes: with the policies that the config names, else with the fastest that fit.
     ///
     /// # Errors
-    /// [`Error::DoesNotFit`](crate::Error::DoesNotFit), with the smallest change that would fit.
+    /// [`Error::DoesNotFit`], with the smallest change that would fit.
     pub fn within(workload: &Workload, config: &TrainConfig, limit: u64) -> Result<Self> {
         match kept_by_config(workload, config) {
             Some(kept) => Ok(Self::keeping(&workload.way_that_fits(limit, kept)?, kept)),
