@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use candle_core::DType;
 use clap::ValueEnum;
+use clap::builder::PossibleValue;
 use indicatif::DecimalBytes;
 use qlora::data::Tokenizer;
 use qlora::export::{
@@ -88,9 +89,18 @@ enum Dtype {
     Bf16,
     F16,
     F32,
-    /// 8.5 bits a weight; in GGUF files of models alone
+    /// 8.5 bits a weight; this and the next in GGUF files of models alone
     #[value(name = "q8_0")]
     Q8_0,
+    /// 6.6 bits a weight
+    #[value(name = "q6_k")]
+    Q6K,
+    /// 5.5 bits a weight, and 6.6 where they tell most
+    #[value(name = "q5_k_m")]
+    Q5KM,
+    /// 4.5 bits a weight, and more where they tell most
+    #[value(name = "q4_k_m")]
+    Q4KM,
 }
 
 impl Dtype {
@@ -100,7 +110,11 @@ impl Dtype {
             Self::Bf16 => Ok(DType::BF16),
             Self::F16 => Ok(DType::F16),
             Self::F32 => Ok(DType::F32),
-            Self::Q8_0 => bail!("--dtype q8_0 is for --to gguf and modelfile"),
+            Self::Q8_0 | Self::Q6K | Self::Q5KM | Self::Q4KM => {
+                let value = self.to_possible_value();
+                let name = value.as_ref().map_or("", PossibleValue::get_name);
+                bail!("--dtype {name} is for --to gguf and modelfile")
+            }
         }
     }
 }
@@ -254,6 +268,9 @@ impl Args {
             Dtype::F16 => GgufType::F16,
             Dtype::F32 => GgufType::F32,
             Dtype::Q8_0 => GgufType::Q8_0,
+            Dtype::Q6K => GgufType::Q6K,
+            Dtype::Q5KM => GgufType::Q5KM,
+            Dtype::Q4KM => GgufType::Q4KM,
         })
     }
 }

@@ -3,7 +3,7 @@ use std::path::Path;
 use candle_core::quantized::GgmlDType;
 use qlora::export::{GgufBase, GgufReport, GgufType, write_gguf_adapter};
 use qlora::quant::DenseTensor;
-use qlora::store::{Adapter, AdapterConfig, ModulePatterns};
+use qlora::store::{Adapter, AdapterConfig, MappedFile, ModulePatterns};
 use qlora::{Error, Result};
 use serde_json::Value;
 
@@ -235,6 +235,55 @@ fn q8_0_blocks_are_those_of_ggml() {
     assert_eq!(hex, EXPECTED);
     // Its rows of one element are no blocks.
     assert_eq!(gguf.dtype("blk.0.attn_q.weight.lora_b"), GgmlDType::F16);
+}
+
+/// ggml multiplies and adds in one rounding where its compiler chose so: a code may be another where two are about as near.
+#[test]
+fn k_quants_are_those_of_ggml_but_for_ties() {
+    let ggml = MappedFile::open(&fixture("gguf/k_quants.safetensors")).unwrap();
+    let ggml = ggml.tensors_and_codes().unwrap();
+    let values = ggml["values"].to_f32_vec();
+    let mut config = config("llama_gqa");
+    config["hidden_size"] = 256.into();
+    let a = DenseTensor::from_f32(vec![12, 256], &values);
+    let one = AdapterConfig {
+        r: 12,
+        ..AdapterConfig::default()
+    };
+    let adapter = of_query(one, a, random(&[64, 12], 0));
+    for (file_type, name) in [
+        (GgufType::Q4KM, "q4_k"),
+        (GgufType::Q5KM, "q5_k"),
+        (GgufType::Q6K, "q6_k"),
+    ] {
+        let gguf = written(&adapter, &config, file_type);
+        let expected = &ggml[name].data;
+        let found = gguf.bytes("blk.0.attn_q.weight.lora_a", expected.len());
+        let same = found.iter().zip(expected).filter(|(a, b)| a == b).count();
+        assert!(
+            same as f64 >= 0.99 * expected.len() as f64,
+            "{name}: {same} of {}",
+            expected.len()
+        );
+        let (found, theirs) = (
+            gguf.values("blk.0.attn_q.weight.lora_a"),
+            ggml[&format!("{name}.values")].to_f32_vec(),
+        );
+        for row in 0..12 {
+            let error = |stored: &[f32]| -> f64 {
+                let pairs = values[256 * row..][..256].iter().zip(&stored[256 * row..]);
+                pairs
+                    .map(|(a, b)| f64::from(a - b).powi(2))
+                    .sum::<f64>()
+                    .sqrt()
+            };
+            let (ours, theirs) = (error(&found), error(&theirs));
+            assert!(
+                ours <= 1.01 * theirs + 1e-12,
+                "{name}, row {row}: {ours} {theirs}"
+            );
+        }
+    }
 }
 
 #[test]

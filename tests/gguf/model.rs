@@ -425,3 +425,48 @@ fn progress_ends_with_all_bytes() {
     let (_, done, total) = seen.last().unwrap();
     assert_eq!(done, total);
 }
+
+/// As llama-quantize has them.
+#[test]
+fn a_file_of_mixed_types_has_more_bits_where_they_tell_most() {
+    let mut config = config_with_vocabulary("llama_mha");
+    for (field, size) in [
+        ("hidden_size", 256),
+        ("intermediate_size", 512),
+        ("num_hidden_layers", 8),
+        ("head_dim", 64),
+    ] {
+        config[field] = size.into();
+    }
+    config["tie_word_embeddings"] = false.into();
+    let (_, gguf, report) = written(&config, GgufType::Q4KM);
+    assert_eq!(gguf.u32("general.file_type"), 15);
+    assert_eq!(report.notes, [] as [&str; 0]);
+    let layers_of = |module: &str| {
+        let is_larger =
+            |layer: &usize| gguf.dtype(&format!("blk.{layer}.{module}.weight")) == GgmlDType::Q6K;
+        (0..8).filter(is_larger).collect::<Vec<_>>()
+    };
+    // The first eighth, the last, and each third between.
+    assert_eq!(layers_of("attn_v"), [0, 3, 6, 7]);
+    assert_eq!(layers_of("ffn_down"), [0, 3, 6, 7]);
+    assert_eq!(layers_of("attn_q"), [] as [usize; 0]);
+    assert_eq!(gguf.dtype("output.weight"), GgmlDType::Q6K);
+    assert_eq!(gguf.dtype("token_embd.weight"), GgmlDType::Q4K);
+    assert_eq!(gguf.dtype("blk.1.attn_norm.weight"), GgmlDType::F32);
+    config["tie_word_embeddings"] = true.into();
+    let (_, gguf, _) = written(&config, GgufType::Q5KM);
+    assert_eq!(gguf.dtype("token_embd.weight"), GgmlDType::Q6K);
+    assert_eq!(gguf.dtype("blk.1.ffn_up.weight"), GgmlDType::Q5K);
+
+    // Rows that are no whole blocks.
+    config["hidden_size"] = 192.into();
+    let (_, gguf, report) = written(&config, GgufType::Q4KM);
+    assert_eq!(gguf.dtype("blk.1.ffn_up.weight"), GgmlDType::Q8_0);
+    assert_eq!(gguf.dtype("blk.1.ffn_down.weight"), GgmlDType::Q4K);
+    assert!(
+        report.notes[0].contains("no blocks of 256"),
+        "{:?}",
+        report.notes
+    );
+}

@@ -1,7 +1,7 @@
 //! The files of llama.cpp: a model, or a LoRA adapter for one, as GGUF.
 //!
 //! ```text
-//! architecture (what llama.cpp computes)   tensor_names   tensor_type (f32, f16, bf16, Q8_0)   writer (the file format)
+//! architecture (what llama.cpp computes)   tensor_names   tensor_type (f32, f16, bf16, Q8_0; k_quants)   writer (the file format)
 //! vocabulary (tokenizer.json -> tokenizer.ggml.*): byte_level, sentencepiece   hyperparameters   model   adapter
 //! reader (both again)   difference (of what a file says from what it should)
 //! ```
@@ -13,6 +13,7 @@ mod architecture;
 mod byte_level;
 mod difference;
 mod hyperparameters;
+mod k_quants;
 mod model;
 mod reader;
 mod sentencepiece;

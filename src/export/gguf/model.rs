@@ -5,6 +5,7 @@ use std::path::Path;
 use super::architecture::{self, Architecture};
 use super::hyperparameters::{self, ROPE_FREQS};
 use super::tensor_names::tensor_name;
+use super::tensor_type::TensorType;
 use super::vocabulary;
 use super::writer::{Change, GgufWriter, Metadata, TensorInfo};
 use super::{GgufBase, GgufReport, GgufType};
@@ -39,9 +40,18 @@ pub fn write_gguf_model(
     infos.extend(divisors.as_ref().map(|divisors| TensorInfo {
         name: ROPE_FREQS.into(),
         shape: divisors.shape.clone(),
-        tensor_type: GgufType::F32,
+        tensor_type: TensorType::F32,
     }));
     let count = infos.len();
+    let widened = tensors
+        .iter()
+        .filter(|tensor| file_type.is_widened(&tensor.shape(&config)));
+    match widened.count() {
+        0 => {}
+        widened => notes.push(format!(
+            "rows of {widened} matrices are no blocks of 256, so that these are stored in q8_0 or f16"
+        )),
+    }
     let mut writer = GgufWriter::create(path, &metadata, infos)?;
     let total_bytes = writer.pending_bytes();
     for tensor in tensors {
@@ -68,7 +78,7 @@ fn info(tensor: ModelTensor, config: &DecoderConfig, file_type: GgufType) -> Ten
     let shape = tensor.shape(config);
     TensorInfo {
         name: tensor_name(tensor),
-        tensor_type: file_type.of_shape(&shape),
+        tensor_type: file_type.of(tensor, config),
         shape,
     }
 }

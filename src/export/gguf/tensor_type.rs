@@ -1,21 +1,41 @@
-//! The types of a tensor in a GGUF file, and how a row of f32 values is stored in each.
+//! The types of a tensor in a GGUF file, which tensor has which, and how a row of f32 values is stored.
 //!
 //! Q8_0: blocks of 32 values of a row, each an f16 scale `d = max |x| / 127` and 32 bytes `round(x / d)`; halves round away
-//! from zero. Source: `ggml-quants.c` of ggml.
+//! from zero. Source: `ggml-quants.c` of ggml; `llama-quant.cpp` of llama.cpp for which tensor has which.
 
 use candle_core::DType;
 use half::f16;
 
+use super::k_quants;
+use crate::model::{DecoderConfig, ModelTensor, Module};
 use crate::quant::write_floats;
 
-/// The type that the matrices of a GGUF file are stored in; vectors are f32.
+/// What a GGUF file is called by: the type of its matrices, or of most of them; vectors are f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GgufType {
     F32,
     F16,
     Bf16,
-    /// 8.5 bits an element. A matrix whose rows are no multiple of 32 is stored in f16.
+    /// 8.5 bits an element.
     Q8_0,
+    /// 6.6 bits an element.
+    Q6K,
+    /// 5.5 bits an element, and 6.6 for the head and where more bits tell most.
+    Q5KM,
+    /// 4.5 bits an element, and more in the same places.
+    Q4KM,
+}
+
+/// The type of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TensorType {
+    F32,
+    F16,
+    Bf16,
+    Q8_0,
+    Q4K,
+    Q5K,
+    Q6K,
 }
 
 /// Elements of a Q8_0 block.
@@ -26,23 +46,91 @@ const BLOCK: usize = 32;
 pub(super) struct TooLarge(pub usize);
 
 impl GgufType {
+    /// `general.file_type`.
+    pub(super) fn file_type(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q8_0 => 7,
+            Self::Q4KM => 15,
+            Self::Q5KM => 17,
+            Self::Q6K => 18,
+            Self::Bf16 => 32,
+        }
+    }
+
+    /// The type of a tensor of a model in a file of this type.
+    pub(super) fn of(self, tensor: ModelTensor, config: &DecoderConfig) -> TensorType {
+        let is_head = match tensor {
+            ModelTensor::Head => true,
+            ModelTensor::Embedding => config.tie_word_embeddings,
+            _ => false,
+        };
+        let layers = config.num_layers;
+        let tells_most = match tensor {
+            ModelTensor::Weight(layer, Module::V | Module::Down) => {
+                let first = layers / 8;
+                layer < first || layer >= 7 * layers / 8 || (layer - first) % 3 == 2
+            }
+            _ => is_head,
+        };
+        // Eight heads of a model of 70B share one, which is small.
+        let is_shared = layers == 80 && config.num_kv_heads < config.num_heads;
+        let wanted = match self {
+            Self::Q4KM | Self::Q5KM if tells_most => TensorType::Q6K,
+            Self::Q4KM if is_shared && matches!(tensor, ModelTensor::Weight(_, Module::V)) => {
+                TensorType::Q5K
+            }
+            _ => self.of_most(),
+        };
+        wanted.for_shape(&tensor.shape(config))
+    }
+
+    /// The type of a matrix or vector of an adapter.
+    pub(super) fn of_shape(self, shape: &[usize]) -> TensorType {
+        self.of_most().for_shape(shape)
+    }
+
+    /// Whether a matrix is of another type because its rows are no blocks of 256.
+    pub(super) fn is_widened(self, shape: &[usize]) -> bool {
+        let block = self.of_most().block().0;
+        block == k_quants::BLOCK && matches!(shape, [_, columns] if !columns.is_multiple_of(block))
+    }
+
+    fn of_most(self) -> TensorType {
+        match self {
+            Self::F32 => TensorType::F32,
+            Self::F16 => TensorType::F16,
+            Self::Bf16 => TensorType::Bf16,
+            Self::Q8_0 => TensorType::Q8_0,
+            Self::Q6K => TensorType::Q6K,
+            Self::Q5KM => TensorType::Q5K,
+            Self::Q4KM => TensorType::Q4K,
+        }
+    }
+}
+
+impl TensorType {
+    /// This, or a wider type where rows are no whole blocks; f32 for vectors.
+    fn for_shape(self, shape: &[usize]) -> Self {
+        let [_, columns] = shape else {
+            return Self::F32;
+        };
+        let types = [self, Self::Q8_0, Self::F16].into_iter();
+        let mut fitting = types.filter(|wanted| columns.is_multiple_of(wanted.block().0));
+        fitting.next().unwrap_or(Self::F16)
+    }
+
     /// `ggml_type`.
     pub(super) fn id(self) -> u32 {
         match self {
             Self::F32 => 0,
             Self::F16 => 1,
             Self::Q8_0 => 8,
+            Self::Q4K => 12,
+            Self::Q5K => 13,
+            Self::Q6K => 14,
             Self::Bf16 => 30,
-        }
-    }
-
-    /// `general.file_type` of a file whose matrices are mostly of this type.
-    pub(super) fn file_type(self) -> u32 {
-        match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Q8_0 => 7,
-            Self::Bf16 => 32,
         }
     }
 
@@ -51,26 +139,29 @@ impl GgufType {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Q8_0 => "q8_0",
+            Self::Q4K => "q4_k",
+            Self::Q5K => "q5_k",
+            Self::Q6K => "q6_k",
             Self::Bf16 => "bf16",
         }
     }
 
-    /// The type of a tensor of `shape` in a file of this type.
-    pub(super) fn of_shape(self, shape: &[usize]) -> Self {
-        match (shape, self) {
-            ([_, columns], Self::Q8_0) if !columns.is_multiple_of(BLOCK) => Self::F16,
-            ([_, _], _) => self,
-            _ => Self::F32,
+    /// Elements of a block, and its bytes.
+    fn block(self) -> (usize, usize) {
+        match self {
+            Self::F32 => (1, 4),
+            Self::F16 | Self::Bf16 => (1, 2),
+            Self::Q8_0 => (BLOCK, 2 + BLOCK),
+            Self::Q4K => (k_quants::BLOCK, 144),
+            Self::Q5K => (k_quants::BLOCK, 176),
+            Self::Q6K => (k_quants::BLOCK, 210),
         }
     }
 
     /// The bytes of so many elements, whole blocks.
     pub(super) fn nbytes(self, elements: usize) -> usize {
-        match self {
-            Self::F32 => 4 * elements,
-            Self::F16 | Self::Bf16 => 2 * elements,
-            Self::Q8_0 => elements / BLOCK * (BLOCK + 2),
-        }
+        let (block, bytes) = self.block();
+        elements / block * bytes
     }
 
     /// Appends the bytes of `row`.
@@ -85,6 +176,9 @@ impl GgufType {
                 }
                 return Ok(());
             }
+            Self::Q4K => return encode_k(row, k_quants::encode_q4, out),
+            Self::Q5K => return encode_k(row, k_quants::encode_q5, out),
+            Self::Q6K => return encode_k(row, k_quants::encode_q6, out),
         };
         let start = out.len();
         out.resize(start + self.nbytes(row.len()), 0);
@@ -92,15 +186,35 @@ impl GgufType {
     }
 }
 
+/// Appends blocks of 256.
+fn encode_k(
+    row: &[f32],
+    encode: impl Fn(&[f32; k_quants::BLOCK], &mut Vec<u8>) -> Result<(), k_quants::ScaleTooLarge>,
+    out: &mut Vec<u8>,
+) -> Result<(), TooLarge> {
+    for (block, values) in row.as_chunks().0.iter().enumerate() {
+        let start = block * k_quants::BLOCK;
+        if let Some(at) = values.iter().position(|x| !x.is_finite()) {
+            return Err(TooLarge(start + at));
+        }
+        encode(values, out).map_err(|_| TooLarge(start + largest(values)))?;
+    }
+    Ok(())
+}
+
+fn largest(values: &[f32]) -> usize {
+    let absolute = |at: &usize| values[*at].abs();
+    let largest = (0..values.len()).max_by(|a, b| absolute(a).total_cmp(&absolute(b)));
+    largest.unwrap_or(0)
+}
+
 /// Appends a Q8_0 block; the error is the element that has no place in it.
 fn encode_block(values: &[f32], out: &mut Vec<u8>) -> Result<(), usize> {
     if let Some(at) = values.iter().position(|x| !x.is_finite()) {
         return Err(at);
     }
-    let absolute = |at: &usize| values[*at].abs();
-    let largest = (0..values.len()).max_by(|a, b| absolute(a).total_cmp(&absolute(b)));
-    let largest = largest.unwrap_or(0);
-    let d = absolute(&largest) / 127.0;
+    let largest = largest(values);
+    let d = values[largest].abs() / 127.0;
     let stored = f16::from_f32(d);
     if !stored.is_finite() {
         return Err(largest);

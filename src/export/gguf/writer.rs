@@ -1,4 +1,4 @@
-//! A GGUF file, version 3, written tensor by tensor: never more than a row of them in memory.
+//! A GGUF file, version 3, written tensor by tensor: never more than some rows of them in memory.
 //!
 //! Layout, little-endian: `GGUF`, u32 version, u64 tensors, u64 keys; the keys with their values; name, dimensions (the
 //! fastest first), type and offset of each tensor; their data, each aligned to 32 bytes. A text is its u64 length and UTF-8.
@@ -6,13 +6,17 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use super::tensor_type::{GgufType, TooLarge};
+use rayon::prelude::*;
+
+use super::tensor_type::{TensorType, TooLarge};
 use crate::quant::DenseTensor;
 use crate::store::AtomicFile;
 use crate::{Error, Result};
 
 const VERSION: u32 = 3;
 const ALIGNMENT: usize = 32;
+/// Elements that are converted together.
+const ELEMENTS_AT_ONCE: usize = 1 << 20;
 
 /// A value of the metadata.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,7 +58,7 @@ pub(super) struct TensorInfo {
     pub name: String,
     /// A matrix or a vector.
     pub shape: Vec<usize>,
-    pub tensor_type: GgufType,
+    pub tensor_type: TensorType,
 }
 
 impl TensorInfo {
@@ -156,18 +160,23 @@ impl GgufWriter {
         }
         // A vector is a column: its elements are reordered as the rows of a matrix are.
         let columns = info.shape.get(1).copied().unwrap_or(1);
-        let mut row_values = vec![0f32; columns];
-        let mut bytes = Vec::new();
-        for row in 0..info.shape[0] {
-            tensor.read_range(change.source_row(row) * columns, &mut row_values);
+        let encode = |values: &mut Vec<f32>, row: usize| {
+            tensor.read_range(change.source_row(row) * columns, values);
             if change.factor != 1.0 {
-                row_values.iter_mut().for_each(|x| *x *= change.factor);
+                values.iter_mut().for_each(|x| *x *= change.factor);
             }
-            let encoded = info.tensor_type.encode(&row_values, &mut bytes);
-            encoded.map_err(|TooLarge(at)| too_large(&info, [row, at], row_values[at]))?;
-            if bytes.len() >= 1 << 20 || row + 1 == info.shape[0] {
+            let mut bytes = Vec::with_capacity(info.tensor_type.nbytes(columns));
+            let encoded = info.tensor_type.encode(values, &mut bytes);
+            encoded.map_err(|TooLarge(at)| too_large(&info, [row, at], values[at]))?;
+            Ok(bytes)
+        };
+        let rows_at_once = ELEMENTS_AT_ONCE.div_ceil(columns);
+        for first in (0..info.shape[0]).step_by(rows_at_once) {
+            let rows = first..info.shape[0].min(first + rows_at_once);
+            let rows = rows.into_par_iter();
+            let encoded = rows.map_init(|| vec![0f32; columns], encode);
+            for bytes in encoded.collect::<Result<Vec<_>>>()? {
                 self.put(&bytes).map_err(Error::io(self.file.path()))?;
-                bytes.clear();
             }
         }
         let end = info.nbytes();
@@ -197,7 +206,7 @@ impl GgufWriter {
 fn too_large(info: &TensorInfo, [row, column]: [usize; 2], value: f32) -> Error {
     let stored = info.tensor_type.name();
     let hint = match info.tensor_type {
-        GgufType::F32 => "",
+        TensorType::F32 => "",
         _ => "; a wider type such as f32 may hold it",
     };
     Error::TensorMismatch {
