@@ -65,7 +65,7 @@ fn a_preset_has_the_shape_of_its_model_and_without_any_none_is_assumed() {
         3
     );
     let output = plan("--json");
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     assert!(text(output.stderr).contains("--shape llama-7b"));
 }
 

@@ -164,11 +164,10 @@ impl RowFlags {
         &self,
         name: &Path,
         max_rows: Option<usize>,
-        tokenizer: Option<Tokenizer>,
+        mut tokenizer: Option<Tokenizer>,
         vocab_size: usize,
     ) -> anyhow::Result<Dataset> {
         let mut config = TrainConfig::load_partial(None, &self.overrides)?;
-        let mut tokenizer = tokenizer;
         if let Some(tokenizer) = &mut tokenizer {
             config.settle_date(tokenizer);
         }

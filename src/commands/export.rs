@@ -317,8 +317,12 @@ fn write_directory(args: &Args, source: &Source) -> anyhow::Result<Report> {
     Ok(Report {
         written_bytes: written.written_bytes,
         rounding_error: merged.rounding_error(),
-        notes: ends.map(|ids| format!("its generation ends with the tokens {ids:?}, as the chat template ends an answer")).into_iter().collect(),
+        notes: ends.iter().map(learned_ends_note).collect(),
     })
+}
+
+fn learned_ends_note(ends: &Vec<u32>) -> String {
+    format!("its generation ends with the tokens {ends:?}, as the chat template ends an answer")
 }
 
 /// `generation_config.json` of a model in `dir`, with these tokens to end a text.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
+use clap::error::ErrorKind;
 use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::{Adapter, Checkpoint};
@@ -103,7 +103,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 .and_then(|preset| Shape::named(preset.shape()));
             let sizes = args.shape.is_given().then_some(Shape::LLAMA_110M);
             let Some(otherwise) = of_preset.or(sizes) else {
-                bail!("give the model's directory as --model, or a size such as --shape llama-7b");
+                let missing =
+                    "give the model's directory as --model, or a size such as --shape llama-7b\n";
+                clap::Error::raw(ErrorKind::MissingRequiredArgument, missing).exit();
             };
             let shape = args.shape.shape(otherwise);
             (shape.decoder_config()?, config.quantize_options().into())
