@@ -414,24 +414,14 @@ fn eval_reads_rows_as_training_does() {
     let plain = write("plain.jsonl", json!({"input": "w1 w2", "output": "w3 w4"}));
     let eval = |data: &std::path::Path, more: &[&str]| {
         let mut command = qlora();
+        command.arg("eval").arg("--model").arg(&model);
+        command.arg("--data").arg(data).args(more).arg("--json");
         command
-            .arg("eval")
-            .arg("--model")
-            .arg(&model)
-            .arg("--data")
-            .arg(data);
-        stdout_json(command.args(more).arg("--json"))
     };
     let columns = ["--dataset_columns", "input=question,output=answer"];
-    assert_eq!(eval(&named, &columns), eval(&plain, &[]));
-    let mut command = qlora();
-    command
-        .arg("eval")
-        .arg("--model")
-        .arg(&model)
-        .arg("--data")
-        .arg(&plain);
-    command.args(["--max_seq_len", "0"]).assert().failure();
+    let expected = stdout_json(&mut eval(&plain, &[]));
+    assert_eq!(stdout_json(&mut eval(&named, &columns)), expected);
+    eval(&plain, &["--max_seq_len", "0"]).assert().failure();
 }
 
 /// As on a full disk.
