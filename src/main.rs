@@ -36,7 +36,7 @@ enum Command {
     /// Talk to a model through its chat template
     Chat(commands::chat::Args),
     Export(commands::export::Args),
-    /// Show what is in a data file, a model or an adapter
+    /// Show what is in a data file, a model, an adapter or a GGUF file
     Inspect(commands::inspect::Args),
     /// Hold what a run or an export left against what it does now
     Verify(commands::verify::Args),

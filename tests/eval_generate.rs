@@ -422,6 +422,10 @@ fn eval_reads_rows_as_training_does() {
     let expected = stdout_json(&mut eval(&plain, &[]));
     assert_eq!(stdout_json(&mut eval(&named, &columns)), expected);
     eval(&plain, &["--max_seq_len", "0"]).assert().failure();
+    let mut without_data = qlora();
+    without_data.arg("eval").arg("--model").arg(&model);
+    without_data.args(["--mmlu", "nowhere", "--max_seq_len", "8"]);
+    without_data.assert().code(2);
 }
 
 /// As on a full disk.

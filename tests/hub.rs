@@ -159,4 +159,18 @@ fn a_data_set_of_which_a_part_is_missing_is_not_taken_from_the_cache() {
     let mut offline = inspect(home.path(), "org/parts");
     offline.env("HF_HUB_OFFLINE", "1");
     offline.assert().failure().stderr(contains("or not whole"));
+
+    // One file of it that was asked for alone is whole, but not the data set.
+    let part = |name: &str, endpoint: Option<&str>| {
+        let mut command = inspect(home.path(), name);
+        match endpoint {
+            Some(endpoint) => command.env("HF_ENDPOINT", endpoint),
+            None => command.env("HF_HUB_OFFLINE", "1"),
+        };
+        command
+    };
+    rows(part("org/parts/train-1.jsonl", Some(&endpoint)));
+    rows(part("org/parts/train-1.jsonl", None));
+    let whole = part("org/parts", None).assert().failure();
+    whole.stderr(contains("or not whole"));
 }

@@ -77,10 +77,14 @@ fn what_a_run_would_refuse_is_refused() {
         ("--rank_pattern foo=8", "foo"),
         ("--use_dora --optim paged_adamw_8bit", "`optim`"),
         ("--lora_r 1000000000", "at most 65536"),
-        ("--max_seq_len 99999999999", "at most 268435456"),
+        (
+            "--gradient_accumulation_steps 1000000000",
+            "at most 268435456",
+        ),
+        ("--max_seq_len 99999999999", "more than 268435456 tokens"),
         (
             "--per_device_train_batch_size 1000000 --max_seq_len 1000000",
-            "micro-batches of up to",
+            "more than 268435456 tokens",
         ),
     ] {
         let output = plan(&format!("--shape llama-7b {arguments}"));

@@ -507,3 +507,28 @@ fn data_keys_that_cannot_be_are_refused() {
         );
     }
 }
+
+#[test]
+fn a_date_is_read_from_every_kind_of_file() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in [
+        ("a.toml", "chat_template_date = 2026-11-27"),
+        ("b.toml", "chat_template_date = \"2026-11-27\""),
+        ("c.yaml", "chat_template_date: 2026-11-27"),
+        ("d.json", "\u{feff}{\"chat_template_date\": \"2026-11-27\"}"),
+    ] {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let config = TrainConfig::load_partial(Some(&path), &[]).unwrap();
+        assert_eq!(
+            config.chat_template_date,
+            "2026-11-27".parse().ok(),
+            "{name}"
+        );
+    }
+    let wrong = [("chat_template_date".to_string(), "yesterday".to_string())];
+    let error = TrainConfig::load_partial(None, &wrong)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("expected a date such as"), "{error}");
+}

@@ -152,8 +152,8 @@ macro_rules! flags_of_keys {
 flags_of_keys! {
     /// Those of the configuration's keys that concern data, as flags.
     DataFlags: DATA_KEYS, |arg| arg;
-    /// Those that concern single rows, as flags.
-    RowFlags: ROW_KEYS, |arg| arg;
+    /// Those that concern single rows, as flags that `--data` makes sense of.
+    RowFlags: ROW_KEYS, |arg: Arg| arg.requires("data");
     /// Those that say what an adapter is, as flags that `--init_lora_weights` makes sense of.
     LoraFlags: LORA_KEYS, |arg: Arg| arg.requires("init_lora_weights").help_heading("Initialization");
 }

@@ -1,6 +1,7 @@
 //! What stands behind the names of data sets: local paths, the names of qlora.py, and repositories on the Hugging Face hub;
 //! and where tokenized rows are kept.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,9 @@ use qlora::train::TrainConfig;
 
 /// Tokenizing less than this takes a moment, and is not kept unless that is asked for.
 const SMALLEST_KEPT_BYTES: u64 = 16 << 20;
+
+/// Beside the snapshots of a repository in the hub's cache.
+const PARTS_FILE: &str = "qlora-parts.json";
 
 /// Data sets by the names of qlora.py: where they are on the hub, and which part of it.
 const NAMED: [(&str, &str); 7] = [
@@ -159,10 +163,7 @@ impl Location {
         if files.is_empty() {
             bail!("{} has no data files that can be read", self.repository);
         }
-        // Not in a cache that cannot be written to, to which nothing will come.
-        let unfinished = self.unfinished(cache);
-        let _ = std::fs::create_dir_all(self.directory(cache))
-            .and_then(|()| std::fs::write(&unfinished, ""));
+        self.record(cache, &files);
         let mut snapshot = PathBuf::new();
         for file in files {
             super::note(&format!("{}: {}", self.repository, file.display()));
@@ -174,7 +175,6 @@ impl Location {
                 .context("a path in the cache")?
                 .to_path_buf();
         }
-        let _ = std::fs::remove_file(&unfinished);
         Ok(snapshot.join(&self.part))
     }
 
@@ -184,26 +184,45 @@ impl Location {
         cache.path().join(name)
     }
 
-    /// A file that is there while not all of the data set is.
-    fn unfinished(&self, cache: &Cache) -> PathBuf {
-        let part = self.part.replace('/', "--");
-        self.directory(cache)
-            .join(format!("qlora-unfinished-{part}"))
+    /// Writes down which files the part is made of, so that half a download is not taken for all of it. Not in a cache that
+    /// cannot be written to, to which nothing will come.
+    fn record(&self, cache: &Cache, files: &[PathBuf]) {
+        let directory = self.directory(cache);
+        let mut parts = recorded_parts(&directory);
+        parts.insert(self.part.clone(), files.to_vec());
+        let _ = std::fs::create_dir_all(&directory)
+            .and_then(|()| Ok(serde_json::to_vec(&parts)?))
+            .and_then(|json| std::fs::write(directory.join(PARTS_FILE), json));
     }
 
     /// What an earlier download has left, if it came to its end.
     fn cached(&self, cache: &Cache) -> Option<PathBuf> {
-        if self.unfinished(cache).exists() {
-            return None;
-        }
         let directory = self.directory(cache);
         let revision = std::fs::read_to_string(directory.join("refs/main")).ok()?;
-        let path = directory
-            .join("snapshots")
-            .join(revision.trim())
-            .join(&self.part);
-        (path.exists() && data_files(&path).is_ok()).then_some(path)
+        let snapshot = directory.join("snapshots").join(revision.trim());
+        let parts = recorded_parts(&directory);
+        let is_in = |path: &Path| path.starts_with(&self.part);
+        let covering = parts
+            .iter()
+            .find(|(part, _)| Path::new(&self.part).starts_with(part));
+        let is_whole = match covering {
+            Some((_, files)) => {
+                let mut wanted = files.iter().filter(|file| is_in(file));
+                wanted.all(|file| snapshot.join(file).exists())
+            }
+            // What others have downloaded is not recorded.
+            None => parts.is_empty(),
+        };
+        let path = snapshot.join(&self.part);
+        (is_whole && path.exists() && data_files(&path).is_ok()).then_some(path)
     }
+}
+
+/// The files of each part of a repository that was asked for, by the part.
+fn recorded_parts(directory: &Path) -> BTreeMap<String, Vec<PathBuf>> {
+    let json = std::fs::read(directory.join(PARTS_FILE)).ok();
+    json.and_then(|json| serde_json::from_slice(&json).ok())
+        .unwrap_or_default()
 }
 
 /// Where huggingface_hub keeps its downloads.

@@ -27,7 +27,7 @@ use super::quantize::{parse_bytes, with_progress};
 
 /// The model in the directory of `--to modelfile`.
 pub const GGUF_FILE: &str = "model.gguf";
-const MODELFILE: &str = "Modelfile";
+pub const MODELFILE: &str = "Modelfile";
 
 /// Hand an adapter over to other programs: merged into its model, or for llama.cpp
 #[derive(Debug, clap::Args)]
@@ -208,7 +208,17 @@ impl Source {
             return Ok(None);
         };
         let ends = tokenizer.answer_end_ids()?;
-        let is_learned = ends.len() > tokenizer.eos_token_ids().len();
+        // What transformers goes by.
+        let json = |name: &str| read_object(&self.base.join(name));
+        let named = match json(GENERATION_CONFIG_FILE)?["eos_token_id"].take() {
+            Value::Null => json("config.json")?["eos_token_id"].take(),
+            named => named,
+        };
+        let is_named = |id: &u32| match &named {
+            Value::Array(ids) => ids.contains(&json!(id)),
+            named => *named == json!(id),
+        };
+        let is_learned = !ends.iter().all(is_named);
         Ok(is_learned.then_some(ends))
     }
 
@@ -327,16 +337,18 @@ fn learned_ends_note(ends: &Vec<u32>) -> String {
 
 /// `generation_config.json` of a model in `dir`, with these tokens to end a text.
 fn generation_config(dir: &Path, ends: &[u32]) -> anyhow::Result<Value> {
-    let path = dir.join(GENERATION_CONFIG_FILE);
-    let mut config = match path.exists() {
-        false => json!({}),
-        true => {
-            let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
-            serde_json::from_slice(&text).with_context(|| path.display().to_string())?
-        }
-    };
+    let mut config = read_object(&dir.join(GENERATION_CONFIG_FILE))?;
     config["eos_token_id"] = json!(ends);
     Ok(config)
+}
+
+/// The JSON in a file, of none an empty object.
+fn read_object(path: &Path) -> anyhow::Result<Value> {
+    if !path.exists() {
+        return Ok(json!({}));
+    }
+    let text = std::fs::read(path).with_context(|| path.display().to_string())?;
+    serde_json::from_slice(&text).with_context(|| path.display().to_string())
 }
 
 fn write_gguf_lora(args: &Args, source: &Source) -> anyhow::Result<Report> {

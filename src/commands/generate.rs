@@ -106,8 +106,9 @@ fn prompt_ids(args: &Args, tokenizer: &Tokenizer) -> anyhow::Result<Vec<u32>> {
         (Some(text), _) => text.clone(),
         (None, Some(file)) => {
             let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
-            // That of the file's last line is not of the prompt.
-            text.strip_suffix('\n').map_or(text.clone(), str::to_string)
+            // The end of the file's last line is not of the prompt.
+            let text = text.strip_suffix('\n').unwrap_or(&text);
+            text.strip_suffix('\r').unwrap_or(text).to_string()
         }
         (None, None) => unreachable!("clap requires one of the two"),
     };

@@ -105,7 +105,7 @@ pub fn outlive_closed_pipe() {
     }
 }
 
-/// Lets a closed pipe end the program, as `head` expects, instead of a panic in `println!`.
+/// Lets a closed pipe end the program, as `head` expects, instead of an error.
 pub fn die_quietly_on_closed_pipe() {
     #[cfg(unix)]
     // SAFETY: called first in `main`, before any thread or handler exists; SIG_DFL is a valid disposition.

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
 use clap::error::ErrorKind;
 use qlora::device::DeviceKind;
 use qlora::model::{DecoderConfig, block_sizes};
 use qlora::store::{Adapter, Checkpoint};
-use qlora::train::config::{ByteCount, KEYS};
+use qlora::train::config::{ByteCount, KEYS, MAX_COUNT};
 use qlora::train::plan::{Engine, Item, LongestBatch, Plan, Rates, Workload};
 use qlora::train::{Shape, TrainConfig};
 use serde_json::json;
@@ -122,6 +123,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let matrix_dropout = config.matrix_dropout()?;
     let budget = config.per_device_train_batch_tokens.unwrap_or(0);
     let longest = config.longest_sequence().max(budget);
+    if longest.saturating_mul(config.per_device_train_batch_size) > MAX_COUNT {
+        bail!("more than {MAX_COUNT} tokens in a micro-batch are not planned for");
+    }
     let workload = |config: &TrainConfig| {
         let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
         let workload = Workload::new(model.clone(), blocks, engine, &lora, batch);

@@ -137,9 +137,9 @@ fn progress_bar() -> anyhow::Result<ProgressBar> {
 
 /// A number of bytes with a unit: decimal as in transformers' `max_shard_size` (`4GB`) or binary (`4GiB`).
 pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
-    match text.parse::<ByteCount>()?.0 {
-        0 => Err("write it as 500MB, 4GB or 4GiB".to_string()),
-        bytes => Ok(bytes),
+    match text.parse::<ByteCount>() {
+        Ok(ByteCount(bytes)) if bytes > 0 => Ok(bytes),
+        _ => Err("write it as 500MB, 4GB or 4GiB".to_string()),
     }
 }
 

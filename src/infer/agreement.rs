@@ -9,7 +9,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::ensemble::log_sum_exp;
-use super::evaluate::{BATCH_TOKENS, next_group, rows_of_logits, sequences};
+use super::evaluate::{EVALUATION_TOKENS, next_group, rows_of_logits, sequences};
 use super::sampling::argmax;
 use crate::data::{Batch, Example};
 use crate::model::Decoder;
@@ -49,7 +49,7 @@ pub fn agreement<const N: usize>(
     let mut sums = [Agreement::default(); N];
     let mut examples = examples.into_iter().peekable();
     while examples.peek().is_some() {
-        let group = next_group(&mut examples, BATCH_TOKENS);
+        let group = next_group(&mut examples, EVALUATION_TOKENS);
         let group: Vec<&Example> = group.iter().map(Borrow::borrow).collect();
         let batch = Batch::from_examples(&group);
         let hidden = |decoder: &Decoder| decoder.hidden_states(sequences(&batch), None);

@@ -12,7 +12,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::evaluate::{
-    BATCH_TOKENS, Evaluation, LogProbs, Totals, next_group, next_tokens, sequences,
+    EVALUATION_TOKENS, Evaluation, LogProbs, Totals, next_group, next_tokens, sequences,
 };
 use super::sampling::argmax;
 use crate::data::{Batch, Example};
@@ -75,7 +75,7 @@ pub fn evaluate_ensemble(
     let mut done = 0;
     let mut examples = examples.into_iter().peekable();
     while examples.peek().is_some() {
-        let group = next_group(&mut examples, BATCH_TOKENS);
+        let group = next_group(&mut examples, EVALUATION_TOKENS);
         let group: Vec<&Example> = group.iter().map(Borrow::borrow).collect();
         let batch = Batch::from_examples(&group);
         let next = match log_probs {

@@ -18,7 +18,7 @@ use crate::{Error, IGNORE_INDEX, Result};
 pub const ECE_BINS: usize = 15;
 
 /// Short examples go through the model together up to this many tokens.
-pub(super) const BATCH_TOKENS: usize = 2048;
+pub const EVALUATION_TOKENS: usize = 2048;
 
 /// Bytes of logits that are there at a time, at most.
 const LOGITS_BYTES: usize = 64 << 20;
@@ -55,7 +55,7 @@ pub fn evaluate(
     log_probs: LogProbs,
     on_example: impl FnMut(usize, Option<Vec<f32>>) -> Result<()>,
 ) -> Result<Evaluation> {
-    evaluate_within(BATCH_TOKENS, decoder, examples, log_probs, on_example)
+    evaluate_within(EVALUATION_TOKENS, decoder, examples, log_probs, on_example)
 }
 
 /// The same with no more than `batch_tokens` tokens at a time, but for an example that is longer.
@@ -69,7 +69,6 @@ pub fn evaluate_within(
     log_probs: LogProbs,
     mut on_example: impl FnMut(usize, Option<Vec<f32>>) -> Result<()>,
 ) -> Result<Evaluation> {
-    let batch_tokens = batch_tokens.min(BATCH_TOKENS);
     let mut totals = Totals::default();
     let mut done = 0;
     let mut examples = examples.into_iter().peekable();
@@ -262,7 +261,7 @@ mod tests {
     fn groups_hold_whole_examples_within_the_token_budget() {
         let examples = [3000, 1000, 1000, 1000].map(|tokens| example(vec![0; tokens]));
         let mut examples = examples.iter().peekable();
-        let groups = [1, 2, 1, 0].map(|_| next_group(&mut examples, BATCH_TOKENS).len());
+        let groups = [1, 2, 1, 0].map(|_| next_group(&mut examples, EVALUATION_TOKENS).len());
         assert_eq!(groups, [1, 2, 1, 0]);
     }
 

@@ -68,7 +68,7 @@ impl<'m> Session<'m> {
     /// ensemble's models.
     ///
     /// # Errors
-    /// [`Error::OutOfDeviceMemory`] where the caches do not fit.
+    /// [`Error::OutOfDeviceMemory`] where not even short texts fit.
     pub fn new(decoder: &'m Decoder, capacity: usize, ensemble: Option<&Ensemble>) -> Result<Self> {
         let caches = match ensemble {
             None => vec![KvCache::new(decoder, capacity)?],
@@ -86,7 +86,8 @@ impl<'m> Session<'m> {
     /// As [`generate`].
     ///
     /// # Errors
-    /// Those of [`generate`], and [`Error::Shape`] for a text that is longer than there is room for.
+    /// Those of [`generate`]; [`Error::Shape`] for a text that is longer than there is room for, and
+    /// [`Error::OutOfDeviceMemory`] where its cache does not fit.
     pub fn write(
         &mut self,
         prompt: &[u32],

@@ -10,7 +10,7 @@ mod sampling;
 
 pub use agreement::{Agreement, agreement};
 pub use ensemble::{Ensemble, evaluate_ensemble};
-pub use evaluate::{ECE_BINS, Evaluation, LogProbs, evaluate, evaluate_within};
+pub use evaluate::{ECE_BINS, EVALUATION_TOKENS, Evaluation, LogProbs, evaluate, evaluate_within};
 pub use generate::{Finish, GenerateOptions, Generated, Session, generate};
 pub use multiple_choice::{
     Answer, LetterIds, MultipleChoice, multiple_choice, multiple_choice_ensemble,

@@ -13,7 +13,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::ensemble::{Ensemble, expect_sizes, log_add_exp, log_sum_exp};
-use super::evaluate::{BATCH_TOKENS, next_group, rows_of_logits, sequences};
+use super::evaluate::{EVALUATION_TOKENS, next_group, rows_of_logits, sequences};
 use super::sampling::argmax;
 use crate::data::{Batch, Example, LETTERS, Question};
 use crate::model::{Decoder, MatrixDropout};
@@ -109,7 +109,7 @@ fn answers(
     let mut prompts = questions.iter().map(prompt).peekable();
     let mut left = questions;
     while prompts.peek().is_some() {
-        let group = next_group(&mut prompts, BATCH_TOKENS);
+        let group = next_group(&mut prompts, EVALUATION_TOKENS);
         let batch = Batch::from_examples(&group.iter().collect::<Vec<_>>());
         let questions;
         (questions, left) = left.split_at(group.len());

@@ -31,12 +31,13 @@ pub(super) struct LayerCache<'m> {
     pub(super) rows: CachedRows,
 }
 
-/// Keys and values of a layer, `k`, `v: [N, K * E]`, of which `len` rows are in use.
+/// Keys and values of a layer, `k`, `v: [N, K * E]`, of which `len` rows are in use; N grows up to `capacity`.
 #[derive(Debug)]
 pub(super) struct CachedRows {
     k: Tensor,
     v: Tensor,
     len: usize,
+    capacity: usize,
 }
 
 impl<'m> KvCache<'m> {
@@ -51,7 +52,12 @@ impl<'m> KvCache<'m> {
             let (k, v) = (empty()?, empty()?);
             Ok(LayerCache {
                 block: block.lasting(),
-                rows: CachedRows { k, v, len: 0 },
+                rows: CachedRows {
+                    k,
+                    v,
+                    len: 0,
+                    capacity,
+                },
             })
         });
         Ok(Self {
@@ -108,7 +114,9 @@ impl CachedRows {
         let len = self.len + k.dim(0)?;
         for (rows, new) in [(&mut self.k, k), (&mut self.v, v)] {
             if len > rows.dim(0)? {
-                *rows = grown(&rows.narrow(0, 0, self.len)?, len)?;
+                // Twice as many, so that each is copied once or so.
+                let grown = len.max(2 * self.len).min(self.capacity);
+                *rows = with_room_for(grown, &rows.narrow(0, 0, self.len)?)?;
             }
             rows.slice_set(new, 0, self.len)?;
         }
@@ -120,10 +128,9 @@ impl CachedRows {
     }
 }
 
-/// The rows with memory for at least `needed` behind them, and for twice as many as there are: each is copied once or so.
-fn grown(rows: &Tensor, needed: usize) -> Result<Tensor> {
-    let (held, width) = rows.dims2()?;
-    let grown = Tensor::zeros((needed.max(2 * held), width), rows.dtype(), rows.device())?;
-    grown.slice_set(&rows.contiguous()?, 0, 0)?;
-    Ok(grown)
+/// The same rows at the beginning of `count`.
+fn with_room_for(count: usize, rows: &Tensor) -> Result<Tensor> {
+    let larger = Tensor::zeros((count, rows.dim(1)?), rows.dtype(), rows.device())?;
+    larger.slice_set(&rows.contiguous()?, 0, 0)?;
+    Ok(larger)
 }

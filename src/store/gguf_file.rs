@@ -64,11 +64,8 @@ impl GgufFile {
             return Err(Error::malformed(path, reason));
         }
         for (name, info) in &file.content.tensor_infos {
-            let bytes = file.bytes(info);
-            bytes.ok_or_else(|| {
-                let reason = format!("ends before tensor `{name}`; download or copy it again");
-                Error::malformed(path, reason)
-            })?;
+            file.bytes(info)
+                .map_err(|reason| Error::malformed(path, format!("tensor `{name}` {reason}")))?;
         }
         Ok(file)
     }
@@ -113,7 +110,7 @@ impl GgufFile {
                 .to_lowercase()
                 .replace('k', "_k"),
             parameters: info.shape.elem_count(),
-            nbytes: self.bytes(info)?.len(),
+            nbytes: self.bytes(info).ok()?.len(),
         })
     }
 
@@ -124,7 +121,7 @@ impl GgufFile {
     /// [`Error::MissingTensor`]; [`Error::TensorMismatch`] for a type that candle does not dequantize.
     pub fn tensor(&self, name: &str) -> Result<DenseTensor> {
         let found = self.content.tensor_infos.get(name);
-        let found = found.and_then(|info| Some((info, self.bytes(info)?)));
+        let found = found.and_then(|info| Some((info, self.bytes(info).ok()?)));
         let (info, data) = found.ok_or_else(|| Error::MissingTensor {
             path: self.path.clone(),
             tensor: name.to_string(),
@@ -151,17 +148,24 @@ impl GgufFile {
         })
     }
 
-    /// `None` if they do not lie within the file.
-    fn bytes(&self, info: &TensorInfo) -> Option<Bytes> {
+    /// The error says why there are none.
+    fn bytes(&self, info: &TensorInfo) -> Result<Bytes, &'static str> {
+        const TOO_LARGE: &str = "has a size that no file has";
         let block = info.ggml_dtype.block_size();
         let columns = info.shape.dims().last().copied().unwrap_or(1);
+        if !columns.is_multiple_of(block) {
+            return Err("has rows that are no whole blocks of its type");
+        }
         let mut sizes = info.shape.dims().iter();
-        let elements = sizes.try_fold(1usize, |product, size| product.checked_mul(*size))?;
-        let nbytes = (elements / block).checked_mul(info.ggml_dtype.type_size())?;
-        let start = usize::try_from(info.offset).ok()?;
-        let end = start.checked_add(nbytes)?;
-        let is_within = columns.is_multiple_of(block) && end <= self.data.len();
-        is_within.then(|| self.data.slice(start..end))
+        let elements = sizes.try_fold(1usize, |product, size| product.checked_mul(*size));
+        let blocks = elements.ok_or(TOO_LARGE)? / block;
+        let nbytes = blocks.checked_mul(info.ggml_dtype.type_size());
+        let start = usize::try_from(info.offset).map_err(|_| TOO_LARGE)?;
+        let end = nbytes.and_then(|nbytes| start.checked_add(nbytes));
+        match end.ok_or(TOO_LARGE)? {
+            end if end <= self.data.len() => Ok(self.data.slice(start..end)),
+            _ => Err("lies behind the end of the file; download or copy it again"),
+        }
     }
 }
 

@@ -138,7 +138,7 @@ train_config! {
     max_eval_samples: Option<usize> = None;
     /// Rows split off the training data for evaluation, chosen by data_seed
     eval_dataset_size: Option<usize> = None;
-    /// Date that a chat template which prints one is given, such as 2026-11-27; unset: that of the run's first start
+    /// Date that a chat template which prints one is given, such as 2026-11-27; unset: today's, or that of the first start of a run that is continued
     chat_template_date: Option<NaiveDate> = None;
     /// Where tokenized rows are kept for the next run; unset: for large files, qlora/ in the user's cache directory
     dataset_cache_dir: Option<PathBuf> = None;
@@ -265,8 +265,8 @@ const DEFAULT_EPOCHS: f64 = 3.0;
 
 /// The largest rank: more than any layer has columns.
 const MAX_RANK: usize = 1 << 16;
-/// The most of anything else that is counted, and tokens of a micro-batch.
-const MAX_COUNT: usize = 1 << 28;
+/// The most sequences, micro-batches or tokens that are taken together.
+pub const MAX_COUNT: usize = 1 << 28;
 
 impl TrainConfig {
     /// Reads a configuration from a file (TOML, YAML or JSON by extension) and from `key = text` overrides, which win.
@@ -442,27 +442,39 @@ impl TrainConfig {
                 return Err(Error::config(key, "must be at least 1, found 0"));
             }
         }
-        // More would only be found out by running out of memory.
-        for (key, value) in at_least_one
-            .into_iter()
-            .chain([("max_seq_len", self.max_seq_len)])
-        {
-            let largest = match key {
-                "lora_r" => MAX_RANK,
-                _ => MAX_COUNT,
-            };
+        // More would only be found out by running out of memory, or of time.
+        for (key, value, largest) in [
+            ("lora_r", self.lora_r, MAX_RANK),
+            (
+                "lora_matrix_dropout_instances",
+                Some(self.lora_matrix_dropout_instances),
+                MAX_COUNT,
+            ),
+            (
+                "per_device_train_batch_size",
+                Some(self.per_device_train_batch_size),
+                MAX_COUNT,
+            ),
+            (
+                "per_device_train_batch_tokens",
+                self.per_device_train_batch_tokens,
+                MAX_COUNT,
+            ),
+            (
+                "gradient_accumulation_steps",
+                Some(self.gradient_accumulation_steps),
+                MAX_COUNT,
+            ),
+            (
+                "max_seq_len",
+                self.max_seq_len.filter(|_| self.packing),
+                MAX_COUNT,
+            ),
+        ] {
             if let Some(value) = value.filter(|value| *value > largest) {
                 let reason = format!("must be at most {largest}, found {value}");
                 return Err(Error::config(key, reason));
             }
-        }
-        let sequences = self.per_device_train_batch_size;
-        let tokens = sequences.saturating_mul(self.longest_sequence());
-        if tokens > MAX_COUNT {
-            let reason = format!(
-                "of {sequences} makes micro-batches of up to {tokens} tokens, more than {MAX_COUNT}"
-            );
-            return Err(Error::config("per_device_train_batch_size", reason));
         }
         if self.max_seq_len.is_some_and(|len| len < 2) {
             return Err(Error::config(

@@ -18,7 +18,7 @@ use super::run_data::RunData;
 use super::schedule::Schedule;
 use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
 use crate::device::{Placement, available_memory_bytes};
-use crate::infer::{LogProbs, evaluate_within, sequences};
+use crate::infer::{EVALUATION_TOKENS, LogProbs, evaluate_within, sequences};
 use crate::model::{
     Decoder, DecoderConfig, InitLoraWeights, MicroBatch, Regularization, block_sizes,
 };
@@ -125,8 +125,11 @@ impl Trainer {
         let longest = order.longest_sequence();
         let longest_evaluated = data.longest_eval_row();
         let workload = |config: &TrainConfig| {
-            let batch = LongestBatch::full(config.per_device_train_batch_size, longest)
-                .with_room_for(longest_evaluated);
+            let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
+            let batch = LongestBatch {
+                positions: batch.positions.max(longest_evaluated),
+                ..batch
+            };
             let lora = &adapter_config;
             let workload = Workload::new(model.clone(), blocks, engine, lora, batch);
             Workload {
@@ -299,21 +302,19 @@ impl Trainer {
 
     /// Scores the evaluation rows; `None` if the run has none.
     pub fn evaluate(&self) -> Result<Option<EvalRecord>> {
-        let of = |batch_tokens| {
-            let rows = self.data.eval_examples()?;
-            let found =
-                evaluate_within(batch_tokens, &self.decoder, rows, LogProbs::Omit, |_, _| {
-                    Ok(())
-                });
-            Some(found)
-        };
-        let evaluation = match of(usize::MAX) {
-            // What the plan has room for, of a run whose micro-batches are smaller than that.
-            Some(Err(Error::OutOfDeviceMemory { .. })) => of(self.workload.rows),
-            found => found,
-        };
-        let Some(evaluation) = evaluation.transpose()? else {
+        if self.data.eval_len().is_none() {
             return Ok(None);
+        }
+        let of = |batch_tokens| {
+            let rows = self.data.eval_examples().into_iter().flatten();
+            evaluate_within(batch_tokens, &self.decoder, rows, LogProbs::Omit, |_, _| {
+                Ok(())
+            })
+        };
+        let planned = self.workload.rows;
+        let evaluation = match of(EVALUATION_TOKENS) {
+            Err(Error::OutOfDeviceMemory { .. }) if planned < EVALUATION_TOKENS => of(planned)?,
+            found => found?,
         };
         Ok(Some(EvalRecord {
             step: self.state.global_step,

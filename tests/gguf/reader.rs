@@ -385,7 +385,7 @@ fn a_damaged_file_is_refused_with_what_is_wrong() {
     assert!(refusal(b"").contains("is empty"));
     assert!(refusal(b"not one of them").contains("does not begin with GGUF"));
     assert!(refusal(&whole[..100]).contains("cannot be read: "));
-    assert!(refusal(&whole[..whole.len() - 1]).contains("ends before tensor"));
+    assert!(refusal(&whole[..whole.len() - 1]).contains("lies behind the end"));
     let of_key = |key: &str, value: [u8; 4]| {
         let mut file = b"GGUF".to_vec();
         file.extend(3u32.to_le_bytes());

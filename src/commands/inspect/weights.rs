@@ -56,7 +56,7 @@ impl Group {
 
 impl Contents {
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let (kind, groups) = if path.is_file() {
+        let (kind, groups) = if path.extension().is_some_and(|e| e == "gguf") {
             let file = GgufFile::open(path)?;
             (Kind::Gguf(metadata(&file)), gguf_groups(&file))
         } else if path.join("adapter_config.json").exists() {

@@ -13,7 +13,7 @@ use qlora::model::{Decoder, DecoderConfig};
 use qlora::store::{Checkpoint, GgufFile};
 use serde_json::json;
 
-use crate::commands::export::GGUF_FILE;
+use crate::commands::export::{GGUF_FILE, MODELFILE};
 use crate::commands::{ModelArgs, RowFlags, note};
 
 /// Rows of random tokens, where no data is given.
@@ -99,7 +99,7 @@ impl Args {
     /// The model that was exported, and where its file says something else than it should.
     fn read_again(&self, placement: &Placement) -> anyhow::Result<(Decoder, Vec<String>)> {
         let beside_modelfile = self.exported.join(GGUF_FILE);
-        let file = match beside_modelfile.is_file() {
+        let file = match self.exported.join(MODELFILE).is_file() {
             true => &beside_modelfile,
             false => &self.exported,
         };
@@ -124,10 +124,13 @@ impl Args {
             return Ok((decoder, Vec::new()));
         }
         let model = GgufModel::new(file, base)?;
-        let differences = model.tokenizer_differences(&base).unwrap_or_else(|error| {
-            note(&format!("its tokenizer is not compared: {error}"));
-            Vec::new()
-        });
+        let differences = match model.tokenizer_differences(&base) {
+            Err(error @ (qlora::Error::UnsupportedModel { .. } | qlora::Error::Io { .. })) => {
+                note(&format!("its tokenizer is not compared: {error}"));
+                Vec::new()
+            }
+            found => found?,
+        };
         let decoder = Decoder::from_source(&model, model.config().clone(), None, placement)?;
         Ok((decoder, differences))
     }

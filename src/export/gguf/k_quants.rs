@@ -45,6 +45,10 @@ pub(super) fn encode_q5(values: &[f32; BLOCK], out: &mut Vec<u8>) -> Result<(), 
 
 /// Appends a Q6_K block.
 pub(super) fn encode_q6(values: &[f32; BLOCK], out: &mut Vec<u8>) -> Result<(), ScaleTooLarge> {
+    // Their squares are still finite.
+    if largest(values).abs() > 32.0 * 128.0 * f16::MAX.to_f32() {
+        return Err(ScaleTooLarge);
+    }
     let mut scales = [0f32; BLOCK / SMALL_PART];
     for (scale, part) in scales.iter_mut().zip(values.as_chunks().0) {
         *scale = fit_symmetric(part);

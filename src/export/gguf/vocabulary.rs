@@ -165,7 +165,8 @@ fn add_special_tokens(
     if eos.is_none() {
         notes.push("the model names no eos token; llama.cpp takes another for it".into());
     }
-    let ends = tokenizer.answer_end_ids()?.into_iter();
+    // That of the chat template, which training teaches, is the last.
+    let ends = tokenizer.answer_end_ids()?.into_iter().rev();
     let mut unknown_ends = ends.filter(|&id| {
         let known = KNOWN_ENDS.contains(&tokenizer.token_text(id).as_str());
         !known && Some(id) != eos

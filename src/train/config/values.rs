@@ -105,6 +105,11 @@ impl ValueKind {
             (Self::Integer, Value::Number(n)) => n.is_i64().then_some(Value::Number(n)),
             (Self::Count, Value::Number(n)) => n.is_u64().then_some(Value::Number(n)),
             (Self::Number, Value::Number(n)) => Some(Value::Number(n)),
+            // What TOML calls a date.
+            (Self::Date, Value::Object(date)) if date.len() == 1 => {
+                let text = date.into_iter().next().map(|(_, text)| text);
+                return Self::Date.coerce(text.unwrap_or_default());
+            }
             (Self::Date, Value::String(text)) => {
                 let date = text.parse::<NaiveDate>().ok();
                 date.map(|date| Value::String(date.to_string()))

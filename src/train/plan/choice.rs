@@ -136,48 +136,60 @@ impl Workload {
     /// The refusal of `plan`, with the smallest change that would fit.
     fn does_not_fit(&self, limit: u64, plan: &Plan) -> Error {
         let fits = |other: &Self| other.fits(limit, 0);
-        // On the host is where moments change no result.
-        let paged = Self {
-            residence: Residence {
-                optimizer: match self.engine == Engine::Kernels && !self.dora {
-                    true => Side::Host,
-                    false => self.residence.optimizer,
-                },
+        let can_page = self.engine == Engine::Kernels && !self.dora;
+        // The mildest first.
+        let optimizers = [
+            ("paged_adamw_32bit", Moments::F32, Side::Host),
+            ("adamw_8bit", Moments::EightBit, Side::Device),
+            ("paged_adamw_8bit", Moments::EightBit, Side::Host),
+        ];
+        let optimizers = optimizers.into_iter().filter(|(_, moments, side)| {
+            let is_smaller = *moments == Moments::EightBit || self.moments == Moments::F32;
+            is_smaller && (can_page || *side == Side::Device)
+        });
+        let others = optimizers.map(|(name, moments, optimizer)| {
+            let residence = Residence {
+                optimizer,
                 ..self.residence
-            },
-            ..self.clone()
+            };
+            let other = Self {
+                moments,
+                residence,
+                ..self.clone()
+            };
+            (name, other)
+        });
+        let others: Vec<_> = others.collect();
+        // With the same moments elsewhere the result is the same.
+        let optimizer = |rows: usize, changes_result: bool| {
+            let mut others = others.iter();
+            let found = others.find(|(_, other)| {
+                let is_wanted = changes_result || other.moments == self.moments;
+                is_wanted && fits(&other.shortened(rows))
+            });
+            found.map(|(name, _)| *name)
         };
-        let paged_name = match self.moments {
-            Moments::F32 => "paged_adamw_32bit",
-            Moments::EightBit => "paged_adamw_8bit",
-        };
-        let with_8bit = Self {
-            moments: Moments::EightBit,
-            ..self.shortened(1)
-        };
-        let smallest = Self {
-            ranks: self
-                .ranks
-                .iter()
-                .map(|block| block.map(|r| r.min(1)))
-                .collect(),
-            ..with_8bit.clone()
-        };
+        let of_rank_one = others.last().map(|(name, other)| {
+            let ranks = other.ranks.iter().map(|block| block.map(|r| r.min(1)));
+            let other = Self {
+                ranks: ranks.collect(),
+                ..other.shortened(1)
+            };
+            (name, other)
+        });
         let advice = if fits(self) {
             "leave gradient_checkpointing out, or set it to true".into()
-        } else if fits(&paged) {
-            format!("optim {paged_name} would fit")
+        } else if let Some(name) = optimizer(self.rows, false) {
+            format!("optim {name} would fit")
         } else if let Some(rows) = self.longest_that_fits(limit) {
             format!(
                 "micro-batches of {rows} tokens instead of {} would fit (per_device_train_batch_size, max_seq_len)",
                 self.rows
             )
-        } else if fits(&paged.shortened(1)) {
-            format!("optim {paged_name} and shorter micro-batches would fit")
-        } else if fits(&with_8bit) {
-            "optim adamw_8bit and shorter micro-batches would fit".into()
-        } else if fits(&smallest) {
-            "take a smaller lora_r, optim adamw_8bit and shorter micro-batches".into()
+        } else if let Some(name) = optimizer(1, true) {
+            format!("optim {name} and shorter micro-batches would fit")
+        } else if let Some((name, _)) = of_rank_one.filter(|(_, other)| fits(other)) {
+            format!("take a smaller lora_r, optim {name} and shorter micro-batches")
         } else {
             "take a smaller model".into()
         };

@@ -28,15 +28,6 @@ impl LongestBatch {
             positions: length,
         }
     }
-
-    /// The same with a sequence of this length, of which no gradient is wanted, in place of a batch that is smaller.
-    pub fn with_room_for(self, length: usize) -> Self {
-        Self {
-            rows: self.rows.max(length),
-            positions: self.positions.max(length),
-            ..self
-        }
-    }
 }
 
 impl Engine {
