@@ -198,17 +198,20 @@ fn large_tensors_are_stored_in_8_bits_and_small_ones_in_f32() {
 
 /// From moments on the device and from paged ones, with the others and with the same.
 fn a_run_resumes_bit_for_bit(at: &Placement) {
+    const STEPS: i64 = 16;
+    // The moments have grown by then: a code that is none of the tensor's would be the largest of its block.
+    const SAVED: usize = 12;
     let dir = tempfile::tempdir().unwrap();
     // A rank that leaves the last block of the larger tensors half full.
     let config = |optim| TrainConfig {
-        max_steps: 4,
+        max_steps: STEPS,
         lora_r: Some(66),
         ..config(dir.path(), optim)
     };
     let (losses, adapter) = trained(config(Optim::Adamw8bit), at);
     for optim in [Optim::Adamw8bit, Optim::PagedAdamw8bit] {
         let mut first = Trainer::new(config(optim), at).unwrap();
-        for loss in &losses[..2] {
+        for loss in &losses[..SAVED] {
             assert_eq!(first.step().unwrap().loss, *loss);
         }
         let checkpoint = first.save_checkpoint().unwrap();
@@ -218,7 +221,7 @@ fn a_run_resumes_bit_for_bit(at: &Placement) {
                 ..config(optim)
             };
             let (rest, same_adapter) = trained(resumed, at);
-            assert!(rest == losses[2..] && same_adapter == adapter);
+            assert!(rest == losses[SAVED..] && same_adapter == adapter);
         }
     }
 }
