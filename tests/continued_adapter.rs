@@ -236,3 +236,14 @@ fn a_run_with_patterns_and_magnitudes_resumes_and_its_adapter_reads_back() {
         16.0 / 2f64.sqrt()
     );
 }
+
+/// PEFT lets a pattern be that fits nothing, and so does a run that continues such an adapter.
+#[test]
+fn a_pattern_of_the_adapter_that_fits_nothing_is_left_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut adapter = Adapter::read(peft_adapter()).unwrap();
+    adapter.config.rank_pattern = ModulePatterns::new([("nowhere".to_string(), 2)]).unwrap();
+    let elsewhere = dir.path().join("adapter");
+    adapter.write(&elsewhere).unwrap();
+    trainer(continued(&elsewhere, &dir.path().join("run"))).unwrap();
+}

@@ -141,6 +141,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         _ => config,
     };
     let workload = workload(&config);
+    workload.model.expect_targets(&lora)?;
+    workload.model.expect_modules_to_save(&lora)?;
+    if config.adapter.is_none() {
+        // One that was trained elsewhere may have patterns that nothing fits.
+        workload.model.expect_patterns(&lora)?;
+    }
     workload.expect_possible(&lora)?;
     let report = Report::new(&workload, &config, args.vram);
     let rates = args.tflops.map(|tflops| Rates {

@@ -108,14 +108,11 @@ impl Workload {
 }
 
 impl Workload {
-    /// Refuses an adapter that fits nothing in the model, or that cannot be trained as the workload would have it.
+    /// Refuses an adapter that cannot be trained as the workload would have it.
     ///
     /// # Errors
     /// [`Error::Config`] naming the key.
     pub fn expect_possible(&self, adapter: &AdapterConfig) -> Result<()> {
-        self.model.expect_targets(adapter)?;
-        self.model.expect_patterns(adapter)?;
-        self.model.expect_modules_to_save(adapter)?;
         match adapter.use_dora {
             true if self.instances.is_some() => {
                 let reason = "masks the matrices of plain adapters; leave it or use_dora out";
