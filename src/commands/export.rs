@@ -199,8 +199,9 @@ impl Source {
         })
     }
 
-    /// The tokens that end a text, where training has taught one that the model does not name: that of its chat template.
-    fn learned_ends(&self) -> anyhow::Result<Option<Vec<u32>>> {
+    /// The tokens that end a text, where training has taught one that the model does not name, that of its chat template; and
+    /// a `generation_config.json` that names them. `config` is the model's.
+    fn learned_ends(&self, config: &Value) -> anyhow::Result<Option<(Vec<u32>, Value)>> {
         if self.adapter.is_none() {
             return Ok(None);
         }
@@ -208,18 +209,21 @@ impl Source {
             return Ok(None);
         };
         let ends = tokenizer.answer_end_ids()?;
+        let mut generation = generation_config(&self.base)?;
         // What transformers goes by.
-        let json = |name: &str| read_object(&self.base.join(name));
-        let named = match json(GENERATION_CONFIG_FILE)?["eos_token_id"].take() {
-            Value::Null => json("config.json")?["eos_token_id"].take(),
+        let named = match &generation["eos_token_id"] {
+            Value::Null => &config["eos_token_id"],
             named => named,
         };
-        let is_named = |id: &u32| match &named {
+        let is_named = |id: &u32| match named {
             Value::Array(ids) => ids.contains(&json!(id)),
             named => *named == json!(id),
         };
-        let is_learned = !ends.iter().all(is_named);
-        Ok(is_learned.then_some(ends))
+        if ends.iter().all(is_named) {
+            return Ok(None);
+        }
+        generation["eos_token_id"] = json!(ends);
+        Ok(Some((ends, generation)))
     }
 
     fn merge(&self, args: &Args, dtype: Option<DType>) -> anyhow::Result<Merged> {
@@ -313,11 +317,13 @@ fn write_directory(args: &Args, source: &Source) -> anyhow::Result<Report> {
     let dtype = args.dtype.map(Dtype::of_elements).transpose()?;
     let merged = source.merge(args, dtype)?;
     let mut dir = merged.model_dir(&args.out, args.existing(), args.max_shard_size);
-    let ends = source.learned_ends()?;
-    dir.generation_config = ends
-        .as_deref()
-        .map(|ids| generation_config(&source.base, ids))
-        .transpose()?;
+    let mut notes = Vec::new();
+    if let Some((ends, config)) = source.learned_ends(&merged.config_json())? {
+        notes.push(format!(
+            "its generation ends with the tokens {ends:?}, as the chat template ends an answer"
+        ));
+        dir.generation_config = Some(config);
+    }
     let mut quantizer = MergedQuantizer(&merged);
     let quantization = (args.to == Target::Merged4bit).then_some(Quantization {
         options: merged.quantize_options(),
@@ -327,27 +333,17 @@ fn write_directory(args: &Args, source: &Source) -> anyhow::Result<Report> {
     Ok(Report {
         written_bytes: written.written_bytes,
         rounding_error: merged.rounding_error(),
-        notes: ends.iter().map(learned_ends_note).collect(),
+        notes,
     })
 }
 
-fn learned_ends_note(ends: &Vec<u32>) -> String {
-    format!("its generation ends with the tokens {ends:?}, as the chat template ends an answer")
-}
-
-/// `generation_config.json` of a model in `dir`, with these tokens to end a text.
-fn generation_config(dir: &Path, ends: &[u32]) -> anyhow::Result<Value> {
-    let mut config = read_object(&dir.join(GENERATION_CONFIG_FILE))?;
-    config["eos_token_id"] = json!(ends);
-    Ok(config)
-}
-
-/// The JSON in a file, of none an empty object.
-fn read_object(path: &Path) -> anyhow::Result<Value> {
+/// `generation_config.json` of a model; of one without, an empty object.
+fn generation_config(dir: &Path) -> anyhow::Result<Value> {
+    let path = dir.join(GENERATION_CONFIG_FILE);
     if !path.exists() {
         return Ok(json!({}));
     }
-    let text = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let text = std::fs::read(&path).with_context(|| path.display().to_string())?;
     serde_json::from_slice(&text).with_context(|| path.display().to_string())
 }
 

@@ -73,8 +73,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         };
     }
     let has = |name: &str| args.path.join(name).exists();
-    let is_gguf = args.path.extension().is_some_and(|e| e == "gguf");
-    let is_weights = is_gguf || has("config.json") || has("adapter_config.json");
+    let is_weights =
+        weights::is_gguf(&args.path) || has("config.json") || has("adapter_config.json");
     if is_weights || (args.path.is_dir() && data_files(&args.path).is_err()) {
         if args.html.is_some() {
             bail!("--html is for data, which {} is not", args.path.display());

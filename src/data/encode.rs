@@ -5,7 +5,6 @@ use super::conversation::Conversation;
 use super::excess_length::{Cut, Row};
 use super::reader::Record;
 use super::source_target::{SourceTarget, pairs, tokenize};
-use super::tokenizer::SENTENCEPIECE_ALONE;
 use super::{DatasetFormat, Example, ExcessLength, LoadOptions, Tokenizer, TrainOnSource};
 use crate::IGNORE_INDEX;
 
@@ -78,12 +77,8 @@ impl Encoder<'_> {
     }
 
     fn tokenizer(&self) -> Result<&Tokenizer, String> {
-        self.tokenizer.ok_or_else(|| {
-            format!(
-                "format {} needs a tokenizer.json ({SENTENCEPIECE_ALONE})",
-                self.format
-            )
-        })
+        self.tokenizer
+            .ok_or_else(|| format!("format {} needs a tokenizer", self.format))
     }
 
     fn source_target(&self, tokenizer: &Tokenizer, pair: &SourceTarget) -> Result<Tokens, String> {

@@ -11,6 +11,7 @@ use super::cache::Cache;
 use super::encode::{Encoded, Encoder, rename};
 use super::reader::{self, Record, Records};
 use super::token_rows::{TokenRows, TokenRowsWriter};
+use super::tokenizer::SENTENCEPIECE_ALONE;
 use super::{DatasetFormat, Example, Findings, LoadOptions, LoadStats, Tokenizer, Unlabelled};
 use crate::{Error, Result};
 
@@ -270,7 +271,7 @@ impl<'a> Loading<'a> {
             return Err(Error::config(
                 "dataset_format",
                 format!(
-                    "{format} needs the model's tokenizer; give a model directory that has a tokenizer.json"
+                    "{format} needs the model's tokenizer; give a model directory that has a tokenizer.json ({SENTENCEPIECE_ALONE})"
                 ),
             ));
         }

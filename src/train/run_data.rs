@@ -148,7 +148,7 @@ impl RunData {
     /// Tokens of the longest evaluation row; 0 if the run has none.
     pub fn longest_eval_row(&self) -> usize {
         let tokens = self.eval.iter().flatten().map(|place| {
-            let dataset = &self.eval_source(*place).dataset;
+            let dataset = &self.source_of_eval(*place).dataset;
             dataset.token_count(place.row as usize)
         });
         tokens.max().unwrap_or(0)
@@ -158,13 +158,13 @@ impl RunData {
     pub fn eval_examples(&self) -> Option<impl Iterator<Item = Example>> {
         let places = self.eval.as_ref()?.iter();
         Some(places.map(|place| {
-            let dataset = &self.eval_source(*place).dataset;
+            let dataset = &self.source_of_eval(*place).dataset;
             dataset.example(place.row as usize)
         }))
     }
 
     /// The data set that an evaluation row is from.
-    fn eval_source(&self, place: Place) -> &Source {
+    fn source_of_eval(&self, place: Place) -> &Source {
         let own = self.eval_source.as_ref();
         own.unwrap_or(&self.sources[place.source as usize])
     }

@@ -56,7 +56,7 @@ impl Group {
 
 impl Contents {
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let (kind, groups) = if path.extension().is_some_and(|e| e == "gguf") {
+        let (kind, groups) = if is_gguf(path) {
             let file = GgufFile::open(path)?;
             (Kind::Gguf(metadata(&file)), gguf_groups(&file))
         } else if path.join("adapter_config.json").exists() {
@@ -178,6 +178,12 @@ impl Contents {
             Kind::Gguf(metadata) => gguf_headline(metadata),
         }
     }
+}
+
+/// By its name, so that one that is missing is told as such.
+pub fn is_gguf(path: &Path) -> bool {
+    path.extension()
+        .is_some_and(|extension| extension == "gguf")
 }
 
 /// What it is, the numbers of its architecture, and its tokenizer.

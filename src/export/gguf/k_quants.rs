@@ -7,8 +7,10 @@
 //!   of the upper 2, 16 of s, f16 `d`.
 //!
 //! A part is fitted by weighted least squares: codes for several ranges about its own, from the best minimum so far on, the
-//! scale (and minimum) that is best for each, and of these the one with the least error. Then the scales are rounded, and the codes are taken anew by what is
-//! stored. Source: `ggml-common.h` for the layout, `ggml-quants.c` of ggml for the weights and the ranges.
+//! scale (and minimum) that is best for each, and of these the one with the least error. Then the scales are rounded, and the
+//! codes are taken anew by what is stored.
+//!
+//! Source: `ggml-common.h` for the layout, `ggml-quants.c` of ggml for the weights and the ranges.
 
 use half::f16;
 
