@@ -33,7 +33,9 @@ pub(super) enum Lhs<'a> {
     F32(Mat<'a>),
     /// Both sides are rounded to bf16 as they are read; sums are in f32.
     Bf16(Mat<'a>),
-    /// The same, of a side that was rounded before.
+    /// The same, of a side that was rounded before: where instructions for bf16 are missing ...
+    Rounded(Mat<'a>),
+    /// ... and where they are there.
     #[cfg(target_arch = "x86_64")]
     Packed(&'a bf16::PackedLhs),
 }
@@ -47,11 +49,21 @@ impl<'a> Mat<'a> {
         }
     }
 
-    /// Its values rounded to bf16, row-major; each multiplied by `factor` before.
-    fn rounded(self, factor: f32) -> Vec<f32> {
+    /// Writes its values, each multiplied by `factor` and then rounded to bf16, row-major.
+    fn round_to(self, factor: f32, rounded: &mut [f32]) {
         let at = |row, col| self.data[row * self.row_stride + col * self.col_stride];
-        let row = |row| (0..self.cols).map(move |col| round(factor * at(row, col)));
-        (0..self.rows).flat_map(row).collect()
+        for (row, rounded) in rounded.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            for (col, rounded) in rounded.iter_mut().enumerate() {
+                *rounded = round(factor * at(row, col));
+            }
+        }
+    }
+
+    /// Those values.
+    fn rounded(self, factor: f32) -> Vec<f32> {
+        let mut rounded = vec![0.0; self.rows * self.cols];
+        self.round_to(factor, &mut rounded);
+        rounded
     }
 }
 
@@ -69,7 +81,7 @@ impl<'a> Lhs<'a> {
     /// What is not packed, which few rows never are.
     fn unpacked(self) -> Mat<'a> {
         match self {
-            Self::F32(mat) | Self::Bf16(mat) => mat,
+            Self::F32(mat) | Self::Bf16(mat) | Self::Rounded(mat) => mat,
             #[cfg(target_arch = "x86_64")]
             Self::Packed(_) => unreachable!("it is packed"),
         }
@@ -77,18 +89,19 @@ impl<'a> Lhs<'a> {
 
     fn dims(&self) -> (usize, usize) {
         match self {
-            Self::F32(mat) | Self::Bf16(mat) => (mat.rows, mat.cols),
+            Self::F32(mat) | Self::Bf16(mat) | Self::Rounded(mat) => (mat.rows, mat.cols),
             #[cfg(target_arch = "x86_64")]
             Self::Packed(packed) => packed.dims(),
         }
     }
 }
 
-/// A matrix that is the left-hand side of many products: for those in bf16 it is packed once, by all threads, unless it has
-/// few rows.
+/// A matrix that is the left-hand side of many products: for those in bf16 it is packed or rounded once, unless it has few
+/// rows.
 pub(super) struct SharedLhs<'a> {
     mat: Mat<'a>,
     dtype: ComputeDtype,
+    rounded: Option<Vec<f32>>,
     #[cfg(target_arch = "x86_64")]
     packed: Option<bf16::PackedLhs>,
 }
@@ -98,6 +111,7 @@ impl<'a> SharedLhs<'a> {
         Self {
             mat,
             dtype,
+            rounded: is_rounded(mat.rows, dtype).then(|| mat.rounded(1.0)),
             #[cfg(target_arch = "x86_64")]
             packed: is_packed(mat.rows, dtype).then(|| bf16::PackedLhs::new(mat)),
         }
@@ -108,24 +122,45 @@ impl<'a> SharedLhs<'a> {
         if let Some(packed) = &self.packed {
             return Lhs::Packed(packed);
         }
-        self.mat.to(self.dtype)
+        match &self.rounded {
+            Some(rounded) => Lhs::Rounded(Mat::new(rounded, self.mat.rows, self.mat.cols)),
+            None => self.mat.to(self.dtype),
+        }
     }
 }
 
 /// Whether a left-hand side that products share is packed for them.
-#[cfg(target_arch = "x86_64")]
 fn is_packed(rows: usize, dtype: ComputeDtype) -> bool {
-    dtype == ComputeDtype::Bf16 && rows >= MIN_PACKED_ROWS && bf16::available().is_some()
+    is_prepared(rows, dtype) && has_bf16()
 }
 
-/// Bytes that the CPU packs of a left-hand side `[rows, k]` for all of its products in `dtype`, while they last.
+/// Whether it is rounded, for want of instructions that read it packed.
+fn is_rounded(rows: usize, dtype: ComputeDtype) -> bool {
+    is_prepared(rows, dtype) && !has_bf16()
+}
+
+fn is_prepared(rows: usize, dtype: ComputeDtype) -> bool {
+    dtype == ComputeDtype::Bf16 && rows >= MIN_PACKED_ROWS
+}
+
+/// Whether there are instructions that multiply in bf16.
+fn has_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return bf16::available().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Bytes that the CPU packs or rounds of a left-hand side `[rows, k]` for all of its products in `dtype`, while they last.
 pub fn packed_lhs_bytes(rows: usize, k: usize, dtype: ComputeDtype) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if is_packed(rows, dtype) {
         return bf16::PackedLhs::bytes(rows, k);
     }
-    let _ = (rows, k, dtype);
-    0
+    match is_rounded(rows, dtype) {
+        true => (4 * rows * k) as u64,
+        false => 0,
+    }
 }
 
 /// What a product does with the values already there.
@@ -240,6 +275,9 @@ pub(super) fn matmul_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
 /// Fewer rows are a matter of reading the right-hand side once; packing it would cost more than it saves.
 const MIN_PACKED_ROWS: usize = 32;
 
+/// Steps of a product that are rounded at a time where instructions for bf16 are missing.
+const ROUNDED_STEPS: usize = 256;
+
 fn f32_sum(dst: &mut MatMut<'_>, into: Into, terms: &[F32Term<'_>]) {
     #[cfg(target_arch = "x86_64")]
     if dst.rows >= MIN_PACKED_ROWS && packed::is_available() {
@@ -279,37 +317,82 @@ fn bf16_sum(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
 }
 
 /// The same in f32, which makes the same products of the rounded numbers and sums them in another order.
-fn sum_of_rounded(dst: &mut MatMut<'_>, into: Into, terms: &[Term<'_>]) {
-    for (i, Term { lhs, rhs, factor }) in terms.iter().enumerate() {
-        let lhs = lhs.unpacked();
-        let (k, cols) = rhs.dims();
-        let values = lhs.rounded(1.0);
-        let rhs = with_values(rhs, |rhs| rhs.rounded(*factor));
-        let into = if i == 0 { into } else { Into::Add };
-        let term = F32Term {
-            lhs: Mat::new(&values, lhs.rows, k),
-            rhs: Mat::new(&rhs, k, cols).into(),
-            factor: 1.0,
+fn sum_of_rounded(dst: &mut MatMut<'_>, mut into: Into, terms: &[Term<'_>]) {
+    for Term { lhs, rhs, factor } in terms {
+        let k = rhs.dims().0;
+        // A part of a matrix is rounded at a time, of a weight all that is dequantized.
+        let steps = match rhs {
+            Rhs::Mat(_) => ROUNDED_STEPS,
+            Rhs::Weight(_) | Rhs::Transposed(_) => k.max(1),
         };
-        f32_sum(dst, into, &[term]);
+        for start in (0..k.max(1)).step_by(steps) {
+            let part = start..k.min(start + steps);
+            let rhs = match rhs {
+                Rhs::Mat(mat) => Rhs::Mat(mat.rows(part.clone())),
+                weight => weight.clone(),
+            };
+            let columns = lhs.unpacked().t().rows(part).t();
+            let values;
+            let lhs = match lhs {
+                Lhs::Rounded(_) => columns,
+                _ => {
+                    values = columns.rounded(1.0);
+                    Mat::new(&values, columns.rows, columns.cols)
+                }
+            };
+            with_rounded(&rhs, *factor, |rhs| {
+                let rhs = rhs.into();
+                let factor = 1.0;
+                f32_sum(dst, into, &[F32Term { lhs, rhs, factor }]);
+            });
+            into = Into::Add;
+        }
     }
 }
 
 /// Lends `f` the values of `rhs`, all of them dequantized.
 fn with_values<R>(rhs: &Rhs<'_>, f: impl FnOnce(Mat<'_>) -> R) -> R {
-    let (window, is_transposed) = match rhs {
-        Rhs::Mat(mat) => return f(*mat),
-        Rhs::Weight(window) => (window, false),
-        Rhs::Transposed(window) => (window, true),
-    };
-    with_scratch(|scratch| {
-        let (outs, ins) = (window.outs.len(), window.ins.len());
-        let tile = scratch.take(outs * ins);
-        let (rows, cols) = (window.outs.clone(), window.ins.clone());
-        window.weight.read_tile(rows, cols, tile);
-        let tile = Mat::new(tile, outs, ins);
-        f(if is_transposed { tile.t() } else { tile })
+    match rhs {
+        Rhs::Mat(mat) => f(*mat),
+        Rhs::Weight(window) | Rhs::Transposed(window) => with_scratch(|scratch| {
+            let tile = dequantize(window, scratch);
+            f(oriented(rhs, tile))
+        }),
+    }
+}
+
+/// The same of the values multiplied by `factor` and then rounded to bf16.
+fn with_rounded<R>(rhs: &Rhs<'_>, factor: f32, f: impl FnOnce(Mat<'_>) -> R) -> R {
+    with_scratch(|scratch| match rhs {
+        Rhs::Mat(mat) => {
+            let rounded = scratch.take(mat.rows * mat.cols);
+            mat.round_to(factor, rounded);
+            f(Mat::new(rounded, mat.rows, mat.cols))
+        }
+        Rhs::Weight(window) | Rhs::Transposed(window) => {
+            let tile = dequantize(window, scratch);
+            tile.iter_mut()
+                .for_each(|value| *value = round(factor * *value));
+            f(oriented(rhs, tile))
+        }
     })
+}
+
+/// The values of a window, `[outs, ins]`.
+fn dequantize<'s>(window: &Window<'_>, scratch: &'s mut Scratch) -> &'s mut [f32] {
+    let tile = scratch.take(window.outs.len() * window.ins.len());
+    let (rows, cols) = (window.outs.clone(), window.ins.clone());
+    window.weight.read_tile(rows, cols, tile);
+    tile
+}
+
+/// The values of a window as `rhs` has them.
+fn oriented<'s>(rhs: &Rhs<'_>, tile: &'s [f32]) -> Mat<'s> {
+    let (k, cols) = rhs.dims();
+    match rhs {
+        Rhs::Transposed(_) => Mat::new(tile, cols, k).t(),
+        _ => Mat::new(tile, k, cols),
+    }
 }
 
 fn matmul_by_crate(dst: &mut MatMut<'_>, into: Into, lhs: Mat<'_>, rhs: Mat<'_>, factor: f32) {

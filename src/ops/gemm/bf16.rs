@@ -207,7 +207,7 @@ impl Block<'_> {
             for (term, steps) in self.parts() {
                 parts.push(match term.lhs {
                     Lhs::Packed(packed) => packed.steps(group, steps),
-                    Lhs::Bf16(lhs) | Lhs::F32(lhs) => {
+                    Lhs::Bf16(lhs) | Lhs::Rounded(lhs) | Lhs::F32(lhs) => {
                         let (lines, rest) = free.split_at_mut(steps.len() * LINES);
                         free = rest;
                         let k = within(&steps, lhs.cols);
