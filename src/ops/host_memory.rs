@@ -21,8 +21,28 @@ pub struct HostMemory {
 
 struct Piece {
     memory: Box<dyn PinnedMemory>,
+    device: Device,
     /// The last copy out of it.
     read: Option<Marker>,
+}
+
+impl Piece {
+    fn new(bytes: usize, device: &Device) -> Result<Self> {
+        Ok(Self {
+            memory: Launcher::on(OP, device)?.runtime().pinned(bytes)?,
+            device: device.clone(),
+            read: None,
+        })
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        if let (Some(read), Ok(launcher)) = (&self.read, Launcher::on(OP, &self.device)) {
+            // A device that fails here has lost the copy with everything else.
+            let _ = launcher.runtime().wait_on_host(read);
+        }
+    }
 }
 
 impl std::fmt::Debug for HostMemory {
@@ -37,10 +57,8 @@ impl HostMemory {
     /// # Errors
     /// What the device's driver reports.
     pub fn reserve(&self, tensors: usize, bytes: usize, device: &Device) -> Result<()> {
-        let launcher = Launcher::on(OP, device)?;
         for _ in 0..tensors {
-            let memory = launcher.runtime().pinned(bytes)?;
-            self.give_back(Piece { memory, read: None });
+            self.give_back(Piece::new(bytes, device)?);
         }
         Ok(())
     }
@@ -52,7 +70,7 @@ impl HostMemory {
     pub fn park(&self, t: Tensor) -> Result<Parked> {
         let launcher = Launcher::on(OP, t.device())?;
         let bytes = t.elem_count() * t.dtype().size_in_bytes();
-        let mut piece = self.take(bytes, &launcher)?;
+        let mut piece = self.take(bytes, t.device())?;
         let from = device::address(&t)?;
         // Also after the last copy out of the piece, which kernels have been made to wait for.
         let written = launcher.runtime().mark()?;
@@ -63,7 +81,8 @@ impl HostMemory {
             shape: t.shape().clone(),
             dtype: t.dtype(),
             device: t.device().clone(),
-            leaving: Some((t, copied)),
+            leaving: Some(t),
+            left: Some(copied),
             arriving: None,
             piece: Some(piece),
             pool: self.clone(),
@@ -81,12 +100,11 @@ impl HostMemory {
         device: &Device,
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<Tensor> {
-        let launcher = Launcher::on(OP, device)?;
         let shape = shape.into();
         let bytes = shape.elem_count() * dtype.size_in_bytes();
-        let mut piece = self.take(bytes, &launcher)?;
+        let mut piece = self.take(bytes, device)?;
         if let Some(read) = piece.read.take() {
-            launcher.runtime().wait_on_host(&read)?;
+            Launcher::on(OP, device)?.runtime().wait_on_host(&read)?;
         }
         fill(&mut piece.memory.bytes_mut()[..bytes]);
         let parked = Parked {
@@ -94,6 +112,7 @@ impl HostMemory {
             dtype,
             device: device.clone(),
             leaving: None,
+            left: None,
             arriving: None,
             piece: Some(piece),
             pool: self.clone(),
@@ -102,7 +121,7 @@ impl HostMemory {
     }
 
     /// The smallest free piece that is large enough, or a new one.
-    fn take(&self, bytes: usize, launcher: &Launcher) -> Result<Piece> {
+    fn take(&self, bytes: usize, device: &Device) -> Result<Piece> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let sizes = free.iter_mut().map(|piece| piece.memory.bytes_mut().len());
         let fitting = sizes.enumerate().filter(|(_, size)| *size >= bytes);
@@ -110,8 +129,7 @@ impl HostMemory {
             return Ok(free.swap_remove(at));
         }
         drop(free);
-        let memory = launcher.runtime().pinned(bytes)?;
-        Ok(Piece { memory, read: None })
+        Piece::new(bytes, device)
     }
 
     fn give_back(&self, piece: Piece) {
@@ -125,9 +143,11 @@ pub struct Parked {
     shape: Shape,
     dtype: DType,
     device: Device,
-    /// Where it was, and when the copy is through.
-    leaving: Option<(Tensor, Marker)>,
-    /// Where it will be.
+    /// Where it was.
+    leaving: Option<Tensor>,
+    /// When the copy from there is through.
+    left: Option<Marker>,
+    /// Where it will be, and when.
     arriving: Option<(Tensor, Marker)>,
     piece: Option<Piece>,
     pool: HostMemory,
@@ -145,8 +165,8 @@ impl Parked {
     /// # Errors
     /// What the device's driver reports.
     pub fn release(&mut self) -> Result<()> {
-        if let Some((tensor, copied)) = self.leaving.take() {
-            Launcher::on(OP, &self.device)?.runtime().wait(&copied)?;
+        if let (Some(tensor), Some(left)) = (self.leaving.take(), &self.left) {
+            Launcher::on(OP, &self.device)?.runtime().wait(left)?;
             drop(tensor);
         }
         Ok(())
@@ -182,9 +202,9 @@ impl Parked {
         self.fetch()?;
         let (tensor, copied) = self.arriving.take().expect("just fetched");
         Launcher::on(OP, &self.device)?.runtime().wait(&copied)?;
-        if let Some(piece) = self.piece.take() {
-            let read = Some(copied);
-            self.pool.give_back(Piece { read, ..piece });
+        if let Some(mut piece) = self.piece.take() {
+            piece.read = Some(copied);
+            self.pool.give_back(piece);
         }
         Ok(tensor)
     }
@@ -195,11 +215,11 @@ impl Drop for Parked {
         let Some(piece) = self.piece.take() else {
             return;
         };
-        // A pass that failed half way: neither side may be freed under a copy.
-        let copies = [&self.leaving, &self.arriving];
+        // A pass that failed half way: neither side may be freed under a copy, nor the piece be written for the next tensor.
+        let arrived = self.arriving.as_ref().map(|(_, arrived)| arrived);
         let waited = Launcher::on(OP, &self.device).and_then(|launcher| {
-            let mut copies = copies.into_iter().flatten();
-            copies.try_for_each(|(_, copied)| launcher.runtime().wait_on_host(copied))
+            let mut copies = self.left.iter().chain(arrived);
+            copies.try_for_each(|copied| launcher.runtime().wait_on_host(copied))
         });
         match waited {
             Ok(()) => self.pool.give_back(piece),

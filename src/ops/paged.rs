@@ -69,7 +69,7 @@ impl PagedTensor {
         &self.device
     }
 
-    /// Lends the bytes of some elements, once no copy writes them any more.
+    /// Lends the bytes of some elements, once no copy writes or reads them any more.
     ///
     /// # Errors
     /// What the device's driver reports.
@@ -78,6 +78,15 @@ impl PagedTensor {
         elements: Range<usize>,
         work: impl FnOnce(&mut [u8]) -> R,
     ) -> Result<R> {
+        if let Some(read) = self.memory().read.take() {
+            let launcher = Launcher::on(OP, &self.device)?;
+            launcher.runtime().wait_on_host(&read)?;
+        }
+        self.for_copy(elements, work)
+    }
+
+    /// Lends the bytes of some elements to a copy, once none writes them any more.
+    fn for_copy<R>(&self, elements: Range<usize>, work: impl FnOnce(&mut [u8]) -> R) -> Result<R> {
         let mut memory = self.memory();
         let launcher = Launcher::on(OP, &self.device)?;
         let overlaps = |(range, _): &mut (Range<usize>, Marker)| {
@@ -216,7 +225,7 @@ impl Pager {
             let here = whole.narrow(0, 0, elements.len())?;
             let launcher = Launcher::on(OP, here.device())?;
             let to = device::address_mut(&here)?;
-            let copied = tensor.with_bytes(elements.clone(), |bytes| {
+            let copied = tensor.for_copy(elements.clone(), |bytes| {
                 // SAFETY: the slot is free from `left` on, and whoever wants the bytes next waits for what this visit writes.
                 unsafe { launcher.runtime().copy(bytes, to, slot.left.as_ref()) }
             })??;
@@ -240,8 +249,8 @@ impl Pager {
             let launcher = Launcher::on(OP, here.device())?;
             let done = launcher.runtime().mark()?;
             let from = device::address(here)?;
-            let copied = tensor.with_bytes(elements.clone(), |bytes| {
-                // SAFETY: nothing else writes the slot or reads the bytes before this copy is through: see `fetch`, `with_bytes`.
+            let copied = tensor.for_copy(elements.clone(), |bytes| {
+                // SAFETY: nothing else writes the slot or reads the bytes before this copy is through: see `fetch`, `for_copy`.
                 unsafe { launcher.runtime().copy_back(from, bytes, Some(&done)) }
             })??;
             let written = (elements.clone(), copied.clone());
@@ -261,6 +270,19 @@ impl Pager {
             self.slots[visit.slot].left = Some(launcher.runtime().mark()?);
         }
         Ok(())
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        // What next has the memory of a slot may not write it under a copy.
+        for slot in &self.slots {
+            let launcher = slot.tensors.first().map(|t| Launcher::on(OP, t.device()));
+            if let (Some(Ok(launcher)), Some(left)) = (launcher, &slot.left) {
+                // A device that fails here has lost the copy with everything else.
+                let _ = launcher.runtime().wait(left);
+            }
+        }
     }
 }
 

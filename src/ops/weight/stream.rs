@@ -5,6 +5,7 @@
 //! memory and from there, on the copy stream, into their slots. A slot is overwritten once the kernels that read it are
 //! through, and read once the copy is there; the host waits for neither, but for the thread to have queued the copy.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -119,6 +120,7 @@ impl Slots {
         let shared = Arc::new(Shared {
             slots: Mutex::new(slots),
             is_loaded: Condvar::new(),
+            has_ended: AtomicBool::new(false),
         });
         let (requests, incoming) = channel();
         let loader = Loader {
@@ -171,6 +173,8 @@ struct Slot {
 struct Shared {
     slots: Mutex<Vec<Slot>>,
     is_loaded: Condvar,
+    /// Whether the thread that loads is no more; written with `slots` locked.
+    has_ended: AtomicBool,
 }
 
 impl Shared {
@@ -243,6 +247,7 @@ impl BlockStream {
                     });
                 }
                 Some(Err(reason)) => return Err(Error::Train(reason.clone())),
+                None if self.shared.has_ended.load(Ordering::Relaxed) => return Err(ended()),
                 None => {
                     let waited = self.shared.is_loaded.wait(slots);
                     slots = waited.unwrap_or_else(PoisonError::into_inner);
@@ -255,11 +260,13 @@ impl BlockStream {
         let sent = self.requests.as_ref().map(|to| to.send(request));
         match sent {
             Some(Ok(())) => Ok(()),
-            _ => Err(Error::Train(
-                "the thread that brings weights has ended".into(),
-            )),
+            _ => Err(ended()),
         }
     }
+}
+
+fn ended() -> Error {
+    Error::Train("the thread that brings weights has ended".into())
 }
 
 impl Drop for Entered<'_> {
@@ -288,6 +295,17 @@ struct Stage {
     busy: Option<Marker>,
 }
 
+/// Tells whoever waits for a block, when the thread ends, by a panic too.
+struct AtEnd<'a>(&'a Shared);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        let _slots = self.0.lock();
+        self.0.has_ended.store(true, Ordering::Relaxed);
+        self.0.is_loaded.notify_all();
+    }
+}
+
 /// The thread that fills slots.
 struct Loader {
     runtime: Arc<dyn Runtime>,
@@ -300,6 +318,8 @@ struct Loader {
 
 impl Loader {
     fn run(mut self, incoming: &Receiver<Request>) {
+        let shared = Arc::clone(&self.shared);
+        let _at_end = AtEnd(&shared);
         for request in incoming {
             // A block that was on its way when the direction turned may not be wanted any more.
             if !self.is_wanted(&request) {
