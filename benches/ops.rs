@@ -9,6 +9,7 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use qlora::device::ComputeDtype;
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
+use qlora::ops::gated_act::Activation;
 use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::philox::Uniform;
 use qlora::ops::weight::Weight;
@@ -117,6 +118,7 @@ fn attention(c: &mut Criterion) {
         num_kv_heads: 12,
         head_dim: 64,
         window: None,
+        scale: attention::default_scale(64),
         compute_dtype: ComputeDtype::F32,
     };
     let segments: Vec<_> = (0..SEQUENCES)
@@ -193,7 +195,7 @@ fn elementwise(c: &mut Criterion) {
     let (gate, up, dy) = (tensor(&[N, F]), tensor(&[N, F]), tensor(&[N, F]));
     group.throughput(bytes(3, F));
     group.bench_function("gated_act forward", |bench| {
-        bench.iter(|| gated_act::forward(black_box(&gate), &up).unwrap());
+        bench.iter(|| gated_act::forward(black_box(&gate), &up, Activation::Silu).unwrap());
     });
     group.throughput(bytes(5, F));
     group.bench_function("gated_act backward", |bench| {
@@ -201,7 +203,7 @@ fn elementwise(c: &mut Criterion) {
         let fresh = || (gate.copy().unwrap(), up.copy().unwrap());
         bench.iter_batched(
             fresh,
-            |(gate, up)| gated_act::backward(black_box(&dy), &gate, &up).unwrap(),
+            |(gate, up)| gated_act::backward(black_box(&dy), &gate, &up, Activation::Silu).unwrap(),
             BatchSize::LargeInput,
         );
     });

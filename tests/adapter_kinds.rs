@@ -110,7 +110,7 @@ fn output(block: &Block, decoder: &Decoder, rows: usize) -> Vec<f32> {
     let layout = Layout {
         positions: &Positions::new(&positions),
         segments: &Segments::from(vec![segment]),
-        rope: &decoder.rope_table(rows).unwrap(),
+        rope: &decoder.rope_tables(rows).unwrap(),
         dropout: LoraDropout::default(),
     };
     let x = Tensor::from_vec(x, (rows, width), &Device::Cpu).unwrap();

@@ -7,7 +7,9 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use oracle::{Random, assert_close, f32, f64s, oracle};
 use qlora::device::{ComputeDtype, Placement};
-use qlora::model::{ActivationPolicy, Decoder, InputGrad, Layout, LoraDropout, Module};
+use qlora::model::{
+    ActivationPolicy, Decoder, DecoderConfig, InputGrad, Layout, LoraDropout, Module,
+};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
 use qlora::ops::linear::ReferenceLora;
@@ -23,7 +25,9 @@ struct Frozen {
     weights: Vec<Tensor>,
     biases: Vec<Option<Tensor>>,
     input_norm: Tensor,
-    post_attention_norm: Tensor,
+    mlp_norm: Tensor,
+    /// After the attention and after the MLP, in units of the residual stream.
+    branch_norms: Option<[Tensor; 2]>,
     qk_norm: Option<(Tensor, Tensor)>,
 }
 
@@ -37,7 +41,10 @@ fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
             .to_dtype(DType::F64)
             .unwrap()
     };
-    let norm = |name: &str| vector(&format!("model.layers.0.{name}.weight"));
+    let config = decoder.config();
+    let offset = if config.norms_less_one { 1.0 } else { 0.0 };
+    let norm = |name: &str| (vector(&format!("model.layers.0.{name}.weight")) + offset).unwrap();
+    let branch_norm = |name: &str| (norm(name) / config.embedding_scale).unwrap();
     let weight = |module| {
         let weight = &decoder.linear(0, module).weight;
         let (rows, cols) = (weight.out_features(), weight.in_features());
@@ -59,9 +66,14 @@ fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
         weights: Module::ALL.map(weight).to_vec(),
         biases: Module::ALL.map(bias).to_vec(),
         input_norm: norm("input_layernorm"),
-        post_attention_norm: norm("post_attention_layernorm"),
-        qk_norm: decoder
-            .config()
+        mlp_norm: norm(match config.branch_norms {
+            true => "pre_feedforward_layernorm",
+            false => "post_attention_layernorm",
+        }),
+        branch_norms: config
+            .branch_norms
+            .then(|| ["post_attention_layernorm", "post_feedforward_layernorm"].map(branch_norm)),
+        qk_norm: config
             .qk_norm
             .then(|| (norm("self_attn.q_norm"), norm("self_attn.k_norm"))),
     }
@@ -74,7 +86,7 @@ fn reference(
     frozen: &Frozen,
     (cos, sin): (&Tensor, &Tensor),
     (segments, heads): (&[Segment], Heads),
-    (eps, scaling): (f64, f64),
+    (config, scaling): (&DecoderConfig, f64),
     factors: Option<&[Tensor]>,
     masks: Option<&[(Tensor, Tensor)]>,
 ) -> Tensor {
@@ -94,8 +106,15 @@ fn reference(
         linear::reference(x, &frozen.weights[i], frozen.biases[i].as_ref(), Some(lora)).unwrap()
     };
     let by_head = |t: Tensor| t.reshape((t.dim(0).unwrap(), (), heads.head_dim)).unwrap();
+    // To the norms on it the stream is as large as that of transformers, which is so many times it.
+    let eps = config.rms_norm_eps;
+    let stream_eps = eps / config.embedding_scale.powi(2);
+    let added = |out: Tensor, branch: usize| match &frozen.branch_norms {
+        Some(norms) => rms_norm::reference(&out, &norms[branch], eps).unwrap(),
+        None => out,
+    };
     let x = &inputs[0];
-    let h = rms_norm::reference(x, &frozen.input_norm, eps).unwrap();
+    let h = rms_norm::reference(x, &frozen.input_norm, stream_eps).unwrap();
     let (mut q, mut k) = (
         by_head(project(&h, Module::Q)),
         by_head(project(&h, Module::K)),
@@ -110,10 +129,12 @@ fn reference(
     );
     let v = by_head(project(&h, Module::V));
     let out = attention::reference(&q, &k, &v, segments, heads).unwrap();
-    let mid = residual::reference(x, &project(&out.flatten_from(1).unwrap(), Module::O)).unwrap();
-    let h = rms_norm::reference(&mid, &frozen.post_attention_norm, eps).unwrap();
-    let act = gated_act::reference(&project(&h, Module::Gate), &project(&h, Module::Up)).unwrap();
-    residual::reference(&mid, &project(&act, Module::Down)).unwrap()
+    let attended = project(&out.flatten_from(1).unwrap(), Module::O);
+    let mid = residual::reference(x, &added(attended, 0)).unwrap();
+    let h = rms_norm::reference(&mid, &frozen.mlp_norm, stream_eps).unwrap();
+    let (gate, up) = (project(&h, Module::Gate), project(&h, Module::Up));
+    let act = gated_act::reference(&gate, &up, config.activation).unwrap();
+    residual::reference(&mid, &added(project(&act, Module::Down), 1)).unwrap()
 }
 
 fn check(case: &str, dropout: LoraDropout) {
@@ -131,6 +152,7 @@ fn check(case: &str, dropout: LoraDropout) {
         num_kv_heads: config.num_kv_heads,
         head_dim: config.head_dim,
         window: config.sliding_window[0],
+        scale: config.attention_scale as f32,
         compute_dtype: ComputeDtype::F32,
     };
     let mut random = Random::new(case);
@@ -141,8 +163,9 @@ fn check(case: &str, dropout: LoraDropout) {
     };
     let segments = Segments::from(vec![segment(0..LENGTHS[0]), segment(LENGTHS[0]..n)]);
     let positions: Vec<u32> = LENGTHS.iter().flat_map(|&len| 0..len as u32).collect();
-    let rope = decoder.rope_table(LENGTHS[0]).unwrap();
-    let (cos, sin) = rope.gather(&positions).unwrap();
+    let rope = decoder.rope_tables(LENGTHS[0]).unwrap();
+    let table = rope.of(config.layer_rope[0]).expect("block 0 has one");
+    let (cos, sin) = table.gather(&positions).unwrap();
     let (cos, sin) = (
         cos.to_dtype(DType::F64).unwrap(),
         sin.to_dtype(DType::F64).unwrap(),
@@ -183,7 +206,7 @@ fn check(case: &str, dropout: LoraDropout) {
             &frozen,
             (&cos, &sin),
             (&segments, heads),
-            (config.rms_norm_eps, scaling),
+            (&config, scaling),
             factors,
             masks,
         )
@@ -244,7 +267,7 @@ fn a_block_with_query_and_key_norm_equals_its_reference() {
 #[test]
 fn a_block_with_dropout_equals_its_reference() {
     let inputs = Dropout::new(0.3, 5, 6, 7);
-    for case in ["llama_odd", "qwen3", "qwen2"] {
+    for case in ["llama_odd", "qwen3", "qwen2", "gemma3"] {
         let matrices = None;
         check(case, LoraDropout { inputs, matrices });
     }
@@ -257,9 +280,15 @@ fn a_block_with_dropout_on_matrices_equals_its_reference() {
         ("llama_odd", None),
         ("qwen3", Dropout::new(0.3, 5, 6, 7)),
         ("qwen2", None),
+        ("gemma3", None),
     ] {
         check(case, LoraDropout { inputs, matrices });
     }
+}
+
+#[test]
+fn a_block_with_norms_on_its_branches_equals_its_reference() {
+    check("gemma3", LoraDropout::default());
 }
 
 #[test]

@@ -74,9 +74,10 @@ placement_test!(also_on_the_cpu loss_and_gradients_are_those_of_the_cpu, |placem
         let error = (loss - f64::from(case.loss)).abs() / f64::from(case.loss);
         assert!(error < 2e-3, "{name}: {loss} instead of {}", case.loss);
         let together = relative_error(&all_values(&grads), &all_values(&case.grads));
-        // The gradient of an embedding has come through every rounding there is.
-        let has_embedding = grads.iter().any(|(name, _)| name.contains("embed_tokens"));
-        let bound = if has_embedding { 0.025 } else { 0.02 };
+        // The gradient of an embedding has come through every rounding there is. Without a rotary embedding scores are far apart:
+        // transformers in bf16 is off by 0.0235 in that case, and by 0.014 to 0.019 in others.
+        let is_hard = grads.iter().any(|(name, _)| name.contains("embed_tokens")) || name == "smollm3";
+        let bound = if is_hard { 0.025 } else { 0.02 };
         assert!(together < bound, "{name}: {together}");
         for ((tensor, found), (expected_name, expected)) in grads.iter().zip(&case.grads) {
             assert_eq!(tensor, expected_name, "{name}");

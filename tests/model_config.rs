@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use qlora::model::{DecoderConfig, RopeConfig, RopeScaling};
+use qlora::model::{Activation, DecoderConfig, LayerRope, RopeConfig, RopeScaling};
 use serde_json::{Value, json};
 
 fn read(config: &Value) -> qlora::Result<DecoderConfig> {
@@ -62,8 +62,9 @@ fn both_generations_of_rope_fields_give_the_same_config() {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     });
-    for model_type in ["llama", "mistral", "qwen2", "qwen3"] {
-        for scaling in [&none, &linear, &llama3] {
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64});
+    for model_type in ["llama", "mistral", "qwen2", "qwen3", "smollm3"] {
+        for scaling in [&none, &linear, &llama3, &yarn] {
             let new = json!({"dtype": "bfloat16", "rope_parameters": with(scaling.clone(), json!({"rope_theta": 5e5}))});
             let old =
                 json!({"torch_dtype": "bfloat16", "rope_theta": 500000, "rope_scaling": scaling});
@@ -108,6 +109,127 @@ fn rope_scaling_is_read_from_either_key() {
         panic!("read as another scaling");
     };
     assert_eq!(original_max_position_embeddings, 256);
+}
+
+#[test]
+fn yarn_takes_what_is_not_said_from_the_paper() {
+    let scaling = |rope: Value| {
+        let rope = with(json!({"rope_type": "yarn", "factor": 4.0}), rope);
+        let config = with(small("qwen2"), json!({"rope_parameters": rope}));
+        read(&config).unwrap().rope.scaling
+    };
+    let usual = RopeScaling::Yarn {
+        factor: 4.0,
+        attention_factor: 0.1 * 4f64.ln() + 1.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        original_max_position_embeddings: 256,
+        truncate: true,
+    };
+    assert_eq!(scaling(json!({})), usual);
+    let changed = json!({
+        "attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "original_max_position_embeddings": 64, "truncate": false,
+    });
+    let changed_scaling = RopeScaling::Yarn {
+        factor: 4.0,
+        attention_factor: 1.5,
+        beta_fast: 16.0,
+        beta_slow: 2.0,
+        original_max_position_embeddings: 64,
+        truncate: false,
+    };
+    assert_eq!(scaling(changed), changed_scaling);
+    let of_deepseek = scaling(json!({"mscale": 1.0, "mscale_all_dim": 1.0}));
+    let RopeScaling::Yarn {
+        attention_factor, ..
+    } = of_deepseek
+    else {
+        panic!("read as another scaling");
+    };
+    assert_eq!(attention_factor, 1.0);
+    // The length says the factor where that is null.
+    let implied = json!({"factor": null, "original_max_position_embeddings": 32});
+    let RopeScaling::Yarn { factor, .. } = scaling(implied) else {
+        panic!("read as another scaling");
+    };
+    assert_eq!(factor, 8.0);
+    let rope = json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 2});
+    assert_says(
+        &error(&with(small("qwen2"), json!({"rope_parameters": rope}))),
+        &["`rope_parameters.beta_fast` 1 is below"],
+    );
+}
+
+#[test]
+fn smollm3_leaves_out_the_rotary_embedding_of_the_layers_its_config_names() {
+    use LayerRope::{Model, None};
+    let ropes = |change| read(&with(small("smollm3"), change)).unwrap().layer_rope;
+    assert_eq!(ropes(json!({})), [Model, Model, Model, None]);
+    assert_eq!(
+        ropes(json!({"no_rope_layer_interval": 2})),
+        [Model, None, Model, None]
+    );
+    assert_eq!(
+        ropes(json!({"no_rope_layers": [0, 1, 1, 0], "pretraining_tp": 2})),
+        [None, Model, Model, None]
+    );
+    let windows = json!({"use_sliding_window": true, "sliding_window": 12});
+    let windowed = read(&with(small("smollm3"), windows)).unwrap();
+    assert_eq!(windowed.sliding_window[2..], [Option::None, Some(12)]);
+    assert_says(
+        &error(&with(small("smollm3"), json!({"no_rope_layers": [1, 1]}))),
+        &["`no_rope_layers` has 2 entries for 4 layers"],
+    );
+    let silent = without(small("smollm3"), "tie_word_embeddings");
+    let silent = read(&silent).unwrap();
+    assert!(silent.tie_word_embeddings && silent.rope.theta == 2e6);
+}
+
+#[test]
+fn both_generations_of_gemma3_give_the_same_config() {
+    let old = json!({
+        "attn_logit_softcapping": null, "final_logit_softcapping": null, "cache_implementation": "hybrid",
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 144, "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 12, "sliding_window_pattern": 2, "head_dim": 32, "hidden_act": null,
+    });
+    let new = json!({
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 144, "use_bidirectional_attention": false,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 12, "_sliding_window_pattern": 6, "head_dim": 32, "hidden_act": null,
+    });
+    let gemma = read(&with(small("gemma3_text"), old)).unwrap();
+    assert_eq!(gemma, read(&with(small("gemma3_text"), new)).unwrap());
+    let linear = RopeScaling::Linear { factor: 8.0 };
+    assert_eq!((gemma.rope.theta, gemma.rope.scaling), (1e6, linear));
+    let local = gemma.local_rope.unwrap();
+    assert_eq!((local.theta, local.scaling), (1e4, RopeScaling::None));
+    assert_eq!(gemma.sliding_window, [Some(12), None, Some(12), None]);
+    let (local, model) = (LayerRope::Local, LayerRope::Model);
+    assert_eq!(gemma.layer_rope, [local, model, local, model]);
+    assert!(gemma.qk_norm && gemma.branch_norms && gemma.norms_less_one);
+    assert_eq!(gemma.activation, Activation::GeluTanh);
+    assert_eq!(gemma.attention_scale, 1.0 / 12.0);
+    assert_eq!(gemma.embedding_scale, 128f64.sqrt());
+    let bare = with(small("gemma3_text"), json!({"hidden_act": null}));
+    let bare = read(&bare).unwrap();
+    assert_eq!(bare.activation, Activation::GeluTanh);
+    assert_eq!((bare.head_dim, bare.attention_scale), (256, 1.0 / 16.0));
+    assert_eq!(bare.sliding_window, [Some(4096); 4]);
+    for change in [
+        json!({"attn_logit_softcapping": 50.0}),
+        json!({"final_logit_softcapping": 30.0}),
+        json!({"use_bidirectional_attention": true}),
+        json!({"hidden_activation": "relu"}),
+        json!({"rope_parameters": {"linear_attention": {}}}),
+    ] {
+        let message = error(&with(small("gemma3_text"), change));
+        assert_says(&message, &["is not supported"]);
+    }
 }
 
 #[test]
@@ -309,7 +431,7 @@ fn a_field_that_changes_the_mathematics_is_an_error_that_names_it() {
 
 #[test]
 fn a_rope_type_that_is_not_understood_is_named() {
-    for name in ["yarn", "dynamic", "longrope", "mrope"] {
+    for name in ["dynamic", "longrope", "mrope"] {
         for (parent, field) in [
             ("rope_scaling", "type"),
             ("rope_scaling", "rope_type"),

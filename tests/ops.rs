@@ -9,6 +9,7 @@ use qlora::device::ComputeDtype;
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
+use qlora::ops::gated_act::Activation;
 use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
 use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
@@ -141,25 +142,23 @@ fn rms_norm_equals_its_reference() {
 fn gated_act_equals_its_reference() {
     let mut random = Random::new("gated_act");
     let shape = [42, 1000];
-    let (gate, up) = (
-        (random.tensor(&shape) * 8.0).unwrap(),
-        random.tensor(&shape),
-    );
-    let dy = random.tensor(&shape);
-    let inputs = [gate.clone(), up.clone()];
-    let (want, grads) = oracle(&mut random, &inputs, &dy, |t| {
-        gated_act::reference(&t[0], &t[1]).unwrap()
-    });
-    let (gate, up) = (f32(&gate), f32(&up));
-    assert_close(
-        "y",
-        &gated_act::forward(&gate, &up).unwrap(),
-        &want,
-        TOLERANCE,
-    );
-    gated_act::backward(&f32(&dy), &gate, &up).unwrap();
-    assert_close("d_gate", &gate, &grads[0], TOLERANCE);
-    assert_close("d_up", &up, &grads[1], TOLERANCE);
+    for activation in [Activation::Silu, Activation::GeluTanh] {
+        let (gate, up) = (
+            (random.tensor(&shape) * 8.0).unwrap(),
+            random.tensor(&shape),
+        );
+        let dy = random.tensor(&shape);
+        let inputs = [gate.clone(), up.clone()];
+        let (want, grads) = oracle(&mut random, &inputs, &dy, |t| {
+            gated_act::reference(&t[0], &t[1], activation).unwrap()
+        });
+        let (gate, up) = (f32(&gate), f32(&up));
+        let y = gated_act::forward(&gate, &up, activation).unwrap();
+        assert_close("y", &y, &want, TOLERANCE);
+        gated_act::backward(&f32(&dy), &gate, &up, activation).unwrap();
+        assert_close("d_gate", &gate, &grads[0], TOLERANCE);
+        assert_close("d_up", &up, &grads[1], TOLERANCE);
+    }
 }
 
 #[test]
@@ -231,7 +230,7 @@ fn rope_equals_its_reference() {
     let (heads, e) = (3, 10);
     let positions: Vec<u32> = (0..40).chain(0..27).collect();
     let n = positions.len();
-    let table = RopeTable::new(&[1.0, 0.3, 0.1, 0.03, 0.01], 40);
+    let table = RopeTable::new(&[1.0, 0.3, 0.1, 0.03, 0.01], 1.1, 40);
     let (x, dy) = (random.tensor(&[n, heads, e]), random.tensor(&[n, heads, e]));
     let (cos, sin) = table.gather(&positions).unwrap();
     let (cos, sin) = (
@@ -266,6 +265,7 @@ fn attention_equals_its_reference() {
         num_kv_heads,
         head_dim,
         window,
+        scale: attention::default_scale(head_dim),
         compute_dtype: ComputeDtype::F32,
     };
     for (lengths, heads) in [
@@ -304,6 +304,7 @@ fn attention_with_a_cache_equals_the_last_rows_of_the_whole() {
         num_kv_heads: 2,
         head_dim: 6,
         window: Some(9),
+        scale: attention::default_scale(6),
         compute_dtype: ComputeDtype::F32,
     };
     let n = 30;

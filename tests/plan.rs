@@ -3,9 +3,12 @@
 //! On the emulator every tensor of the engine that a GPU would hold is allocated on the host, in the same sizes.
 
 mod emulated;
+#[allow(dead_code)]
+mod weight_files;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::any::Any;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 
@@ -15,9 +18,13 @@ use qlora::Result;
 use qlora::device::{
     self, DeviceMemory, Gemm, Launch, Marker, PinnedMemory, Placement, Residency, Runtime, Side,
 };
+use qlora::model::{DecoderConfig, ModelTensor};
 use qlora::quant::QuantizeOptions;
+use qlora::store::{Existing, QuantizeJob, quantize};
 use qlora::train::plan::{Item, Plan};
 use qlora::train::{Shape, SyntheticRun, TrainConfig, Trainer};
+use safetensors::Dtype;
+use serde_json::json;
 
 /// Counts the bytes that are allocated, and the most there ever were.
 struct Counting;
@@ -161,6 +168,54 @@ const SHAPE: Shape = Shape {
     vocab_size: 1024,
     tie_word_embeddings: false,
 };
+
+/// A model as large as [`SHAPE`] with all that Gemma has beside a llama: norms after the attention and the MLP and on queries
+/// and keys, and two rotary embeddings.
+fn write_gemma(destination: &Path) {
+    let config = json!({
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": SHAPE.hidden_size,
+        "intermediate_size": SHAPE.intermediate_size,
+        "num_hidden_layers": SHAPE.num_hidden_layers,
+        "num_attention_heads": SHAPE.num_attention_heads,
+        "num_key_value_heads": SHAPE.num_key_value_heads,
+        "head_dim": 32,
+        "vocab_size": SHAPE.vocab_size,
+        "tie_word_embeddings": false,
+        "sliding_window": 64,
+        "sliding_window_pattern": 2,
+    });
+    let decoder = DecoderConfig::from_json(&config, Path::new("config.json")).unwrap();
+    let source = weight_files::model_dir();
+    std::fs::write(source.path().join("config.json"), config.to_string()).unwrap();
+    let tensors: Vec<_> = ModelTensor::all(&decoder)
+        .into_iter()
+        .map(|tensor| (tensor.name(), tensor.shape(&decoder)))
+        .collect();
+    let tensors: Vec<_> = tensors
+        .iter()
+        .map(|(name, shape)| {
+            let numbers = 0..shape.iter().product::<usize>();
+            let values: Vec<f32> = numbers.map(|i| (i % 17) as f32 / 64.0 - 0.1).collect();
+            (
+                name.as_str(),
+                Dtype::F32,
+                shape.clone(),
+                weight_files::f32s(&values),
+            )
+        })
+        .collect();
+    weight_files::write_file(&source.path().join("model.safetensors"), &tensors);
+    let job = QuantizeJob {
+        source: source.path().into(),
+        destination: destination.into(),
+        existing: Existing::Refuse,
+        options: QuantizeOptions::default(),
+        max_shard_bytes: 1 << 30,
+    };
+    quantize(&job, |_| ()).unwrap();
+}
 
 /// A run of `sequences` rows of 160 tokens in a micro-batch, with the config keys given.
 fn config(synthetic: &SyntheticRun, keys: &[(&str, &str)]) -> TrainConfig {
@@ -331,6 +386,19 @@ fn through_kernels() {
         assert_within_3_percent(&format!("{keys:?}, lasting"), measured.lasting, lasting);
         assert_within_3_percent(&format!("{keys:?}, peak"), measured.peak, tensors(plan));
         peaks.push(plan.peak.total());
+    }
+    let gemma = tempfile::tempdir().unwrap();
+    let gemma = gemma.path().join("gemma");
+    write_gemma(&gemma);
+    for checkpointing in ["false", "true"] {
+        let keys = [("gradient_checkpointing", checkpointing)];
+        let config = TrainConfig {
+            model_name_or_path: gemma.clone(),
+            ..config(&synthetic, &keys)
+        };
+        let (trainer, measured) = measure(config, &placement);
+        let what = format!("{keys:?} of Gemma, peak");
+        assert_within_3_percent(&what, measured.peak, tensors(trainer.plan()));
     }
     // A limit between the two: some blocks keep their activations, and the limit holds.
     let limit = peaks[0].midpoint(peaks[1]);

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! mid = x + o_proj(attention(rope(q_proj(h)), rope(k_proj(h)), v_proj(h)))    h  = rms_norm(x)
-//! y   = mid + down_proj(silu(gate_proj(h2)) up_proj(h2))                      h2 = rms_norm(mid)
+//! y   = mid + down_proj(act(gate_proj(h2)) up_proj(h2))                       h2 = rms_norm(mid)
 //! ```
+//!
+//! Some models have a norm after `o_proj` and `down_proj` too, on `q` and `k`, or no `rope` in some blocks.
 
 mod mlp;
 mod order;
@@ -16,16 +18,18 @@ use candle_core::Tensor;
 pub use mlp::MLP_TILE_ROWS;
 
 use super::branches::Branches;
+use super::config::{Activation, LayerRope};
 use super::kv_cache::CachedRows;
 use super::lora_dropout::LoraDropout;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
+use super::rope_tables::RopeTables;
 use crate::Result;
 use crate::ops::attention::{self, Heads, Segments};
 use crate::ops::host_memory::Parked;
 use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::rms_norm;
-use crate::ops::rope::{self, Positions, RopeTable};
+use crate::ops::rope::{self, Positions};
 
 /// What a block keeps from forward for backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +56,7 @@ pub struct Layout<'a> {
     /// Position of each row in its sequence, `[N]`.
     pub positions: &'a Positions,
     pub segments: &'a Segments,
-    pub rope: &'a RopeTable,
+    pub rope: &'a RopeTables,
     /// Nothing is dropped but in training and by the models of an ensemble.
     pub dropout: LoraDropout,
 }
@@ -94,6 +98,8 @@ pub struct Activations {
     x: Tensor,
     qkv: Qkv,
     attention: attention::Saved,
+    /// The output of `o_proj`, where a norm follows it.
+    attended: Option<Tensor>,
     mid: Tensor,
     /// `None` where it is computed again in backward, by tiles.
     mlp: Option<Vec<mlp::Tile>>,
@@ -111,6 +117,13 @@ struct Qkv {
     u: [Option<Tensor>; 3],
 }
 
+/// What adds to the residual stream.
+#[derive(Debug, Clone, Copy)]
+enum Branch {
+    Attention,
+    Mlp,
+}
+
 /// One layer of the decoder.
 #[derive(Debug, Clone)]
 pub struct Block {
@@ -121,12 +134,19 @@ pub struct Block {
     pub(super) o: LoraLinear,
     /// Weights `[E]` of the norms on queries and keys.
     pub(super) qk_norm: Option<(Tensor, Tensor)>,
-    pub(super) post_attention_norm: Tensor,
+    pub(super) mlp_norm: Tensor,
+    /// Weights `[D]` of the norms on what the attention and the MLP add to the residual stream.
+    pub(super) branch_norms: Option<[Tensor; 2]>,
     pub(super) gate: LoraLinear,
     pub(super) up: LoraLinear,
     pub(super) down: LoraLinear,
     pub(super) heads: Heads,
+    pub(super) rope: LayerRope,
+    pub(super) activation: Activation,
+    /// Of the norms within the block.
     pub(super) eps: f64,
+    /// Of the norms on the residual stream.
+    pub(super) stream_eps: f64,
 }
 
 impl Block {
@@ -201,10 +221,11 @@ impl Block {
                     mid,
                     qkv,
                     attention,
+                    attended,
                     u_o,
                     ..
                 } = activations;
-                drop((qkv, attention, u_o));
+                drop((qkv, attention, attended, u_o));
                 let y = self.mlp(&mid, &h, dropout, drop)?;
                 Ok((y, Saved::Input(x)))
             }
@@ -216,12 +237,13 @@ impl Block {
         let qkv = self.attention_inputs(x, layout)?;
         let attention = attention::forward(&qkv.q, &qkv.k, &qkv.v, layout.segments, self.heads)?;
         let (attended, u_o) = self.o.forward(&attention.out, layout.dropout)?;
-        let norm = &self.post_attention_norm;
-        let (mid, h) = rms_norm::forward_residual(x, attended, norm, self.eps)?;
+        let (branch, attended) = self.normed(attended, Branch::Attention)?;
+        let (mid, h) = rms_norm::forward_residual(x, branch, &self.mlp_norm, self.stream_eps)?;
         let activations = Activations {
             x: x.clone(),
             qkv,
             attention,
+            attended,
             mid,
             mlp: None,
             u_o,
@@ -241,13 +263,32 @@ impl Block {
         let (k, v) = cache.append(&qkv.k, &qkv.v)?;
         let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
         let attended = self.o.forward(&attention.out, layout.dropout)?.0;
-        let norm = &self.post_attention_norm;
-        let (mid, h) = rms_norm::forward_residual(x, attended, norm, self.eps)?;
+        let (branch, _) = self.normed(attended, Branch::Attention)?;
+        let (mid, h) = rms_norm::forward_residual(x, branch, &self.mlp_norm, self.stream_eps)?;
         self.mlp(&mid, &h, layout.dropout, drop)
     }
 
+    /// What a branch adds to the residual stream, and its output where that is something else.
+    fn normed(&self, out: Tensor, branch: Branch) -> Result<(Tensor, Option<Tensor>)> {
+        let Some(norms) = &self.branch_norms else {
+            return Ok((out, None));
+        };
+        let normed = rms_norm::forward(&out, &norms[branch as usize], self.eps)?;
+        Ok((normed, Some(out)))
+    }
+
+    /// The gradient of a branch's output `out`, which a norm may follow.
+    fn through_norm(&self, dy: &Tensor, out: Option<&Tensor>, branch: Branch) -> Result<Tensor> {
+        match (&self.branch_norms, out) {
+            (Some(norms), Some(out)) => {
+                rms_norm::gradient(dy, out, &norms[branch as usize], self.eps)
+            }
+            _ => Ok(dy.clone()),
+        }
+    }
+
     fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
-        let h = rms_norm::forward(x, &self.input_norm, self.eps)?;
+        let h = rms_norm::forward(x, &self.input_norm, self.stream_eps)?;
         let [(q, u_q), (k, u_k), (v, u_v)] = self.qkv().forward(&h, layout.dropout)?;
         let (q, k, raw) = match &self.qk_norm {
             None => (q, k, None),
@@ -258,7 +299,9 @@ impl Block {
                 (normed_q, normed_k, Some((raw_q, raw_k)))
             }
         };
-        rope::forward(&q, &k, layout.positions, layout.rope)?;
+        if let Some(table) = layout.rope.of(self.rope) {
+            rope::forward(&q, &k, layout.positions, table)?;
+        }
         let u = [u_q, u_k, u_v];
         Ok(Qkv { q, k, v, raw, u })
     }
@@ -289,6 +332,7 @@ impl Block {
             x,
             qkv,
             attention,
+            attended,
             mid,
             mlp,
             u_o,
@@ -298,19 +342,22 @@ impl Block {
         let dropout = layout.dropout;
         self.mlp_backward(&d_residual, &mid, mlp, dropout)?;
         drop(mid);
+        let d_attended = self.through_norm(&d_residual, attended.as_ref(), Branch::Attention)?;
+        drop(attended);
         let d_out = self
             .o
-            .backward(&d_residual, &attention.out, u_o.as_ref(), dropout, None)?;
+            .backward(&d_attended, &attention.out, u_o.as_ref(), dropout, None)?;
+        drop(d_attended);
         let operands = (&qkv.q, &qkv.k, &qkv.v);
         let d_qkv = attention::backward(&d_out, operands, &attention, layout.segments, self.heads)?;
         drop((d_out, attention));
-        let h = rms_norm::forward(&x, &self.input_norm, self.eps)?;
+        let h = rms_norm::forward(&x, &self.input_norm, self.stream_eps)?;
         let d_qkv = self.rotary_backward(d_qkv, &qkv, layout)?;
         let u = qkv.u.each_ref().map(Option::as_ref);
         let Some(d_h) = self.qkv().backward(d_qkv, &h, u, dropout, input)? else {
             return Ok(None);
         };
-        rms_norm::backward(&d_h, &x, &self.input_norm, self.eps, &d_residual)?;
+        rms_norm::backward(&d_h, &x, &self.input_norm, self.stream_eps, &d_residual)?;
         Ok(Some(d_residual))
     }
 
@@ -321,7 +368,9 @@ impl Block {
         qkv: &Qkv,
         layout: &Layout<'_>,
     ) -> Result<[Tensor; 3]> {
-        rope::backward(&dq, &dk, layout.positions, layout.rope)?;
+        if let Some(table) = layout.rope.of(self.rope) {
+            rope::backward(&dq, &dk, layout.positions, table)?;
+        }
         let (Some((q_norm, k_norm)), Some((raw_q, raw_k))) = (&self.qk_norm, &qkv.raw) else {
             return Ok([dq, dk, dv]);
         };

@@ -15,14 +15,12 @@ use serde_json::Value;
 use crate::Result;
 use fields::Fields;
 
+/// The values of `model_type`.
+pub(crate) const FAMILIES: &str = "use llama, mistral, qwen2, qwen3, smollm3 or gemma3_text";
 /// No model has a tenth of it; a hostile count must not become an allocation.
 const MAX_LAYERS: usize = 10_000;
 
-/// The activation between the gate and the product with `up`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    Silu,
-}
+pub use crate::ops::gated_act::Activation;
 
 /// How the rotary frequencies are stretched for longer contexts.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -39,6 +37,17 @@ pub enum RopeScaling {
         high_freq_factor: f64,
         original_max_position_embeddings: usize,
     },
+    /// Low frequencies divided by `factor`, high ones kept, those between interpolated by their place; cosines and sines
+    /// times `attention_factor` (YaRN, arXiv:2309.00071).
+    Yarn {
+        factor: f64,
+        attention_factor: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        original_max_position_embeddings: usize,
+        /// Whether the places between which frequencies are interpolated are whole numbers.
+        truncate: bool,
+    },
 }
 
 /// Rotary position embedding over the whole `head_dim`.
@@ -46,6 +55,17 @@ pub enum RopeScaling {
 pub struct RopeConfig {
     pub theta: f64,
     pub scaling: RopeScaling,
+}
+
+/// Which rotary embedding a layer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerRope {
+    /// [`DecoderConfig::rope`].
+    Model,
+    /// [`DecoderConfig::local_rope`].
+    Local,
+    /// None: the layer knows the order of tokens by its mask alone (NoPE, arXiv:2305.19466).
+    None,
 }
 
 /// A decoder-only transformer with grouped-query attention, RMSNorm, RoPE and a gated MLP.
@@ -60,6 +80,10 @@ pub struct DecoderConfig {
     pub vocab_size: usize,
     pub rms_norm_eps: f64,
     pub rope: RopeConfig,
+    /// That of the layers which attend to a window, in models where it is another.
+    pub local_rope: Option<RopeConfig>,
+    /// Of each layer.
+    pub layer_rope: Vec<LayerRope>,
     pub max_position_embeddings: usize,
     /// The output head is the embedding matrix.
     pub tie_word_embeddings: bool,
@@ -71,6 +95,14 @@ pub struct DecoderConfig {
     pub mlp_bias: bool,
     /// RMSNorm over `head_dim` on queries and keys, before RoPE.
     pub qk_norm: bool,
+    /// RMSNorm on the outputs of the attention and of the MLP, before they are added to the residual stream.
+    pub branch_norms: bool,
+    /// The norms' weights are stored less 1.
+    pub norms_less_one: bool,
+    /// What scores are multiplied by before the softmax.
+    pub attention_scale: f64,
+    /// What token embeddings are multiplied by: 1, but in models with `branch_norms`.
+    pub embedding_scale: f64,
     pub activation: Activation,
     /// The token whose row of a trained embedding gets no gradient, as in torch.
     pub padding_id: Option<u32>,
@@ -92,13 +124,21 @@ impl DecoderConfig {
             "mistral" => mistral(&mut fields)?,
             "qwen2" => qwen2(&mut fields)?,
             "qwen3" => qwen3(&mut fields)?,
-            _ => {
-                return Err(fields.unsupported("model_type", "use llama, mistral, qwen2 or qwen3"));
-            }
+            "smollm3" => smollm3(&mut fields)?,
+            "gemma3_text" => gemma3(&mut fields)?,
+            _ => return Err(fields.unsupported("model_type", FAMILIES)),
         };
         fields.finish()?;
         decoder.check_numbers(&fields)?;
         Ok(decoder)
+    }
+
+    /// `eps` of the norms that read the residual stream.
+    ///
+    /// The stream is held in units of `embedding_scale`, so that it begins with the embeddings as they are stored. To such a
+    /// norm that makes no difference but by its eps. What is added to the stream has a norm whose weight is divided.
+    pub(super) fn stream_eps(&self) -> f64 {
+        self.rms_norm_eps / (self.embedding_scale * self.embedding_scale)
     }
 
     fn check_numbers(&self, fields: &Fields) -> Result<()> {
@@ -169,6 +209,88 @@ fn qwen3(fields: &mut Fields) -> Result<DecoderConfig> {
     Ok(decoder)
 }
 
+fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(32768);
+    defaults.num_kv_heads = Some(4);
+    defaults.tie_word_embeddings = true;
+    defaults.rope_theta = 2_000_000.0;
+    let mut decoder = decoder(fields, defaults)?;
+    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
+    decoder.o_bias = decoder.qkv_bias;
+    decoder.mlp_bias = fields.optional("mlp_bias")?.unwrap_or(false);
+    // The family's configs have these two, its models do not ask for them.
+    fields.optional::<usize>("pretraining_tp")?;
+    fields.optional::<usize>("max_window_layers")?;
+    let interval = fields.optional_size("no_rope_layer_interval")?;
+    let interval = interval.unwrap_or(4);
+    let rotated = match fields.optional::<Vec<u8>>("no_rope_layers")? {
+        None => (1..=decoder.num_layers)
+            .map(|layer| !layer.is_multiple_of(interval))
+            .collect(),
+        Some(layers) if layers.len() < decoder.num_layers => {
+            let reason = format!(
+                "has {} entries for {} layers",
+                layers.len(),
+                decoder.num_layers
+            );
+            return Err(fields.malformed("no_rope_layers", reason));
+        }
+        // A 1 is for a layer that has one.
+        Some(layers) => layers.iter().map(|layer| *layer != 0).collect::<Vec<_>>(),
+    };
+    let window = window_in_use(fields)?;
+    decoder.sliding_window = windows(fields, decoder.num_layers, window, |layer| !rotated[layer])?;
+    let ropes = rotated.into_iter().take(decoder.num_layers);
+    decoder.layer_rope = ropes
+        .map(|rotated| {
+            if rotated {
+                LayerRope::Model
+            } else {
+                LayerRope::None
+            }
+        })
+        .collect();
+    Ok(decoder)
+}
+
+fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(131_072);
+    defaults.num_kv_heads = Some(4);
+    defaults.head_dim = Some(256);
+    defaults.tie_word_embeddings = true;
+    defaults.rope_theta = 1_000_000.0;
+    defaults.local_rope_theta = Some(10_000.0);
+    let mut decoder = decoder(fields, defaults)?;
+    let activation = activation(fields, "hidden_activation")?;
+    decoder.activation = activation.unwrap_or(Activation::GeluTanh);
+    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
+    decoder.o_bias = decoder.qkv_bias;
+    decoder.qk_norm = true;
+    decoder.branch_norms = true;
+    decoder.norms_less_one = true;
+    let scalar = fields.optional_positive("query_pre_attn_scalar")?;
+    decoder.attention_scale = scalar.unwrap_or(256.0).powf(-0.5);
+    decoder.embedding_scale = (decoder.hidden_size as f64).sqrt();
+    let window = fields.optional_size("sliding_window")?.unwrap_or(4096);
+    let pattern = match fields.optional_size("sliding_window_pattern")? {
+        Some(pattern) => pattern,
+        None => fields
+            .optional_size("_sliding_window_pattern")?
+            .unwrap_or(6),
+    };
+    decoder.sliding_window = windows(fields, decoder.num_layers, Some(window), |layer| {
+        !(layer + 1).is_multiple_of(pattern)
+    })?;
+    let windows = decoder.sliding_window.iter();
+    decoder.layer_rope = windows
+        .map(|window| match window {
+            Some(_) => LayerRope::Local,
+            None => LayerRope::Model,
+        })
+        .collect();
+    Ok(decoder)
+}
+
 /// What a family's configuration class assumes when `config.json` is silent.
 struct Defaults {
     max_position_embeddings: usize,
@@ -176,6 +298,10 @@ struct Defaults {
     num_kv_heads: Option<usize>,
     /// `None` = hidden size / heads.
     head_dim: Option<usize>,
+    tie_word_embeddings: bool,
+    rope_theta: f64,
+    /// `Some` = layers with a window have a rotary embedding of their own.
+    local_rope_theta: Option<f64>,
 }
 
 impl Defaults {
@@ -184,6 +310,9 @@ impl Defaults {
             max_position_embeddings,
             num_kv_heads: None,
             head_dim: None,
+            tie_word_embeddings: false,
+            rope_theta: 10_000.0,
+            local_rope_theta: None,
         }
     }
 }
@@ -215,9 +344,14 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
     let max_position_embeddings = fields
         .optional_size("max_position_embeddings")?
         .unwrap_or(defaults.max_position_embeddings);
-    let activation = match fields.optional::<String>("hidden_act")?.as_deref() {
-        None | Some("silu" | "swish") => Activation::Silu,
-        Some(_) => return Err(fields.unsupported("hidden_act", "only silu is")),
+    let activation = activation(fields, "hidden_act")?;
+    let (positions, theta) = (max_position_embeddings, defaults.rope_theta);
+    let (rope, local_rope) = match defaults.local_rope_theta {
+        None => (rope::read(fields, positions, theta)?, None),
+        Some(local_theta) => {
+            let (rope, local) = rope::read_both(fields, positions, [theta, local_theta])?;
+            (rope, Some(local))
+        }
     };
     let vocab_size = fields.size("vocab_size")?;
     Ok(DecoderConfig {
@@ -229,14 +363,22 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         head_dim,
         vocab_size,
         rms_norm_eps: fields.optional("rms_norm_eps")?.unwrap_or(1e-6),
-        rope: rope::read(fields, max_position_embeddings)?,
+        rope,
+        local_rope,
+        layer_rope: vec![LayerRope::Model; num_layers],
         max_position_embeddings,
-        tie_word_embeddings: fields.optional("tie_word_embeddings")?.unwrap_or(false),
+        tie_word_embeddings: fields
+            .optional("tie_word_embeddings")?
+            .unwrap_or(defaults.tie_word_embeddings),
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,
         qk_norm: false,
-        activation,
+        branch_norms: false,
+        norms_less_one: false,
+        attention_scale: 1.0 / (head_dim as f64).sqrt(),
+        embedding_scale: 1.0,
+        activation: activation.unwrap_or(Activation::Silu),
         padding_id: padding_id(fields, vocab_size)?,
         sliding_window: vec![None; num_layers],
     })
@@ -250,18 +392,42 @@ fn padding_id(fields: &mut Fields, vocab_size: usize) -> Result<Option<u32>> {
     Ok(known.map(|id| id as u32))
 }
 
-/// A window on the layers that `layer_types` names, or on those from `max_window_layers` on.
-fn qwen_windows(fields: &mut Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {
+/// The function before the product with `up`; `None` where the field is not there.
+fn activation(fields: &mut Fields, field: &'static str) -> Result<Option<Activation>> {
+    match fields.optional::<String>(field)?.as_deref() {
+        None => Ok(None),
+        Some("silu" | "swish") => Ok(Some(Activation::Silu)),
+        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Some(Activation::GeluTanh)),
+        Some(_) => Err(fields.unsupported(field, "use silu or gelu_pytorch_tanh")),
+    }
+}
+
+/// `sliding_window` where `use_sliding_window` says so.
+fn window_in_use(fields: &mut Fields) -> Result<Option<usize>> {
     let enabled = fields.optional("use_sliding_window")?.unwrap_or(false);
     let size = match fields.is_null("sliding_window") {
         true => None,
         false => Some(fields.optional_size("sliding_window")?.unwrap_or(4096)),
     };
-    let window = size.filter(|_| enabled);
+    Ok(size.filter(|_| enabled))
+}
+
+fn qwen_windows(fields: &mut Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {
+    let window = window_in_use(fields)?;
     let first = fields.optional::<usize>("max_window_layers")?.unwrap_or(28);
+    windows(fields, num_layers, window, |layer| layer >= first)
+}
+
+/// `window` on the layers that `layer_types` names, or else on those that have one `by_default`.
+fn windows(
+    fields: &mut Fields,
+    num_layers: usize,
+    window: Option<usize>,
+    by_default: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<usize>>> {
     let Some(types) = fields.optional::<Vec<String>>("layer_types")? else {
         return Ok((0..num_layers)
-            .map(|layer| window.filter(|_| layer >= first))
+            .map(|layer| window.filter(|_| by_default(layer)))
             .collect());
     };
     if types.len() != num_layers {
@@ -277,7 +443,7 @@ fn qwen_windows(fields: &mut Fields, num_layers: usize) -> Result<Vec<Option<usi
             ("sliding_attention", Some(window)) => Ok(Some(window)),
             ("sliding_attention", None) => Err(fields.malformed(
                 "layer_types",
-                "has sliding_attention, but `use_sliding_window` and `sliding_window` give no window",
+                "has sliding_attention, but the config gives no window",
             )),
             _ => Err(fields.unsupported("layer_types", "use full_attention or sliding_attention")),
         })

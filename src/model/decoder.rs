@@ -12,6 +12,7 @@ use super::lora_dropout::LoraDropout;
 use super::lora_linear::{LoraLinear, LoraPair};
 use super::names::Module;
 use super::parameters::{Parameters, Trainable};
+use super::rope_tables::RopeTables;
 use super::tensors::ModelTensor;
 use super::vocabulary::{ModuleToSave, Vocabulary};
 use crate::device::{Placement, Residence, Side};
@@ -19,7 +20,7 @@ use crate::ops::attention::{Segment, Segments};
 use crate::ops::host_memory::HostMemory;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::matrix_dropout::MatrixDropout;
-use crate::ops::rope::{Positions, RopeTable};
+use crate::ops::rope::Positions;
 use crate::ops::table::{PagedTable, Table};
 use crate::ops::weight::{BlockStream, Direction, Entered};
 use crate::ops::{embedding, rms_norm};
@@ -48,9 +49,8 @@ pub struct Decoder {
     norm: Tensor,
     /// The embedding again where the two are tied.
     head: Vocabulary,
-    inv_freq: Vec<f32>,
-    /// The longest rotary table so far.
-    rope: Arc<Mutex<Arc<RopeTable>>>,
+    /// The longest rotary tables so far.
+    rope: Arc<Mutex<Arc<RopeTables>>>,
     parameters: Parameters,
     /// What brings the weights of the blocks, where they do not stay on the device.
     stream: Option<Arc<BlockStream>>,
@@ -107,14 +107,13 @@ impl Decoder {
         let blocks = (0..config.num_layers)
             .map(|layer| loader.block(layer))
             .collect::<Result<_>>()?;
-        let norm = loader.vector(ModelTensor::FinalNorm)?;
+        let norm = loader.norm(ModelTensor::FinalNorm, 1.0)?;
         let stream = loader.stream()?.map(Arc::new);
         Ok(Self {
             norm,
             stream,
             host_memory: placement.uses_kernels().then(HostMemory::default),
-            inv_freq: config.rope.inv_freq(config.head_dim),
-            rope: Arc::new(Mutex::new(Arc::new(RopeTable::new(&[], 0)))),
+            rope: Arc::default(),
             parameters: Parameters::none(&placement.device)?,
             pass: Arc::default(),
             placement: placement.clone(),
@@ -182,17 +181,14 @@ impl Decoder {
         self.parameters = parameters;
     }
 
-    /// A rotary table for positions `0..positions`, or more.
-    pub fn rope_table(&self, positions: usize) -> Result<Arc<RopeTable>> {
+    /// Rotary tables for positions `0..positions`, or more.
+    pub fn rope_tables(&self, positions: usize) -> Result<Arc<RopeTables>> {
         let mut longest = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if longest.positions() < positions {
-            let table = RopeTable::new(&self.inv_freq, positions.next_power_of_two());
-            // Not beside the longer one.
-            *longest = Arc::new(RopeTable::new(&[], 0));
-            *longest = Arc::new(match self.placement.uses_kernels() {
-                true => table.on(&self.placement.device)?,
-                false => table,
-            });
+            // Not beside the longer ones.
+            *longest = Arc::default();
+            let positions = positions.next_power_of_two();
+            *longest = Arc::new(RopeTables::new(&self.config, positions, &self.placement)?);
         }
         Ok(Arc::clone(&longest))
     }
@@ -231,7 +227,7 @@ impl Decoder {
             queries: 0..ids.len(),
             keys: 0..rows.end,
         };
-        let rope = self.rope_table(rows.end)?;
+        let rope = self.rope_tables(rows.end)?;
         let rows = Rows::new(self, &positions, vec![segment], rope)?;
         let layout = rows.layout().masked(cache.masks);
         let mut x = self.embed(ids)?;
@@ -304,12 +300,12 @@ impl Decoder {
     }
 
     pub(super) fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
-        rms_norm::forward(x, &self.norm, self.config.rms_norm_eps)
+        rms_norm::forward(x, &self.norm, self.config.stream_eps())
     }
 
     /// The gradient of the final norm's input.
     pub(super) fn final_norm_backward(&self, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
-        rms_norm::gradient(dy, x, &self.norm, self.config.rms_norm_eps)
+        rms_norm::gradient(dy, x, &self.norm, self.config.stream_eps())
     }
 
     /// Where the rows of a batch stand.
@@ -333,7 +329,7 @@ impl Decoder {
             keys: bounds[0]..bounds[1],
         };
         let segments = cu_seqlens.windows(2).map(segment).collect();
-        Rows::new(self, positions, segments, self.rope_table(last)?)
+        Rows::new(self, positions, segments, self.rope_tables(last)?)
     }
 }
 
@@ -341,7 +337,7 @@ impl Decoder {
 pub(super) struct Rows {
     positions: Positions,
     segments: Segments,
-    rope: Arc<RopeTable>,
+    rope: Arc<RopeTables>,
 }
 
 impl Rows {
@@ -349,7 +345,7 @@ impl Rows {
         decoder: &Decoder,
         positions: &[u32],
         segments: Vec<Segment>,
-        rope: Arc<RopeTable>,
+        rope: Arc<RopeTables>,
     ) -> Result<Self> {
         let (positions, segments) = (Positions::new(positions), Segments::from(segments));
         let Placement { device, .. } = &decoder.placement;

@@ -136,13 +136,21 @@ impl<'a> Loader<'a> {
         Ok(weight)
     }
 
-    /// A small vector, in f32.
-    pub(super) fn vector(&self, tensor: ModelTensor) -> Result<Tensor> {
+    /// The weight of a norm, for outputs in units of `unit`.
+    pub(super) fn norm(&self, tensor: ModelTensor, unit: f64) -> Result<Tensor> {
+        let offset = if self.config.norms_less_one { 1.0 } else { 0.0 };
+        self.vector(tensor, |stored| {
+            ((f64::from(stored) + offset) / unit) as f32
+        })
+    }
+
+    /// A small vector, each of its values by `f`, in f32.
+    fn vector(&self, tensor: ModelTensor, f: impl Fn(f32) -> f32) -> Result<Tensor> {
         let name = tensor.name();
         let stored = self.source.vector(&name)?;
         let shape = tensor.shape(self.config);
         expect_shape(&name, &stored.shape, &shape)?;
-        let values = stored.to_f32_vec();
+        let values: Vec<f32> = stored.to_f32_vec().into_iter().map(f).collect();
         Ok(Tensor::from_vec(values, shape, &self.placement.device)?)
     }
 
@@ -151,13 +159,21 @@ impl<'a> Loader<'a> {
         if let Some(slots) = &mut self.slots {
             slots.next_block();
         }
-        let norm = |norm| self.vector(ModelTensor::Norm(layer, norm));
+        let norm = |norm, unit| self.norm(ModelTensor::Norm(layer, norm), unit);
         let qk_norm = match config.qk_norm {
             false => None,
-            true => Some((norm(Norm::Query)?, norm(Norm::Key)?)),
+            true => Some((norm(Norm::Query, 1.0)?, norm(Norm::Key, 1.0)?)),
         };
-        let input_norm = norm(Norm::Input)?;
-        let post_attention_norm = norm(Norm::PostAttention)?;
+        let input_norm = norm(Norm::Input, 1.0)?;
+        let mlp_norm = norm(Norm::of_mlp(config), 1.0)?;
+        let branch_norm = |of| norm(of, config.embedding_scale);
+        let branch_norms = match config.branch_norms {
+            false => None,
+            true => Some([
+                branch_norm(Norm::PostAttention)?,
+                branch_norm(Norm::PostFeedforward)?,
+            ]),
+        };
         Ok(Block {
             input_norm,
             q: self.linear(layer, Module::Q)?,
@@ -165,7 +181,8 @@ impl<'a> Loader<'a> {
             v: self.linear(layer, Module::V)?,
             o: self.linear(layer, Module::O)?,
             qk_norm,
-            post_attention_norm,
+            mlp_norm,
+            branch_norms,
             gate: self.linear(layer, Module::Gate)?,
             up: self.linear(layer, Module::Up)?,
             down: self.linear(layer, Module::Down)?,
@@ -174,9 +191,13 @@ impl<'a> Loader<'a> {
                 num_kv_heads: config.num_kv_heads,
                 head_dim: config.head_dim,
                 window: config.sliding_window[layer],
+                scale: config.attention_scale as f32,
                 compute_dtype: self.placement.compute_dtype,
             },
+            rope: config.layer_rope[layer],
+            activation: config.activation,
             eps: config.rms_norm_eps,
+            stream_eps: config.stream_eps(),
         })
     }
 
@@ -192,7 +213,7 @@ impl<'a> Loader<'a> {
         let bias = self
             .config
             .has_bias(module)
-            .then(|| self.vector(ModelTensor::Bias(layer, module)))
+            .then(|| self.vector(ModelTensor::Bias(layer, module), |stored| stored))
             .transpose()?;
         Ok(LoraLinear {
             weight: self.place_in_block(weight)?,

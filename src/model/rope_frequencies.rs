@@ -9,17 +9,28 @@ impl RopeConfig {
     pub fn inv_freq(&self, head_dim: usize) -> Vec<f32> {
         let frequency = |i: usize| self.theta.powf(-2.0 * i as f64 / head_dim as f64);
         (0..head_dim / 2)
-            .map(|i| self.scaling.apply(frequency(i)) as f32)
+            .map(|i| self.stretched(i, frequency(i), head_dim) as f32)
             .collect()
     }
-}
 
-impl RopeScaling {
-    fn apply(self, frequency: f64) -> f64 {
-        match self {
-            Self::None => frequency,
-            Self::Linear { factor } => frequency / factor,
-            Self::Llama3 {
+    /// What cosines and sines are multiplied by.
+    pub fn amplitude(&self) -> f32 {
+        match self.scaling {
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => attention_factor as f32,
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
+        }
+    }
+
+    /// The frequency of pair `i`.
+    fn stretched(&self, i: usize, frequency: f64, head_dim: usize) -> f64 {
+        let interpolated =
+            |factor: f64, kept: f64| (1.0 - kept) * frequency / factor + kept * frequency;
+        match self.scaling {
+            RopeScaling::None => frequency,
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
@@ -29,7 +40,32 @@ impl RopeScaling {
                     original_max_position_embeddings as f64 * frequency / std::f64::consts::TAU;
                 let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
                     .clamp(0.0, 1.0);
-                (1.0 - kept) * frequency / factor + kept * frequency
+                interpolated(factor, kept)
+            }
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original_max_position_embeddings,
+                truncate,
+                ..
+            } => {
+                // The pair that turns so many times over the original context.
+                let pair = |turns: f64| {
+                    let length = original_max_position_embeddings as f64;
+                    let ratio = length / (turns * std::f64::consts::TAU);
+                    head_dim as f64 * ratio.ln() / (2.0 * self.theta.ln())
+                };
+                let (first, last) = match truncate {
+                    true => (pair(beta_fast).floor(), pair(beta_slow).ceil()),
+                    false => (pair(beta_fast), pair(beta_slow)),
+                };
+                let first = first.max(0.0);
+                let last = last.min((head_dim - 1) as f64);
+                // Two that are the same make a step.
+                let width = if first == last { 0.001 } else { last - first };
+                let divided = ((i as f64 - first) / width).clamp(0.0, 1.0);
+                interpolated(factor, 1.0 - divided)
             }
         }
     }

@@ -19,24 +19,52 @@ pub enum ModelTensor {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Norm {
     Input,
+    /// On the input of the MLP; in models with [`branch_norms`](DecoderConfig::branch_norms) on the output of the attention.
     PostAttention,
+    PreFeedforward,
+    PostFeedforward,
     Query,
     Key,
 }
 
 impl Norm {
-    const ALL: [Self; 4] = [Self::Input, Self::PostAttention, Self::Query, Self::Key];
+    const ALL: [Self; 6] = [
+        Self::Input,
+        Self::PostAttention,
+        Self::PreFeedforward,
+        Self::PostFeedforward,
+        Self::Query,
+        Self::Key,
+    ];
+
+    /// The norm on the input of the MLP.
+    pub fn of_mlp(config: &DecoderConfig) -> Self {
+        match config.branch_norms {
+            true => Self::PreFeedforward,
+            false => Self::PostAttention,
+        }
+    }
 
     fn name(self) -> &'static str {
         match self {
             Self::Input => "input_layernorm",
             Self::PostAttention => "post_attention_layernorm",
+            Self::PreFeedforward => "pre_feedforward_layernorm",
+            Self::PostFeedforward => "post_feedforward_layernorm",
             Self::Query => "self_attn.q_norm",
             Self::Key => "self_attn.k_norm",
         }
     }
 
-    /// Whether it is over `head_dim`, which only some models have.
+    fn is_in(self, config: &DecoderConfig) -> bool {
+        match self {
+            Self::Input | Self::PostAttention => true,
+            Self::PreFeedforward | Self::PostFeedforward => config.branch_norms,
+            Self::Query | Self::Key => config.qk_norm,
+        }
+    }
+
+    /// Whether it is over `head_dim`.
     fn is_of_heads(self) -> bool {
         matches!(self, Self::Query | Self::Key)
     }
@@ -51,7 +79,7 @@ impl ModelTensor {
         }
         for layer in 0..config.num_layers {
             let norms = Norm::ALL.into_iter();
-            let norms = norms.filter(|norm| config.qk_norm || !norm.is_of_heads());
+            let norms = norms.filter(|norm| norm.is_in(config));
             tensors.extend(norms.map(|norm| Self::Norm(layer, norm)));
             for module in Module::ALL {
                 tensors.push(Self::Weight(layer, module));

@@ -58,11 +58,19 @@ impl Segments {
         Ok(self)
     }
 
-    fn tiles(&self) -> Result<&kernels::Tiles> {
-        self.on_device.as_ref().ok_or_else(|| Error::Shape {
+    fn tiles(&self, heads: &Heads) -> Result<&kernels::Tiles> {
+        let tiles = self.on_device.as_ref();
+        let tiles = tiles.filter(|tiles| tiles.head_dim == heads.head_dim);
+        tiles.ok_or_else(|| Error::Shape {
             op: OP,
-            expected: "segments on the device".into(),
-            found: "them on the CPU alone".into(),
+            expected: format!(
+                "segments on the device for heads of {} columns",
+                heads.head_dim
+            ),
+            found: match &self.on_device {
+                Some(tiles) => format!("them for heads of {}", tiles.head_dim),
+                None => "them on the CPU alone".into(),
+            },
         })
     }
 }
@@ -83,15 +91,18 @@ pub struct Heads {
     pub head_dim: usize,
     /// How many positions a query sees, its own included; `None` = all before it.
     pub window: Option<usize>,
+    /// What scores are multiplied by before the softmax.
+    pub scale: f32,
     /// Of products on the CPU.
     pub compute_dtype: ComputeDtype,
 }
 
-impl Heads {
-    fn scale(&self) -> f32 {
-        (1.0 / (self.head_dim as f64).sqrt()) as f32
-    }
+/// What most models multiply scores by: `1 / sqrt(head_dim)`.
+pub fn default_scale(head_dim: usize) -> f32 {
+    (1.0 / (head_dim as f64).sqrt()) as f32
+}
 
+impl Heads {
     fn query_width(&self) -> usize {
         self.num_heads * self.head_dim
     }
@@ -139,7 +150,7 @@ pub fn forward(
     let _span = tracing::trace_span!("attention").entered();
     check(q, k, v, segments, &heads)?;
     if let Some(launcher) = Launcher::of(OP, q)? {
-        return kernels::forward(&launcher, (q, k, v), segments.tiles()?, &heads);
+        return kernels::forward(&launcher, (q, k, v), segments.tiles(&heads)?, &heads);
     }
     let n = q.dim(0)?;
     let (width, num_heads) = (heads.query_width(), heads.num_heads);
@@ -183,6 +194,9 @@ pub fn forward(
 ///
 /// # Shapes
 /// `d_out: [N, H * E]`; the others as in [`forward`].
+///
+/// # Errors
+/// [`Error::Shape`] as in [`forward`], and on a device for segments with more keys than queries.
 pub fn backward(
     d_out: &Tensor,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
@@ -194,7 +208,14 @@ pub fn backward(
     check(q, k, v, segments, &heads)?;
     expect_dims(OP, "d_out", d_out, q.dims())?;
     if let Some(launcher) = Launcher::of(OP, q)? {
-        let tiles = segments.tiles()?;
+        if let Some(cached) = segments.iter().find(|s| s.queries.len() != s.keys.len()) {
+            return Err(Error::Shape {
+                op: OP,
+                expected: "as many queries as keys in backward on a device".into(),
+                found: format!("{cached:?}"),
+            });
+        }
+        let tiles = segments.tiles(&heads)?;
         return kernels::backward(&launcher, d_out, (q, k, v), saved, tiles, &heads);
     }
     let (width, key_width) = (heads.query_width(), heads.key_width());
@@ -361,7 +382,7 @@ impl<'a> Operands<'a> {
             Into::Overwrite,
             q.to(self.heads.compute_dtype),
             k.t(),
-            self.heads.scale(),
+            self.heads.scale,
         );
     }
 }
@@ -464,14 +485,8 @@ fn backward_tile(
         operands.key_rows(&operands.k, tile, head),
     );
     matmul(&mut grads.dv, Into::Add, p.t().to(dtype), d_out_rows, 1.0);
-    matmul(
-        &mut grads.dq,
-        Into::Overwrite,
-        ds.to(dtype),
-        k,
-        heads.scale(),
-    );
-    matmul(&mut grads.dk, Into::Add, ds.t().to(dtype), q, heads.scale());
+    matmul(&mut grads.dq, Into::Overwrite, ds.to(dtype), k, heads.scale);
+    matmul(&mut grads.dk, Into::Add, ds.t().to(dtype), q, heads.scale);
 }
 
 /// Turns scores into probabilities and `dP` into `dS = P (dP - delta)`; both 0 where nothing is seen.
@@ -504,7 +519,7 @@ pub fn reference(
     segments: &[Segment],
     heads: Heads,
 ) -> Result<Tensor> {
-    let scale = 1.0 / (heads.head_dim as f64).sqrt();
+    let scale = f64::from(heads.scale);
     let group = heads.num_heads / heads.num_kv_heads;
     let mut outs = Vec::with_capacity(segments.len());
     for Segment { queries, keys } in segments {

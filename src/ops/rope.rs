@@ -1,7 +1,7 @@
 //! Rotary position embedding, the two halves of a head rotated against each other.
 //!
 //! For position p and i < E/2: `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)` with the angle
-//! `p f_i`. Backward is the rotation by the opposite angle.
+//! `p f_i`. Backward is the rotation by the opposite angle. Some models multiply cosines and sines by a constant, in both.
 //!
 //! Source: arXiv:2104.09864, in the layout of transformers (`rotate_half`).
 
@@ -29,12 +29,16 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// The table for positions `0..positions` at the frequencies `inv_freq: [E/2]`, in radians per position.
-    pub fn new(inv_freq: &[f32], positions: usize) -> Self {
+    /// The table for positions `0..positions` at the frequencies `inv_freq: [E/2]`, in radians per position; all of it times
+    /// `amplitude`.
+    pub fn new(inv_freq: &[f32], amplitude: f32, positions: usize) -> Self {
         let angle = |p: usize, f: f32| f64::from(p as f32 * f);
         let table = |f: fn(f64) -> f64| {
             (0..positions)
-                .flat_map(|p| inv_freq.iter().map(move |&freq| f(angle(p, freq)) as f32))
+                .flat_map(|p| {
+                    let of_frequency = move |&freq: &f32| f(angle(p, freq)) as f32 * amplitude;
+                    inv_freq.iter().map(of_frequency)
+                })
                 .collect()
         };
         Self {

@@ -466,10 +466,12 @@ impl Workload {
             .map(|module| model.linear_shape(module).0)
             .sum();
         let head_norms = if model.qk_norm { 2 * model.head_dim } else { 0 };
-        let block = 2 * model.hidden_size + head_norms + biases;
+        let norms = if model.branch_norms { 4 } else { 2 };
+        let block = norms * model.hidden_size + head_norms + biases;
         let vectors = model.num_layers * block + model.hidden_size;
         // Cosines and sines of head_dim / 2 frequencies.
-        let rotary = self.positions.next_power_of_two() * model.head_dim;
+        let tables = 1 + usize::from(model.local_rope.is_some());
+        let rotary = tables * self.positions.next_power_of_two() * model.head_dim;
         4 * (vectors + rotary) as u64
     }
 

@@ -67,11 +67,31 @@ const NAMES: [(&str, &str); 21] = [
     ("model.layers.0.mlp.down_proj.bias", "blk.0.ffn_down.bias"),
 ];
 
-fn file_name(name: &str) -> String {
+/// The names of Gemma's norms on what it adds to the residual stream, and before its MLP.
+const NORMS_OF_BRANCHES: [(&str, &str); 3] = [
+    (
+        "model.layers.0.post_attention_layernorm.weight",
+        "blk.0.post_attention_norm.weight",
+    ),
+    (
+        "model.layers.0.pre_feedforward_layernorm.weight",
+        "blk.0.ffn_norm.weight",
+    ),
+    (
+        "model.layers.0.post_feedforward_layernorm.weight",
+        "blk.0.post_ffw_norm.weight",
+    ),
+];
+
+fn file_name(name: &str, architecture: &str) -> String {
     let layer = name.split('.').nth(2).filter(|_| name.contains(".layers."));
     let layer = layer.unwrap_or("0");
     let any = name.replace(&format!(".layers.{layer}."), ".layers.0.");
-    let (_, file) = NAMES.iter().find(|(name, _)| *name == any).unwrap();
+    let of_gemma = NORMS_OF_BRANCHES
+        .iter()
+        .filter(|_| architecture == "gemma3");
+    let mut names = of_gemma.chain(&NAMES);
+    let (_, file) = names.find(|(name, _)| *name == any).unwrap();
     file.replace("blk.0.", &format!("blk.{layer}."))
 }
 
@@ -121,9 +141,16 @@ pub fn configs() -> Vec<Value> {
         "mistral",
         "qwen2",
         "qwen3",
+        "qwen2_yarn",
     ];
     let mut configs: Vec<Value> = cases.map(config_with_vocabulary).into();
     configs.push(biased);
+    let mut smollm3 = config_with_vocabulary("smollm3");
+    smollm3["no_rope_layers"] = json!([1, 1]);
+    configs.push(smollm3);
+    let mut gemma3 = config_with_vocabulary("gemma3");
+    gemma3["query_pre_attn_scalar"] = gemma3["head_dim"].clone();
+    configs.push(gemma3);
     configs
 }
 
@@ -132,20 +159,28 @@ fn every_tensor_has_its_name_shape_and_values_in_the_order_of_llama_cpp() {
     for config in configs() {
         let (model, gguf, _) = written(&config, GgufType::F32);
         let decoder = decoder(&config);
-        let is_llama = gguf.text("general.architecture") == "llama";
-        let mut names: Vec<String> = model.0.keys().map(|name| file_name(name)).collect();
+        let architecture = gguf.text("general.architecture");
+        let is_reordered = ["llama", "smollm3"].contains(&architecture);
+        let mut names: Vec<String> = model
+            .0
+            .keys()
+            .map(|name| file_name(name, architecture))
+            .collect();
         if gguf.names().contains(&"rope_freqs.weight") {
             names.push("rope_freqs.weight".into());
         }
         names.sort_unstable();
         assert_eq!(gguf.names(), names);
         for (name, tensor) in &model.0 {
-            let file_name = file_name(name);
+            let file_name = file_name(name, architecture);
             assert_eq!(gguf.shape(&file_name), tensor.shape, "{name}");
             assert_eq!(gguf.dtype(&file_name), GgmlDType::F32);
             let stored = gguf.values(&file_name);
-            let is_rotated = is_llama && (name.contains("q_proj") || name.contains("k_proj"));
-            let values = tensor.to_f32_vec();
+            let is_rotated = is_reordered && (name.contains("q_proj") || name.contains("k_proj"));
+            let mut values = tensor.to_f32_vec();
+            if architecture == "gemma3" && name.ends_with("norm.weight") {
+                values.iter_mut().for_each(|weight| *weight += 1.0);
+            }
             if is_rotated {
                 let columns = tensor.shape.get(1).copied().unwrap_or(1);
                 assert_ne!(stored, values, "{name}");
@@ -181,7 +216,7 @@ fn the_first_rows_of_a_head_are_those_that_turn_together() {
 #[test]
 fn the_config_is_told_in_the_keys_of_its_architecture() {
     let architectures = [
-        "llama", "llama", "llama", "llama", "qwen2", "qwen3", "llama",
+        "llama", "llama", "llama", "llama", "qwen2", "qwen3", "qwen2", "llama", "smollm3", "gemma3",
     ];
     for (config, architecture) in configs().into_iter().zip(architectures) {
         let (_, gguf, report) = written(&config, GgufType::Bf16);
@@ -214,11 +249,18 @@ fn the_config_is_told_in_the_keys_of_its_architecture() {
         let epsilon = number("attention.layer_norm_rms_epsilon");
         assert_eq!(epsilon, decoder.rms_norm_eps as f32);
         assert_eq!(number("rope.freq_base"), decoder.rope.theta as f32);
-        let is_linear = matches!(decoder.rope.scaling, RopeScaling::Linear { .. });
+        let is_scaled = !matches!(
+            decoder.rope.scaling,
+            RopeScaling::None | RopeScaling::Llama3 { .. }
+        );
         assert_eq!(
             gguf.has(&format!("{architecture}.rope.scaling.type")),
-            is_linear
+            is_scaled
         );
+        let has_windows = architecture == "gemma3";
+        for key in ["attention.sliding_window", "rope.freq_base_swa"] {
+            assert_eq!(gguf.has(&format!("{architecture}.{key}")), has_windows);
+        }
         let is_tied = config["tie_word_embeddings"] == true;
         assert_eq!(gguf.names().contains(&"output.weight"), !is_tied);
     }
@@ -232,6 +274,55 @@ fn linear_rope_scaling_is_a_key() {
     assert_eq!(gguf.text("qwen2.rope.scaling.type"), "linear");
     assert_eq!(gguf.f32("qwen2.rope.scaling.factor"), 4.0);
     assert!(!gguf.names().contains(&"rope_freqs.weight"));
+}
+
+#[test]
+fn yarn_is_told_in_keys() {
+    let mut config = config_with_vocabulary("qwen2_yarn");
+    let (_, gguf, _) = written(&config, GgufType::F32);
+    assert_eq!(gguf.text("qwen2.rope.scaling.type"), "yarn");
+    assert_eq!(gguf.u32("qwen2.rope.scaling.original_context_length"), 32);
+    for (key, value) in [
+        ("factor", 4.0),
+        ("yarn_beta_fast", 32.0),
+        ("yarn_beta_slow", 1.0),
+        ("attn_factor", 1.0),
+    ] {
+        assert_eq!(
+            gguf.f32(&format!("qwen2.rope.scaling.{key}")),
+            value,
+            "{key}"
+        );
+    }
+    // llama.cpp multiplies what the paper has for the factor by this.
+    config["rope_parameters"]["attention_factor"] = 0.5.into();
+    let (_, gguf, _) = written(&config, GgufType::F32);
+    let found = gguf.f32("qwen2.rope.scaling.attn_factor");
+    assert!(
+        (found * (0.1 * 4f32.ln() + 1.0) - 0.5).abs() < 1e-6,
+        "{found}"
+    );
+}
+
+#[test]
+fn windows_of_gemma_are_told_in_keys() {
+    let mut config = configs().pop().unwrap();
+    let keys = |config: &Value| {
+        let (_, gguf, report) = written(config, GgufType::F32);
+        assert_eq!(report.notes, [] as [&str; 0]);
+        let pattern = gguf.u32("gemma3.attention.sliding_window_pattern");
+        (gguf.u32("gemma3.attention.sliding_window"), pattern)
+    };
+    assert_eq!(keys(&config), (12, 2));
+    config["layer_types"] = json!(["sliding_attention", "sliding_attention"]);
+    assert_eq!(keys(&config), (12, 6));
+    let (_, gguf, _) = written(&config, GgufType::F32);
+    assert_eq!(gguf.f32("gemma3.rope.freq_base_swa"), 1e4);
+    assert_eq!(gguf.f32("gemma3.rope.freq_base"), 1e6);
+    assert_eq!(gguf.f32("gemma3.rope.scaling.factor"), 8.0);
+    config["layer_types"] = json!(["full_attention", "full_attention"]);
+    let (_, gguf, _) = written(&config, GgufType::F32);
+    assert!(!gguf.has("gemma3.attention.sliding_window"));
 }
 
 /// By the formula of Llama 3.1 as transformers writes it, with wavelengths.
@@ -376,8 +467,21 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         ("qwen2", "rope_parameters", rope.clone()),
         ("qwen3", "rope_scaling", rope),
         ("llama_mha", "model_type", "gemma2".into()),
+        ("llama_mha", "hidden_act", "gelu_new".into()),
+        ("gemma3", "query_pre_attn_scalar", 24.into()),
+        ("gemma3", "hidden_activation", "silu".into()),
+        ("smollm3", "mlp_bias", true.into()),
+        ("smollm3", "no_rope_layers", json!([1, 0])),
+        (
+            "gemma3",
+            "layer_types",
+            json!(["full_attention", "sliding_attention"]),
+        ),
     ] {
         let mut config = config_with_vocabulary(case);
+        if case == "gemma3" {
+            config["query_pre_attn_scalar"] = config["head_dim"].clone();
+        }
         config[field] = value;
         let model = Model(Default::default());
         let error = refusal(&model, &config, GgufType::F16);

@@ -8,8 +8,9 @@ use half::bf16;
 use qlora::IGNORE_INDEX;
 use qlora::device::{ComputeDtype, Placement};
 use qlora::ops::adamw::{self, AdamW};
-use qlora::ops::attention::{self, Heads, Segments};
+use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
+use qlora::ops::gated_act::Activation;
 use qlora::ops::linear::dora::{self, Magnitude};
 use qlora::ops::linear::{self, Branch, Lora, LoraGrad, ReferenceLora, Stack};
 use qlora::ops::linear_cross_entropy as lce;
@@ -181,17 +182,21 @@ placement_test!(in_every_order a_norm_after_a_residual_equals_the_two, |at| {
 
 placement_test!(in_every_order gated_act_equals_its_reference, |at| {
     let mut numbers = Random::new("gated_act");
-    for shape in [[42, 1000], [3, 37], [1, 1]] {
+    let activations = [Activation::Silu, Activation::GeluTanh];
+    for (shape, activation) in [[42, 1000], [3, 37], [1, 1]]
+        .into_iter()
+        .flat_map(|shape| activations.map(|activation| (shape, activation)))
+    {
         let gate = (random(&mut numbers, &shape) * 8.0).unwrap();
         let (up, dy) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
         let inputs = [gate.clone(), up.clone()];
         let want = expected(&mut numbers, &inputs, &dy, |t| {
-            gated_act::reference(&t[0], &t[1]).unwrap()
+            gated_act::reference(&t[0], &t[1], activation).unwrap()
         });
         let (gate, up) = (place(&gate, at), place(&up, at));
-        let y = gated_act::forward(&gate, &up).unwrap();
+        let y = gated_act::forward(&gate, &up, activation).unwrap();
         want.output.assert_close("y", &y);
-        gated_act::backward(&place(&dy, at), &gate, &up).unwrap();
+        gated_act::backward(&place(&dy, at), &gate, &up, activation).unwrap();
         want.grads[0].assert_close("d_gate", &gate);
         want.grads[1].assert_close("d_up", &up);
     }
@@ -217,7 +222,7 @@ placement_test!(in_every_order rope_equals_its_reference, |at| {
     for (heads, kv_heads, half) in [(3, 1, 5), (4, 2, 8), (2, 2, 32)] {
         let frequencies: Vec<f32> = (0..half).map(|i| 0.7f32.powi(i)).collect();
         let half = half as usize;
-        let table = RopeTable::new(&frequencies, 40).on(&at.device).unwrap();
+        let table = RopeTable::new(&frequencies, 1.1, 40).on(&at.device).unwrap();
         let rows = Positions::new(&positions).on(&at.device).unwrap();
         let (cos, sin) = table.gather(&positions).unwrap();
         let mut case = |heads: usize| {
@@ -549,6 +554,7 @@ placement_test!(in_every_order attention_equals_its_reference, |at| {
         num_kv_heads,
         head_dim,
         window,
+        scale: attention::default_scale(head_dim),
         compute_dtype: ComputeDtype::Bf16,
     };
     for (lengths, heads) in [
@@ -578,6 +584,34 @@ placement_test!(in_every_order attention_equals_its_reference, |at| {
         want.grads[2].assert_close("dv", &dv);
     }
 });
+
+placement_test!(
+    attention_refuses_segments_that_its_kernels_do_not_compute,
+    |at| {
+        let mut numbers = Random::new("attention");
+        let heads = Heads {
+            num_heads: 2,
+            num_kv_heads: 2,
+            head_dim: 8,
+            window: None,
+            scale: attention::default_scale(8),
+            compute_dtype: ComputeDtype::Bf16,
+        };
+        let mut rows = |n| place(&random(&mut numbers, &[n, 16]), at);
+        let (q, k, v, d_out) = (rows(1), rows(5), rows(5), rows(1));
+        let segment = || {
+            Segments::from(vec![Segment {
+                queries: 0..1,
+                keys: 0..5,
+            }])
+        };
+        let of_larger_heads = segment().on(&at.device, 16).unwrap();
+        assert!(attention::forward(&q, &k, &v, &of_larger_heads, heads).is_err());
+        let cached = segment().on(&at.device, 8).unwrap();
+        let saved = attention::forward(&q, &k, &v, &cached, heads).unwrap();
+        assert!(attention::backward(&d_out, (&q, &k, &v), &saved, &cached, heads).is_err());
+    }
+);
 
 placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
     let mut numbers = Random::new("linear_cross_entropy");

@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 7] = [
+pub const CASES: [&str; 10] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -22,10 +22,13 @@ pub const CASES: [&str; 7] = [
     "mistral_sw",
     "qwen2",
     "qwen3",
+    "qwen2_yarn",
+    "smollm3",
+    "gemma3",
 ];
 
 /// The cases that have a training run.
-pub const TRAINED_CASES: [&str; 2] = ["llama_gqa", "qwen3"];
+pub const TRAINED_CASES: [&str; 3] = ["llama_gqa", "qwen3", "gemma3"];
 
 /// PEFT adapters of other kinds than plain LoRA, by `tests/fixtures/make_adapters.py`.
 pub const ADAPTER_CASES: [&str; 8] = [

@@ -7,6 +7,7 @@ use qlora::device::{self, ComputeDtype, DeviceKind, Placement};
 use qlora::ops::adamw::{self, AdamW};
 use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
+use qlora::ops::gated_act::Activation;
 use qlora::ops::linear::{self, Lora, LoraGrad};
 use qlora::ops::rope::{self, Positions, RopeTable};
 use qlora::ops::weight::{DenseCache, Weight};
@@ -251,17 +252,17 @@ impl Bench {
             self.random((n, mlp_width(d)))?,
         );
         self.measure("gated_act forward", Work::Bytes(3 * wide), || {
-            gated_act::forward(&gate, &up)?;
+            gated_act::forward(&gate, &up, Activation::Silu)?;
             Ok(())
         })?;
         let d_act = self.random((n, mlp_width(d)))?;
         self.measure("gated_act backward", Work::Bytes(5 * wide), || {
-            gated_act::backward(&d_act, &gate, &up)
+            gated_act::backward(&d_act, &gate, &up, Activation::Silu)
         })?;
         let half = 64;
         let frequencies: Vec<f32> = (0..half).map(|i| 1e-4f32.powf(i as f32 / 64.0)).collect();
         let device = &self.placement.device;
-        let table = RopeTable::new(&frequencies, n).on(device)?;
+        let table = RopeTable::new(&frequencies, 1.0, n).on(device)?;
         let positions: Vec<u32> = (0..n as u32).collect();
         let positions = Positions::new(&positions);
         let positions = match self.placement.uses_kernels() {
@@ -349,6 +350,7 @@ impl Bench {
             num_kv_heads: num_heads,
             head_dim,
             window: None,
+            scale: attention::default_scale(head_dim),
             compute_dtype: self.placement.compute_dtype,
         };
         let list = (0..n / segment).map(|i| Segment {

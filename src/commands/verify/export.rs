@@ -7,9 +7,9 @@ use clap::builder::RangedU64ValueParser;
 use qlora::IGNORE_INDEX;
 use qlora::data::{Example, SplitMix64};
 use qlora::device::Placement;
-use qlora::export::{GgufBase, GgufModel, is_gguf_adapter, read_gguf_adapter};
+use qlora::export::{GgufBase, GgufModel, config_in_llama_cpp, is_gguf_adapter, read_gguf_adapter};
 use qlora::infer::{Agreement, agreement};
-use qlora::model::{Decoder, DecoderConfig};
+use qlora::model::Decoder;
 use qlora::store::{Checkpoint, GgufFile};
 use serde_json::json;
 
@@ -115,9 +115,8 @@ impl Args {
         };
         let file = GgufFile::open(file)?;
         if is_gguf_adapter(&file) {
-            let mut config = DecoderConfig::from_json(base.config, &checkpoint.config_path())?;
-            // As llama.cpp has it, on a file of the base.
-            config.sliding_window.fill(None);
+            // On a file of the base.
+            let config = config_in_llama_cpp(&base)?;
             let quantize = self.model.quantization();
             let mut decoder = Decoder::from_source(&checkpoint, config, quantize, placement)?;
             decoder.load_adapter(&read_gguf_adapter(&file, base)?)?;

@@ -1,11 +1,13 @@
 //! The architecture of llama.cpp that computes a model, and what it cannot.
 //!
-//! Source: `src/models/{llama,qwen2,qwen3}.cpp` of llama.cpp.
+//! Source: `src/models/{llama,qwen2,qwen3,smollm3,gemma3}.cpp` of llama.cpp.
 
 use super::GgufBase;
 use super::writer::Change;
 use crate::Result;
-use crate::model::{DecoderConfig, ModelTensor, Module, RopeScaling};
+use crate::model::{
+    Activation, DecoderConfig, FAMILIES, LayerRope, ModelTensor, Module, RopeScaling,
+};
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +16,8 @@ pub(super) enum Architecture {
     Llama,
     Qwen2,
     Qwen3,
+    Smollm3,
+    Gemma3,
 }
 
 impl Architecture {
@@ -24,10 +28,9 @@ impl Architecture {
             Some("llama" | "mistral") => Self::Llama,
             Some("qwen2") => Self::Qwen2,
             Some("qwen3") => Self::Qwen3,
-            _ => {
-                let hint = "use llama, mistral, qwen2 or qwen3";
-                return Err(base.unsupported("model_type", hint));
-            }
+            Some("smollm3") => Self::Smollm3,
+            Some("gemma3_text") => Self::Gemma3,
+            _ => return Err(base.unsupported("model_type", FAMILIES)),
         };
         architecture.check(base, config)?;
         Ok(architecture)
@@ -38,6 +41,8 @@ impl Architecture {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Smollm3 => "smollm3",
+            Self::Gemma3 => "gemma3",
         }
     }
 
@@ -48,9 +53,12 @@ impl Architecture {
             ModelTensor::Weight(_, Module::Q | Module::K)
                 | ModelTensor::Bias(_, Module::Q | Module::K)
         );
-        let is_reordered = self == Self::Llama && is_rotated;
+        let is_reordered = matches!(self, Self::Llama | Self::Smollm3) && is_rotated;
+        let is_norm = matches!(tensor, ModelTensor::FinalNorm | ModelTensor::Norm(..));
+        let is_less_one = is_norm && config.norms_less_one;
         Change {
             rotary_head_dim: is_reordered.then_some(config.head_dim),
+            offset: if is_less_one { 1.0 } else { 0.0 },
             ..Change::NONE
         }
     }
@@ -64,16 +72,70 @@ impl Architecture {
         if !is_llama && config.o_bias {
             return refuse("attention_bias", "has no bias after the attention");
         }
-        if !is_llama && matches!(config.rope.scaling, RopeScaling::Llama3 { .. }) {
-            let old = base.config.get("rope_scaling").filter(|s| !s.is_null());
-            let field = if old.is_some() {
-                "rope_scaling"
-            } else {
-                "rope_parameters"
-            };
-            return refuse(field, "does not scale rotary frequencies one by one");
+        if !is_llama && config.mlp_bias {
+            return refuse("mlp_bias", "has no bias in the MLP");
         }
-        Ok(())
+        let is_gelu = config.activation == Activation::GeluTanh;
+        if is_gelu != (self == Self::Gemma3) {
+            return refuse(
+                base.present(["hidden_act", "hidden_activation"]),
+                "has another one",
+            );
+        }
+        let rope = base.present(["rope_scaling", "rope_parameters"]);
+        match config.rope.scaling {
+            RopeScaling::Llama3 { .. } if !is_llama => {
+                return refuse(rope, "does not scale rotary frequencies one by one");
+            }
+            RopeScaling::Yarn { .. } if config.local_rope.is_some() => {
+                return refuse(rope, "has YaRN in all layers or none");
+            }
+            RopeScaling::Yarn {
+                truncate: false, ..
+            } => {
+                return refuse(rope, "scales between whole pairs of rows alone");
+            }
+            _ => {}
+        }
+        match self {
+            Self::Llama | Self::Qwen2 | Self::Qwen3 => Ok(()),
+            Self::Smollm3 => {
+                let mut ropes = config.layer_rope.iter().enumerate();
+                if ropes.all(|(layer, rope)| (*rope == LayerRope::None) == (layer % 4 == 3)) {
+                    return Ok(());
+                }
+                refuse(
+                    base.present(["no_rope_layers", "no_rope_layer_interval"]),
+                    "leaves every fourth layer without rotary embedding, and no other",
+                )
+            }
+            Self::Gemma3 => {
+                if config
+                    .local_rope
+                    .is_some_and(|rope| rope.scaling != RopeScaling::None)
+                {
+                    return refuse(rope, "does not scale the rotary frequencies of windows");
+                }
+                // The one of 27B has 62 layers, by which llama.cpp knows it.
+                let scaled = match config.num_layers {
+                    62 => config.hidden_size / config.num_heads,
+                    _ => config.head_dim,
+                };
+                if config.attention_scale != (scaled as f64).powf(-0.5) {
+                    let reason = format!("takes it for {scaled} in a model like this");
+                    return refuse("query_pre_attn_scalar", &reason);
+                }
+                match window_pattern(config) {
+                    Some(_) => Ok(()),
+                    None => refuse("layer_types", "wants full attention in every n-th layer"),
+                }
+            }
+        }
+    }
+
+    /// Whether layers may attend to a window.
+    pub(super) fn has_windows(self) -> bool {
+        self == Self::Gemma3
     }
 
     /// Where llama.cpp computes something else.
@@ -81,7 +143,7 @@ impl Architecture {
         let windows = config.sliding_window.iter().flatten();
         let shortest = windows
             .min()
-            .filter(|w| **w < config.max_position_embeddings);
+            .filter(|w| **w < config.max_position_embeddings && !self.has_windows());
         let note = shortest.map(|window| {
             format!(
                 "the model attends to the last {window} tokens alone; the {} architecture of llama.cpp has no such window \
@@ -93,8 +155,33 @@ impl Architecture {
     }
 }
 
+/// What llama.cpp takes where a file does not say.
+pub(super) const DEFAULT_WINDOW_PATTERN: usize = 6;
+
+/// `n` where every n-th layer attends to all and the others to a window; 0 where all attend to one.
+pub(super) fn window_pattern(config: &DecoderConfig) -> Option<usize> {
+    let fits = |n: &usize| {
+        let mut windows = config.sliding_window.iter().enumerate();
+        windows.all(|(layer, window)| window.is_none() == (*n != 0 && layer % n == n - 1))
+    };
+    let candidates = std::iter::once(DEFAULT_WINDOW_PATTERN).chain(0..=config.num_layers);
+    candidates.into_iter().find(fits)
+}
+
 pub(super) fn as_u32(size: usize) -> u32 {
     u32::try_from(size).expect("a config is read with sizes below 2^31")
+}
+
+/// The model as llama.cpp computes it: without the windows that it does not have.
+///
+/// # Errors
+/// [`Error::UnsupportedModel`](crate::Error::UnsupportedModel) for one that it cannot compute.
+pub fn config_in_llama_cpp(base: &GgufBase) -> Result<DecoderConfig> {
+    let (mut config, architecture) = read(base)?;
+    if !architecture.has_windows() {
+        config.sliding_window.fill(None);
+    }
+    Ok(config)
 }
 
 /// Reads the config of a model that llama.cpp is to compute.

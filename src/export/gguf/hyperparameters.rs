@@ -2,7 +2,7 @@
 //!
 //! Source: `TextModel.set_gguf_parameters` of `convert_hf_to_gguf.py`, `gguf-py/gguf/constants.py`.
 
-use super::architecture::{Architecture, as_u32};
+use super::architecture::{Architecture, DEFAULT_WINDOW_PATTERN, as_u32, window_pattern};
 use super::writer::{Metadata, Value};
 use super::{GgufBase, GgufType};
 use crate::model::{DecoderConfig, RopeConfig, RopeScaling};
@@ -46,9 +46,47 @@ pub(super) fn add(
     };
     add_f32("attention.layer_norm_rms_epsilon", config.rms_norm_eps);
     add_f32("rope.freq_base", config.rope.theta);
-    if let RopeScaling::Linear { factor } = config.rope.scaling {
-        add_f32("rope.scaling.factor", factor);
-        metadata.add_text(format!("{name}.rope.scaling.type"), "linear");
+    match config.rope.scaling {
+        RopeScaling::None | RopeScaling::Llama3 { .. } => {}
+        RopeScaling::Linear { factor } => {
+            add_f32("rope.scaling.factor", factor);
+            metadata.add_text(format!("{name}.rope.scaling.type"), "linear");
+        }
+        RopeScaling::Yarn {
+            factor,
+            attention_factor,
+            beta_fast,
+            beta_slow,
+            original_max_position_embeddings: original,
+            ..
+        } => {
+            add_f32("rope.scaling.factor", factor);
+            add_f32("rope.scaling.yarn_beta_fast", beta_fast);
+            add_f32("rope.scaling.yarn_beta_slow", beta_slow);
+            // llama.cpp has the paper's factor by itself, and multiplies it by this.
+            let own = if factor <= 1.0 {
+                1.0
+            } else {
+                0.1 * factor.ln() + 1.0
+            };
+            add_f32("rope.scaling.attn_factor", attention_factor / own);
+            metadata.add_text(format!("{name}.rope.scaling.type"), "yarn");
+            let key = format!("{name}.rope.scaling.original_context_length");
+            metadata.add_u32(key, as_u32(original));
+        }
+    }
+    if let Some(local) = &config.local_rope {
+        metadata.add(
+            format!("{name}.rope.freq_base_swa"),
+            Value::F32(local.theta as f32),
+        );
+    }
+    let windows = config.sliding_window.iter();
+    if let (true, Some(window)) = (architecture.has_windows(), windows.flatten().next()) {
+        metadata.add_u32(format!("{name}.attention.sliding_window"), as_u32(*window));
+        let pattern = window_pattern(config).expect("the config has been checked");
+        let key = format!("{name}.attention.sliding_window_pattern");
+        metadata.add_u32(key, as_u32(pattern));
     }
 }
 
@@ -61,7 +99,13 @@ pub(super) fn default_of(key: &str, config: &DecoderConfig) -> Option<Value> {
         "attention.key_length" | "attention.value_length" => config.hidden_size / config.num_heads,
         "rope.dimension_count" => config.head_dim,
         "vocab_size" => config.vocab_size,
-        "rope.freq_base" => return Some(Value::F32(10_000.0)),
+        "attention.sliding_window_pattern" => DEFAULT_WINDOW_PATTERN,
+        "rope.freq_base" | "rope.freq_base_swa" => return Some(Value::F32(10_000.0)),
+        "rope.scaling.yarn_beta_fast" => return Some(Value::F32(32.0)),
+        "rope.scaling.yarn_beta_slow" | "rope.scaling.attn_factor" => {
+            return Some(Value::F32(1.0));
+        }
+        "rope.scaling.original_context_length" => config.max_position_embeddings,
         _ => return None,
     };
     Some(Value::U32(as_u32(size)))

@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 pub use adapter::write_gguf_adapter;
+pub use architecture::config_in_llama_cpp;
 pub use model::write_gguf_model;
 pub use reader::{GgufModel, is_gguf_adapter, read_gguf_adapter};
 pub use tensor_type::GgufType;
@@ -48,6 +49,14 @@ pub struct GgufBase<'a> {
 impl GgufBase<'_> {
     fn config_path(&self) -> PathBuf {
         self.dir.join("config.json")
+    }
+
+    /// The first of the fields that the config has, or the last.
+    fn present<const N: usize>(&self, fields: [&'static str; N]) -> &'static str {
+        let mut present = fields
+            .into_iter()
+            .filter(|field| !self.config[field].is_null());
+        present.next().unwrap_or(fields[N - 1])
     }
 
     /// A field of the config that llama.cpp cannot follow.

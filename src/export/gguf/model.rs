@@ -77,7 +77,7 @@ pub fn write_gguf_model(
 fn info(tensor: ModelTensor, config: &DecoderConfig, file_type: GgufType) -> TensorInfo {
     let shape = tensor.shape(config);
     TensorInfo {
-        name: tensor_name(tensor),
+        name: tensor_name(tensor, config),
         tensor_type: file_type.of(tensor, config),
         shape,
     }

@@ -39,11 +39,11 @@ impl GgufModel {
     /// [`Error::Malformed`] for the first key or tensor by which llama.cpp would compute something else than the base, such as
     /// another number of heads or a scaling of its own.
     pub fn new(file: GgufFile, base: GgufBase) -> Result<Self> {
-        let (mut config, architecture) = architecture::read(&base)?;
+        let (_, architecture) = architecture::read(&base)?;
         expect_text(&file, "general.architecture", architecture.name())?;
-        // What llama.cpp goes by, and what it does not have.
-        config.tie_word_embeddings = !file.contains(&tensor_name(ModelTensor::Head));
-        config.sliding_window.fill(None);
+        let mut config = architecture::config_in_llama_cpp(&base)?;
+        // What llama.cpp goes by.
+        config.tie_word_embeddings = !file.contains(&tensor_name(ModelTensor::Head, &config));
         let tensors = ModelTensor::all(&config).into_iter();
         let model = Self {
             tensors: tensors.map(|tensor| (tensor.name(), tensor)).collect(),
@@ -101,7 +101,10 @@ impl GgufModel {
 
     /// No tensor is there that the model does not have; those that are not are found missing when they are read.
     fn expect_tensors(&self) -> Result<()> {
-        let mut known: HashSet<String> = self.tensors.values().map(|t| tensor_name(*t)).collect();
+        let tensors = self.tensors.values();
+        let mut known: HashSet<String> = tensors
+            .map(|tensor| tensor_name(*tensor, &self.config))
+            .collect();
         if let Some(expected) = hyperparameters::rope_divisors(&self.config) {
             known.insert(ROPE_FREQS.into());
             let found = self.file.tensor(ROPE_FREQS)?;
@@ -139,7 +142,7 @@ impl WeightSource for GgufModel {
             path: self.file.path().to_path_buf(),
             tensor: name.to_string(),
         })?;
-        let stored_name = tensor_name(*tensor);
+        let stored_name = tensor_name(*tensor, &self.config);
         let stored = self.file.tensor(&stored_name)?;
         expect_stored(&stored_name, Some(&stored), &tensor.shape(&self.config))?;
         Ok(self.architecture.change(*tensor, &self.config).undo(stored))
@@ -171,7 +174,7 @@ pub fn read_gguf_adapter(file: &GgufFile, base: GgufBase) -> Result<Adapter> {
         for module in Module::ALL {
             let weight = ModelTensor::Weight(layer, module);
             let [a_name, b_name] =
-                ["lora_a", "lora_b"].map(|part| format!("{}.{part}", tensor_name(weight)));
+                ["lora_a", "lora_b"].map(|part| format!("{}.{part}", tensor_name(weight, &config)));
             if !file.contains(&a_name) {
                 continue;
             }

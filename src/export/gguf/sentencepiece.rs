@@ -92,7 +92,11 @@ fn space_prefix(file: &TokenizerFile) -> Option<SpacePrefix> {
     let prepend = json!({ "type": "Prepend", "prepend": SPACE });
     let replace = json!({ "type": "Replace", "pattern": { "String": " " }, "content": SPACE });
     let (normalizer, pre_tokenizer) = (&file.normalizer, &file.pre_tokenizer);
-    if pre_tokenizer.is_null() {
+    // Gemma's splits at spaces, of which the normalizer has left none.
+    let at_spaces = pre_tokenizer["type"] == "Split"
+        && pre_tokenizer["pattern"] == json!({ "String": " " })
+        && *normalizer == replace;
+    if pre_tokenizer.is_null() || at_spaces {
         let sequence = json!({ "type": "Sequence", "normalizers": [prepend, replace] });
         return match normalizer {
             normalizer if *normalizer == sequence => Some(SpacePrefix::Always),

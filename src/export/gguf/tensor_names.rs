@@ -2,15 +2,17 @@
 //!
 //! Source: `gguf-py/gguf/constants.py` and `LlamaModel.permute` of llama.cpp.
 
-use crate::model::{ModelTensor, Module, Norm};
+use crate::model::{DecoderConfig, ModelTensor, Module, Norm};
 
 /// `blk.0.attn_q.weight`.
-pub(super) fn tensor_name(tensor: ModelTensor) -> String {
+pub(super) fn tensor_name(tensor: ModelTensor, config: &DecoderConfig) -> String {
     match tensor {
         ModelTensor::Embedding => "token_embd.weight".into(),
         ModelTensor::Head => "output.weight".into(),
         ModelTensor::FinalNorm => "output_norm.weight".into(),
-        ModelTensor::Norm(layer, norm) => format!("blk.{layer}.{}.weight", norm_name(norm)),
+        ModelTensor::Norm(layer, norm) => {
+            format!("blk.{layer}.{}.weight", norm_name(norm, config))
+        }
         ModelTensor::Weight(layer, module) => {
             format!("blk.{layer}.{}.weight", module_name(module))
         }
@@ -18,10 +20,13 @@ pub(super) fn tensor_name(tensor: ModelTensor) -> String {
     }
 }
 
-fn norm_name(norm: Norm) -> &'static str {
+fn norm_name(norm: Norm, config: &DecoderConfig) -> &'static str {
     match norm {
         Norm::Input => "attn_norm",
-        Norm::PostAttention => "ffn_norm",
+        norm if norm == Norm::of_mlp(config) => "ffn_norm",
+        Norm::PostAttention => "post_attention_norm",
+        Norm::PreFeedforward => "ffn_norm",
+        Norm::PostFeedforward => "post_ffw_norm",
         Norm::Query => "attn_q_norm",
         Norm::Key => "attn_k_norm",
     }

@@ -73,16 +73,24 @@ pub(super) struct Change {
     /// Rows (or elements of a vector) are reordered by [`rotary_row`](super::tensor_names::rotary_row) of heads this large.
     pub rotary_head_dim: Option<usize>,
     pub factor: f32,
+    /// Added to what the factor gives.
+    pub offset: f32,
 }
 
 impl Change {
     pub(super) const NONE: Self = Self {
         rotary_head_dim: None,
         factor: 1.0,
+        offset: 0.0,
     };
 
-    /// The tensor that is stored, in its own type, as `stored`; not for a factor.
+    /// The tensor that is stored as `stored`, in its own type but for an offset; not for a factor.
     pub(super) fn undo(self, stored: DenseTensor) -> DenseTensor {
+        if self.offset != 0.0 {
+            let values = stored.to_f32_vec().into_iter();
+            let values: Vec<f32> = values.map(|value| value - self.offset).collect();
+            return DenseTensor::from_f32(stored.shape, &values);
+        }
         if self.rotary_head_dim.is_none() {
             return stored;
         }
@@ -162,8 +170,9 @@ impl GgufWriter {
         let columns = info.shape.get(1).copied().unwrap_or(1);
         let encode = |values: &mut Vec<f32>, row: usize| {
             tensor.read_range(change.source_row(row) * columns, values);
-            if change.factor != 1.0 {
-                values.iter_mut().for_each(|x| *x *= change.factor);
+            if (change.factor, change.offset) != (1.0, 0.0) {
+                let changed = |x: f32| x * change.factor + change.offset;
+                values.iter_mut().for_each(|x| *x = changed(*x));
             }
             let mut bytes = Vec::with_capacity(info.tensor_type.nbytes(columns));
             let encoded = info.tensor_type.encode(values, &mut bytes);

@@ -1,13 +1,13 @@
 //! The gated MLP of a block, in tiles of tokens: no tensor of tokens times `intermediate_size` is larger than a tile, unless
 //! it is kept.
 //!
-//! What is computed again in backward is what backward reads: the output of `down_proj` is not.
+//! What is computed again in backward is what backward reads: the output of `down_proj` is not, unless a norm follows it.
 
 use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::{Block, InputGrad};
+use super::{Block, Branch, InputGrad};
 use crate::Result;
 use crate::model::LoraDropout;
 use crate::model::branches::Branches;
@@ -25,6 +25,8 @@ pub(super) struct Tile {
     u_gate: Option<Tensor>,
     u_up: Option<Tensor>,
     u_down: Option<Tensor>,
+    /// The output of `down_proj`, where a norm follows it, `[rows, D]`.
+    out: Option<Tensor>,
 }
 
 /// The tiles of `rows` tokens, and the dropout of each. Instances that do not fit into one tile have tiles of their own.
@@ -69,16 +71,18 @@ impl Block {
             let (out, u_down) = self.down.forward(&act, dropout)?;
             drop(act);
             tile.u_down = u_down;
+            let (branch, out) = self.normed(out, Branch::Mlp)?;
+            tile.out = out;
             keep(tile);
             if tile_rows.len() == rows {
-                return residual::forward(mid, out);
+                return residual::forward(mid, branch);
             }
             let whole = match &mut whole {
                 Some(whole) => whole,
                 empty => empty.insert(residual::unwritten(mid)?),
             };
             let sum = part(whole, &tile_rows)?;
-            residual::forward_to(&part(mid, &tile_rows)?, &out, &sum)?;
+            residual::forward_to(&part(mid, &tile_rows)?, &branch, &sum)?;
         }
         Ok(whole.unwrap_or_else(|| mid.clone()))
     }
@@ -100,7 +104,7 @@ impl Block {
             let (d_mid, mid) = (part(d_mid, &rows)?, part(mid, &rows)?);
             let (tile, act) = match kept.as_mut().and_then(Iterator::next) {
                 Some(tile) => {
-                    let act = gated_act::forward(&tile.gate, &tile.up)?;
+                    let act = gated_act::forward(&tile.gate, &tile.up, self.activation)?;
                     (tile, act)
                 }
                 None => self.tile_again(&mid, dropout)?,
@@ -112,9 +116,15 @@ impl Block {
 
     /// A tile of forward, with the input of `down_proj`.
     fn tile_again(&self, mid: &Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
-        let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
+        let h = rms_norm::forward(mid, &self.mlp_norm, self.stream_eps)?;
         let (mut tile, act) = self.gated(h, dropout)?;
-        tile.u_down = self.down.down_project(&act, dropout)?;
+        if self.branch_norms.is_some() {
+            let (out, u_down) = self.down.forward(&act, dropout)?;
+            tile.out = Some(out);
+            tile.u_down = u_down;
+        } else {
+            tile.u_down = self.down.down_project(&act, dropout)?;
+        }
         Ok((tile, act))
     }
 
@@ -122,13 +132,14 @@ impl Block {
     fn gated(&self, h: Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
         let [(gate, u_gate), (up, u_up)] = self.gate_up().forward(&h, dropout)?;
         drop(h);
-        let act = gated_act::forward(&gate, &up)?;
+        let act = gated_act::forward(&gate, &up, self.activation)?;
         let tile = Tile {
             gate,
             up,
             u_gate,
             u_up,
             u_down: None,
+            out: None,
         };
         Ok((tile, act))
     }
@@ -142,18 +153,20 @@ impl Block {
         dropout: LoraDropout,
     ) -> Result<()> {
         let u_down = tile.u_down.as_ref();
-        let d_act = self.down.backward(d_mid, &act, u_down, dropout, None)?;
-        drop(act);
-        gated_act::backward(&d_act, &tile.gate, &tile.up)?;
+        let d_out = self.through_norm(d_mid, tile.out.as_ref(), Branch::Mlp)?;
+        drop(tile.out);
+        let d_act = self.down.backward(&d_out, &act, u_down, dropout, None)?;
+        drop((d_out, act));
+        gated_act::backward(&d_act, &tile.gate, &tile.up, self.activation)?;
         drop(d_act);
         let d_gate_up = [tile.gate, tile.up];
-        let h = rms_norm::forward(mid, &self.post_attention_norm, self.eps)?;
+        let h = rms_norm::forward(mid, &self.mlp_norm, self.stream_eps)?;
         let u = [tile.u_gate.as_ref(), tile.u_up.as_ref()];
         let d_h = self
             .gate_up()
             .backward(d_gate_up, &h, u, dropout, InputGrad::Needed)?;
         match d_h {
-            Some(d_h) => rms_norm::backward(&d_h, mid, &self.post_attention_norm, self.eps, d_mid),
+            Some(d_h) => rms_norm::backward(&d_h, mid, &self.mlp_norm, self.stream_eps, d_mid),
             None => Ok(()),
         }
     }

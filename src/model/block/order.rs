@@ -22,6 +22,9 @@ impl Block {
             Saved::Input(_) | Saved::Parked(_) => {
                 order.extend(self.attention_weights());
                 order.extend([&self.gate, &self.up]);
+                if self.branch_norms.is_some() {
+                    order.push(&self.down);
+                }
             }
         }
         order.extend([&self.down, &self.gate, &self.up, &self.o]);

@@ -6,23 +6,54 @@ use super::fields::Fields;
 use super::{RopeConfig, RopeScaling};
 use crate::Result;
 
-const DEFAULT_THETA: f64 = 10_000.0;
+/// The thetas' names in the older generation.
+const THETA: &str = "rope_theta";
+const LOCAL_THETA: &str = "rope_local_base_freq";
 
 /// Reads `rope_scaling` (old; it wins, as in transformers) or `rope_parameters`, and the top-level `rope_theta`.
-pub(super) fn read(fields: &mut Fields, max_position_embeddings: usize) -> Result<RopeConfig> {
-    let theta = fields.optional_positive("rope_theta")?;
+pub(super) fn read(
+    fields: &mut Fields,
+    max_position_embeddings: usize,
+    default_theta: f64,
+) -> Result<RopeConfig> {
+    let theta = fields.optional_positive(THETA)?.unwrap_or(default_theta);
     let old = fields.object("rope_scaling")?;
     let new = fields.object("rope_parameters")?;
-    let Some(mut rope) = old.or(new) else {
-        return Ok(RopeConfig {
-            theta: theta.unwrap_or(DEFAULT_THETA),
-            scaling: RopeScaling::None,
-        });
+    one(old.or(new), max_position_embeddings, theta)
+}
+
+/// The embedding of layers with full attention and that of layers with a window, where these are two.
+pub(super) fn read_both(
+    fields: &mut Fields,
+    max_position_embeddings: usize,
+    [default_theta, default_local_theta]: [f64; 2],
+) -> Result<(RopeConfig, RopeConfig)> {
+    let theta = fields.optional_positive(THETA)?.unwrap_or(default_theta);
+    let local_theta = fields.optional_positive(LOCAL_THETA)?;
+    let old = fields.object("rope_scaling")?;
+    let (mut full, mut local) = (None, None);
+    if let Some(mut by_layer_type) = fields.object("rope_parameters")? {
+        full = by_layer_type.object("full_attention")?;
+        local = by_layer_type.object("sliding_attention")?;
+        by_layer_type.finish()?;
+    }
+    let local_theta = local_theta.unwrap_or(default_local_theta);
+    Ok((
+        one(old.or(full), max_position_embeddings, theta)?,
+        one(local, max_position_embeddings, local_theta)?,
+    ))
+}
+
+fn one(
+    parameters: Option<Fields>,
+    max_position_embeddings: usize,
+    theta: f64,
+) -> Result<RopeConfig> {
+    let Some(mut rope) = parameters else {
+        let scaling = RopeScaling::None;
+        return Ok(RopeConfig { theta, scaling });
     };
-    let theta = rope
-        .optional_positive("rope_theta")?
-        .or(theta)
-        .unwrap_or(DEFAULT_THETA);
+    let theta = rope.optional_positive(THETA)?.unwrap_or(theta);
     let scaling = scaling(&mut rope, max_position_embeddings)?;
     rope.finish()?;
     Ok(RopeConfig { theta, scaling })
@@ -61,6 +92,43 @@ fn scaling(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScal
                     .unwrap_or(max_position_embeddings),
             })
         }
-        Some(_) => Err(rope.unsupported(field, "use default, linear or llama3")),
+        Some("yarn") => yarn(rope, max_position_embeddings),
+        Some(_) => Err(rope.unsupported(field, "use default, linear, llama3 or yarn")),
     }
+}
+
+fn yarn(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScaling> {
+    let original = rope.optional_size("original_max_position_embeddings")?;
+    let original = original.unwrap_or(max_position_embeddings);
+    let factor = rope.optional_positive("factor")?;
+    let factor = factor.unwrap_or(max_position_embeddings as f64 / original as f64);
+    // The paper's; DeepSeek's two numbers make a ratio of them.
+    let of_factor = |scale: f64| {
+        if factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * scale * factor.ln() + 1.0
+        }
+    };
+    let mscale = rope.optional_positive("mscale")?;
+    let mscale_all_dim = rope.optional_positive("mscale_all_dim")?;
+    let implied = match (mscale, mscale_all_dim) {
+        (Some(mscale), Some(all)) => of_factor(mscale) / of_factor(all),
+        _ => of_factor(1.0),
+    };
+    let attention_factor = rope.optional_positive("attention_factor")?;
+    let beta_fast = rope.optional_positive("beta_fast")?.unwrap_or(32.0);
+    let beta_slow = rope.optional_positive("beta_slow")?.unwrap_or(1.0);
+    if beta_fast < beta_slow {
+        let reason = format!("{beta_fast} is below `beta_slow` = {beta_slow}");
+        return Err(rope.malformed("beta_fast", reason));
+    }
+    Ok(RopeScaling::Yarn {
+        factor,
+        attention_factor: attention_factor.unwrap_or(implied),
+        beta_fast,
+        beta_slow,
+        original_max_position_embeddings: original,
+        truncate: rope.optional("truncate")?.unwrap_or(true),
+    })
 }

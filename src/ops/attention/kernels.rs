@@ -75,7 +75,7 @@ impl Kernel {
             Operand::U32(heads.num_heads),
             Operand::U32(heads.num_kv_heads),
             Operand::U32(heads.head_dim),
-            Operand::F32(heads.scale()),
+            Operand::F32(heads.scale),
             Operand::U32(heads.window.unwrap_or(0)),
         ];
         if !self.is_hopper {
@@ -102,6 +102,7 @@ impl Kernel {
 /// The tiles of a batch's segments, for the grids of the three kernels: `[tiles, 5]` each.
 #[derive(Debug, Clone)]
 pub(super) struct Tiles {
+    pub(super) head_dim: usize,
     kernel: &'static Kernel,
     forward: Tensor,
     backward_q: Tensor,
@@ -122,6 +123,7 @@ impl Tiles {
         let all = (first + second + third, WORDS);
         let all = launcher.upload(&words, all)?;
         Ok(Self {
+            head_dim,
             kernel,
             forward: all.narrow(0, 0, first)?,
             backward_q: all.narrow(0, first, second)?,
@@ -170,7 +172,7 @@ fn query_tiles(segments: &[Segment], rows: usize) -> Result<Vec<TileWords>> {
     Ok(tiles)
 }
 
-/// Up to `rows` keys with all queries of their segment; those that are seen by most queries first.
+/// Up to `rows` keys with all queries of their segment, of which there are as many as keys; those that are seen by most queries first.
 fn key_tiles(segments: &[Segment], rows: usize) -> Result<Vec<TileWords>> {
     let mut tiles = Vec::new();
     for Segment { queries, keys } in segments {

@@ -52,6 +52,7 @@ impl Ledger {
 struct Activations {
     qkv: Vec<Held>,
     attention: [Held; 2],
+    attended: Option<Held>,
     mid: Held,
     mlp: Option<Vec<Tile>>,
     u_o: Held,
@@ -64,8 +65,8 @@ struct Saved {
     activations: Option<Activations>,
 }
 
-/// Gate and up, and the `u` of each and of down.
-type Tile = [Vec<Held>; 2];
+/// Gate and up, the `u` of each and of down, and down's output where a norm follows it.
+type Tile = [Vec<Held>; 3];
 
 /// The most that forward and backward of one micro-batch hold at a time, with one policy for each block.
 pub(super) fn peak(workload: &Workload, policies: &[ActivationPolicy]) -> Footprint {
@@ -207,6 +208,7 @@ impl Step<'_> {
         let Activations {
             qkv,
             attention,
+            attended,
             mid,
             mlp,
             u_o,
@@ -219,6 +221,7 @@ impl Step<'_> {
             }),
             qkv: qkv.into_iter().map(&mut keep).collect(),
             attention: attention.map(&mut keep),
+            attended: attended.map(&mut keep),
             mid: keep(mid),
             u_o: keep(u_o),
         }
@@ -231,12 +234,14 @@ impl Step<'_> {
         let Activations {
             qkv,
             attention,
+            attended,
             mid,
             mlp,
             u_o,
         } = activations;
         self.ledger.free(qkv);
         self.ledger.free(attention);
+        self.ledger.free(attended);
         self.ledger.free([mid, u_o]);
         self.ledger
             .free(mlp.into_iter().flatten().flatten().flatten());
@@ -255,6 +260,7 @@ impl Step<'_> {
             ActivationPolicy::Recompute | ActivationPolicy::Offload => {
                 self.ledger.free(activations.qkv);
                 self.ledger.free(activations.attention);
+                self.ledger.free(activations.attended);
                 self.ledger.free([activations.u_o]);
                 let (y, _) = self.mlp(layer, policy);
                 self.ledger.free([activations.mid, h]);
@@ -279,16 +285,33 @@ impl Step<'_> {
             self.values(Item::Working, queries),
             self.f32_values(model.num_heads),
         ];
-        let [mid, u_o] = self.linear(layer, Module::O, *rows);
+        let [out, u_o] = self.linear(layer, Module::O, *rows);
+        let (mid, attended) = self.normed(out, *rows);
         let h = self.values(Item::Working, d);
         let activations = Activations {
             qkv,
             attention,
+            attended,
             mid,
             mlp: None,
             u_o,
         };
         (activations, h)
+    }
+
+    /// `Block::normed`: what a branch adds to the residual stream, and its output where that is something else.
+    fn normed(&mut self, out: Held, rows: usize) -> (Held, Option<Held>) {
+        match self.branch_norm(rows) {
+            Some(normed) => (normed, Some(out)),
+            None => (out, None),
+        }
+    }
+
+    /// What the norm after a branch gives in either direction, in models that have one.
+    fn branch_norm(&mut self, rows: usize) -> Option<Held> {
+        let model = &self.workload.model;
+        let (has_one, d) = (model.branch_norms, model.hidden_size);
+        has_one.then(|| self.tile_values(rows, Item::Working, d))
     }
 
     /// Rows of each tile of the MLP.
@@ -316,7 +339,8 @@ impl Step<'_> {
             let [y, u_down] = self.linear(layer, Module::Down, tile_rows);
             self.ledger.free([act]);
             us.push(u_down);
-            let tile = [gate_up, us];
+            let (y, out) = self.normed(y, tile_rows);
+            let tile = [gate_up, us, out.into_iter().collect()];
             match policy {
                 ActivationPolicy::Keep => kept.push(tile),
                 ActivationPolicy::Recompute | ActivationPolicy::Offload => {
@@ -374,6 +398,7 @@ impl Step<'_> {
         let Activations {
             qkv,
             attention,
+            attended,
             mid,
             mlp,
             u_o,
@@ -384,7 +409,10 @@ impl Step<'_> {
         });
         self.mlp_backward(layer, mlp);
         self.ledger.free([mid]);
+        let d_attended = self.branch_norm(*rows);
+        self.ledger.free(attended);
         let d_out = self.linear_backward(layer, Module::O, *rows, Some(queries));
+        self.ledger.free(d_attended);
         let delta = self.f32_values(model.num_heads);
         let mut d_qkv = [queries, keys, keys].map(|width| self.values(Item::Working, width));
         self.ledger.free([delta].into_iter().chain(d_out));
@@ -411,10 +439,13 @@ impl Step<'_> {
                 Some(tile) => (tile, self.tile_values(rows, Item::Working, f)),
                 None => self.tile_again(layer, rows),
             };
+            let [d_gate_up, us, out] = tile;
+            let d_out = self.branch_norm(rows);
+            self.ledger.free(out);
             let d_act = self.linear_backward(layer, Module::Down, rows, Some(f));
-            self.ledger.free([act].into_iter().chain(d_act));
+            self.ledger
+                .free([act].into_iter().chain(d_out).chain(d_act));
             let h = self.tile_values(rows, Item::Working, d);
-            let [d_gate_up, us] = tile;
             let d_h = self.branches_backward(layer, Module::Gate, rows, d_gate_up, false);
             self.ledger.free([h].into_iter().chain(d_h).chain(us));
         }
@@ -427,8 +458,12 @@ impl Step<'_> {
         let [gate_up, mut us] = self.branches(layer, Module::Gate, rows);
         self.ledger.free([h]);
         let act = self.tile_values(rows, Item::Working, model.intermediate_size);
-        let u_down = self.down_project(layer, Module::Down, rows);
+        if !self.workload.model.branch_norms {
+            us.push(self.down_project(layer, Module::Down, rows));
+            return ([gate_up, us, Vec::new()], act);
+        }
+        let [out, u_down] = self.linear(layer, Module::Down, rows);
         us.push(u_down);
-        ([gate_up, us], act)
+        ([gate_up, us, vec![out]], act)
     }
 }

@@ -1,0 +1,49 @@
+//! Cosines and sines of the rotary embeddings that a model's layers have.
+
+use super::config::{DecoderConfig, LayerRope, RopeConfig};
+use crate::Result;
+use crate::device::Placement;
+use crate::ops::rope::RopeTable;
+
+/// A table for each rotary embedding of a model, for the same positions.
+#[derive(Debug, Clone, Default)]
+pub struct RopeTables {
+    model: Option<RopeTable>,
+    local: Option<RopeTable>,
+}
+
+impl RopeTables {
+    /// The tables for positions `0..positions`, where the model of this config computes.
+    pub(super) fn new(
+        config: &DecoderConfig,
+        positions: usize,
+        placement: &Placement,
+    ) -> Result<Self> {
+        let table = |rope: &RopeConfig| {
+            let inv_freq = rope.inv_freq(config.head_dim);
+            let table = RopeTable::new(&inv_freq, rope.amplitude(), positions);
+            match placement.uses_kernels() {
+                true => table.on(&placement.device),
+                false => Ok(table),
+            }
+        };
+        Ok(Self {
+            model: Some(table(&config.rope)?),
+            local: config.local_rope.as_ref().map(table).transpose()?,
+        })
+    }
+
+    /// Positions the tables hold.
+    pub fn positions(&self) -> usize {
+        self.model.as_ref().map_or(0, RopeTable::positions)
+    }
+
+    /// That of a layer, if it has one.
+    pub fn of(&self, layer: LayerRope) -> Option<&RopeTable> {
+        match layer {
+            LayerRope::Model => self.model.as_ref(),
+            LayerRope::Local => self.local.as_ref(),
+            LayerRope::None => None,
+        }
+    }
+}
