@@ -245,6 +245,34 @@ fn rows_without_loss_are_counted_with_the_first_of_them() {
 }
 
 #[test]
+fn padding_that_the_attention_mask_leaves_out_is_no_part_of_a_row() {
+    let load = |rows: &[Value]| load_bytes("a.jsonl", &jsonl(rows), &LoadOptions::default(), None);
+    let rows = [
+        json!({"input_ids": [5, 9, 33, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}),
+        json!({"input_ids": [0, 5, 9], "attention_mask": [0, 1, 1], "labels": [-100, -100, 9]}),
+        json!({"input_ids": [5, 0, 9], "attention_mask": [1, 1, 1]}),
+        json!({"input_ids": [5, 9], "attention_mask": null}),
+    ];
+    let loaded = load(&rows).unwrap();
+    let examples: Vec<_> = (0..4).map(|i| loaded.example(i)).collect();
+    let ids: Vec<_> = examples.iter().map(|row| &row.input_ids[..]).collect();
+    assert_eq!(ids, [&[5, 9, 33][..], &[5, 9], &[5, 0, 9], &[5, 9]]);
+    assert_eq!(examples[1].labels, [-100, 9]);
+    for (mask, reason) in [
+        (json!([1, 0, 1]), "`attention_mask[1]` is 0 between tokens"),
+        (
+            json!([1, 1]),
+            "`attention_mask` has 2 entries and `input_ids` has 3",
+        ),
+        (json!([0, 0, 0]), "`input_ids` is empty"),
+    ] {
+        let row = json!({"input_ids": [5, 9, 7], "attention_mask": mask});
+        let message = load(&[row]).unwrap_err().to_string();
+        assert!(message.contains(reason), "{message}");
+    }
+}
+
+#[test]
 fn columns_can_have_other_names() {
     let tokenizer = tokenizer("tokenizer");
     let bytes = jsonl(&[json!({"question": "a", "answer": "b", "input": "unused"})]);

@@ -324,4 +324,28 @@ fn an_adapter_is_not_used_on_weights_that_it_is_no_change_of() {
             .code(1)
             .stderr(contains("belongs to the 4-bit weights"));
     }
+    let run_dir = home.path().join("run");
+    run(config(Path::new(&model), run_dir.clone(), 1));
+    let started_from = |adapter: PathBuf, model: &Path| TrainConfig {
+        adapter: Some(adapter),
+        ..config(model, home.path().join("other"), 1)
+    };
+    for (adapter, model, reason) in [
+        (
+            "checkpoint-1",
+            demo.as_path(),
+            "belongs to the 4-bit weights",
+        ),
+        ("", demo.as_path(), "belongs to the 4-bit weights"),
+        (
+            "adapter_for_original_model",
+            Path::new(&model),
+            "belongs to the original model",
+        ),
+    ] {
+        let config = started_from(run_dir.join(adapter), model);
+        let error = Trainer::new(config, &Placement::cpu()).map(|_| ());
+        let message = error.unwrap_err().to_string();
+        assert!(message.contains(reason), "{adapter}: {message}");
+    }
 }

@@ -11,7 +11,7 @@ use qlora::store::Adapter;
 use qlora::train::config::Resume;
 use qlora::train::{Event, Outcome, TrainConfig, Trainer};
 use serde_json::Value;
-use tiny_run::{bytes, config, metrics, names, run};
+use tiny_run::{bytes, config, metrics, names, resumed, run};
 
 #[test]
 fn a_run_leaves_adapter_checkpoints_config_and_metrics() {
@@ -113,6 +113,26 @@ fn resume_equals_uninterrupted_run() {
     };
     assert_eq!(run(again).unwrap(), Outcome::Finished);
     assert_eq!(metrics(whole.path()), metrics(parts.path()));
+}
+
+#[test]
+fn a_run_that_goes_on_after_its_end_takes_its_earlier_adapter_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let steps = |max_steps| TrainConfig {
+        max_steps,
+        ..config(dir.path())
+    };
+    run(steps(5)).unwrap();
+    // There is nothing left to do: it stays.
+    run(resumed(steps(5))).unwrap();
+    assert!(Adapter::exists(dir.path()));
+    let stop = AtomicBool::new(false);
+    let mut longer = Trainer::new(resumed(steps(10)), &Placement::cpu()).unwrap();
+    let stopped = longer.run(&stop, |_| stop.store(true, Ordering::Relaxed));
+    assert!(matches!(stopped.unwrap(), Outcome::Stopped(_)));
+    assert!(!Adapter::exists(dir.path()));
+    run(resumed(steps(10))).unwrap();
+    assert!(Adapter::exists(dir.path()));
 }
 
 #[test]

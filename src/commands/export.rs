@@ -14,14 +14,12 @@ use qlora::export::{
 };
 use qlora::quant::QuantType;
 use qlora::store::{
-    Adapter, AtomicDir, AtomicFile, Checkpoint, Existing, GENERATION_CONFIG_FILE, Quantization,
-    expect_replaceable,
+    Adapter, AtomicDir, AtomicFile, Checkpoint, Existing, GENERATION_CONFIG_FILE, Initialization,
+    Quantization, expect_replaceable,
 };
 use serde_json::{Value, json};
 
-use super::model_args::{
-    expect_its_base, note_as_stored, note_missing_adapter, parse_quant_type, quantization,
-};
+use super::model_args::{note_as_stored, note_missing_adapter, parse_quant_type, quantization};
 use super::note;
 use super::quantize::{parse_bytes, with_progress};
 
@@ -192,7 +190,7 @@ impl Source {
             Some(base) => base.clone(),
             None => named_base(&adapter, dir)?,
         };
-        expect_its_base(dir, &base)?;
+        Initialization::expect_base(dir, &base)?;
         Ok(Self {
             base,
             adapter: Some((dir.clone(), adapter)),

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use qlora::data::Tokenizer;
 use qlora::device::{ComputeDtype, DeviceKind, Placement};
 use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
-use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER, Initialization, RelativeTo};
+use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER, Initialization};
 
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
@@ -39,7 +39,7 @@ impl ModelArgs {
         let checkpoint = Checkpoint::open(&self.model)?;
         match &self.adapter {
             Some(adapter) => {
-                expect_its_base(adapter, &self.model)?;
+                Initialization::expect_base(adapter, &self.model)?;
                 note_as_stored(&checkpoint, self.quant_type);
             }
             None => note_missing_adapter(&self.model),
@@ -76,30 +76,6 @@ pub fn quantization(quant_type: Option<QuantType>) -> Option<QuantizeOptions> {
         quant_type,
         ..QuantizeOptions::default()
     })
-}
-
-/// Refuses weights that the adapter is not a change of.
-pub fn expect_its_base(adapter: &Path, base: &Path) -> anyhow::Result<()> {
-    let Some(record) = Initialization::read(adapter)? else {
-        return Ok(());
-    };
-    let is_initialized = Initialization::of_model(base)?.is_some();
-    match (record.adapter_is_relative_to, is_initialized) {
-        (RelativeTo::InitializedBase, false) => bail!(
-            "{}: belongs to the 4-bit weights that were made with it ({}) and not to {}; \
-             adapter_for_original_model in its run directory does",
-            adapter.display(),
-            record.initialized_base,
-            base.display()
-        ),
-        (RelativeTo::OriginalModel, true) => bail!(
-            "{}: belongs to the original model ({}) and not to {}",
-            adapter.display(),
-            record.original_model,
-            base.display()
-        ),
-        _ => Ok(()),
-    }
 }
 
 /// Says where the weights below an adapter are not those that it was trained on.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::error::ErrorKind;
 use qlora::device::DeviceKind;
-use qlora::model::{DecoderConfig, block_sizes};
+use qlora::model::{DecoderConfig, block_sizes, dense_linears};
 use qlora::store::{Adapter, Checkpoint};
 use qlora::train::config::{ByteCount, KEYS, MAX_COUNT};
 use qlora::train::plan::{Engine, Item, LongestBatch, Plan, Rates, Workload};
@@ -92,11 +92,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     // A command line of `train` may name one that is here.
     let named =
         Some(&config.model_name_or_path).filter(|dir| !args.shape.is_given() && dir.is_dir());
-    let (model, blocks) = match args.model.as_ref().or(named) {
+    let (model, blocks, dense) = match args.model.as_ref().or(named) {
         Some(dir) => {
             let checkpoint = Checkpoint::open(dir)?;
             let model = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
-            (model, block_sizes(&checkpoint, config.quantize_options())?)
+            let blocks = block_sizes(&checkpoint, &model, config.quantize_options())?;
+            let quantize = config.quantization_of(&checkpoint);
+            let dense = dense_linears(&checkpoint, &model, quantize)?;
+            (model, blocks, dense)
         }
         None => {
             let of_preset = config
@@ -109,7 +112,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 clap::Error::raw(ErrorKind::MissingRequiredArgument, missing).exit();
             };
             let shape = args.shape.shape(otherwise);
-            (shape.decoder_config()?, config.quantize_options().into())
+            let blocks = config.quantize_options().into();
+            (shape.decoder_config()?, blocks, Vec::new())
         }
     };
     let engine = match config.device {
@@ -128,7 +132,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let workload = |config: &TrainConfig| {
         let batch = LongestBatch::full(config.per_device_train_batch_size, longest);
-        let workload = Workload::new(model.clone(), blocks, engine, &lora, batch);
+        let workload = Workload {
+            dense: dense.clone(),
+            ..Workload::new(model.clone(), blocks, engine, &lora, batch)
+        };
         workload.with_settings(config, lora.lora_dropout, matrix_dropout.as_ref())
     };
     // Where nothing fits, the report of all that was asked for says so.

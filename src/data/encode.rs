@@ -1,5 +1,7 @@
 //! One row of a data file as token ids and labels, cut to length and checked.
 
+use std::ops::Range;
+
 use super::columns::{Columns, integers};
 use super::conversation::Conversation;
 use super::excess_length::{Cut, Row};
@@ -289,11 +291,8 @@ pub(super) fn rename(mut row: Columns, columns: &[(String, String)]) -> Result<C
 }
 
 fn tokenized(row: &Columns) -> Result<Row, String> {
-    let input_ids = integers::<u32>(row, "input_ids")?;
-    if input_ids.is_empty() {
-        return Err("`input_ids` is empty".into());
-    }
-    let labels = match row.get("labels") {
+    let mut input_ids = integers::<u32>(row, "input_ids")?;
+    let mut labels = match row.get("labels") {
         None => input_ids.iter().map(|&id| i64::from(id)).collect(),
         Some(_) => integers::<i64>(row, "labels")?,
     };
@@ -311,5 +310,39 @@ fn tokenized(row: &Columns) -> Result<Row, String> {
             labels[i]
         ));
     }
-    Ok(Row { input_ids, labels })
+    if row
+        .get("attention_mask")
+        .is_some_and(|mask| !mask.is_null())
+    {
+        let seen = seen(&integers::<u8>(row, "attention_mask")?, input_ids.len())?;
+        input_ids = input_ids[seen.clone()].to_vec();
+        labels = labels[seen].to_vec();
+    }
+    match input_ids.is_empty() {
+        true => Err("`input_ids` is empty".into()),
+        false => Ok(Row { input_ids, labels }),
+    }
+}
+
+/// Which of `count` tokens a row's mask leaves: those without the padding on either side.
+fn seen(mask: &[u8], count: usize) -> Result<Range<usize>, String> {
+    if mask.len() != count {
+        let found = mask.len();
+        return Err(format!(
+            "`attention_mask` has {found} entries and `input_ids` has {count}, expected as many"
+        ));
+    }
+    let is_seen = |entry: &u8| *entry != 0;
+    let start = mask.iter().position(is_seen).unwrap_or(count);
+    let end = mask
+        .iter()
+        .rposition(is_seen)
+        .map_or(start, |last| last + 1);
+    match mask[start..end].iter().position(|entry| *entry == 0) {
+        None => Ok(start..end),
+        Some(at) => Err(format!(
+            "`attention_mask[{}]` is 0 between tokens that are seen; only padding at the ends is left out",
+            start + at
+        )),
+    }
 }

@@ -110,8 +110,8 @@ impl DecoderConfig {
 
     /// The paths of the linear layers of all blocks.
     fn linear_paths(&self) -> Vec<String> {
-        let modules = |layer| Module::ALL.map(|module| module.path(layer));
-        (0..self.num_layers).flat_map(modules).collect()
+        let linears = self.linears();
+        linears.map(|(layer, module)| module.path(layer)).collect()
     }
 
     /// # Errors
@@ -142,11 +142,19 @@ impl DecoderConfig {
             );
             return Err(Error::config("layers_to_transform", reason));
         }
-        if !paths.iter().any(|path| config.targets(path)) {
-            let reason = format!("no layer matches; the layers are {}", layer_names());
-            return Err(Error::config("lora_target_modules", reason));
+        self.expect_any_target(config)
+    }
+
+    /// # Errors
+    /// [`Error::Config`] if no layer is targeted.
+    fn expect_any_target(&self, config: &AdapterConfig) -> Result<()> {
+        match self.linear_paths().iter().any(|path| config.targets(path)) {
+            true => Ok(()),
+            false => {
+                let reason = format!("no layer matches; the layers are {}", layer_names());
+                Err(Error::config("lora_target_modules", reason))
+            }
         }
-        Ok(())
     }
 }
 
@@ -223,7 +231,8 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Error::TensorMismatch`] for a tensor that belongs to no layer, is not there although the adapter's config targets
-    /// its layer, or has another shape than its layer wants; [`Error::Config`] for a target that no layer is.
+    /// its layer, or has another shape than its layer wants; [`Error::Config`] if no layer is a target. Names in its config
+    /// that fit nothing are let be, as PEFT does.
     pub fn load_adapter(&mut self, adapter: &Adapter) -> Result<()> {
         let mut rest: BTreeMap<&str, &DenseTensor> = adapter
             .tensors
@@ -278,7 +287,7 @@ impl Decoder {
                 found: format!("{:?} for a layer that they do not have", tensor.shape),
             });
         }
-        self.config().expect_targets(&adapter.config)?;
+        self.config().expect_any_target(&adapter.config)?;
         self.config().expect_modules_to_save(&adapter.config)?;
         self.put_adapter(factors, saved)
     }

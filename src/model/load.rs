@@ -69,7 +69,7 @@ impl<'a> Loader<'a> {
         };
         let slots = match placement.residence.weights {
             Residency::Streamed { slots } if cache.is_some() => {
-                let blocks = block_sizes(source, quantize.unwrap_or_default())?;
+                let blocks = block_sizes(source, config, quantize.unwrap_or_default())?;
                 let bytes = Weight::slot_bytes(&config.block_elements(), blocks);
                 Some(Slots::new(slots, bytes, &placement.device)?)
             }
@@ -117,8 +117,11 @@ impl<'a> Loader<'a> {
 
     /// A weight of the present block.
     fn place_in_block(&mut self, weight: FrozenWeight) -> Result<Weight> {
-        match (&self.cache, &mut self.slots) {
-            (Some(cache), Some(slots)) => Weight::streamed(weight, cache, slots),
+        match (&self.cache, &mut self.slots, &weight) {
+            (Some(cache), Some(slots), FrozenWeight::Quantized(_)) => {
+                Weight::streamed(weight, cache, slots)
+            }
+            // What a 4-bit model has in 16 bits stays on the device.
             _ => self.place(weight),
         }
     }
@@ -226,16 +229,50 @@ impl<'a> Loader<'a> {
 /// The blocks of the 4-bit weights of a model, which is quantized by `options` where it is not yet.
 ///
 /// # Errors
-/// Those of reading its first linear layer.
-pub fn block_sizes(source: &dyn WeightSource, options: QuantizeOptions) -> Result<BlockSizes> {
-    let first = ModelTensor::Weight(0, Module::Q);
-    Ok(match source.weight(&first.name())? {
-        FrozenWeight::Dense(_) => options.into(),
-        FrozenWeight::Quantized(params) => BlockSizes::from(&params),
-    })
+/// Those of reading its linear layers.
+pub fn block_sizes(
+    source: &dyn WeightSource,
+    config: &DecoderConfig,
+    options: QuantizeOptions,
+) -> Result<BlockSizes> {
+    for (layer, module) in config.linears() {
+        let name = ModelTensor::Weight(layer, module).name();
+        if let FrozenWeight::Quantized(params) = source.weight(&name)? {
+            return Ok(BlockSizes::from(&params));
+        }
+    }
+    Ok(options.into())
+}
+
+/// The linear layers that are in 16 bits when the model is loaded with `quantize`.
+///
+/// # Errors
+/// Those of reading them.
+pub fn dense_linears(
+    source: &dyn WeightSource,
+    config: &DecoderConfig,
+    quantize: Option<QuantizeOptions>,
+) -> Result<Vec<(usize, Module)>> {
+    let mut dense = Vec::new();
+    if quantize.is_some() {
+        return Ok(dense);
+    }
+    for (layer, module) in config.linears() {
+        let name = ModelTensor::Weight(layer, module).name();
+        if let FrozenWeight::Dense(_) = source.weight(&name)? {
+            dense.push((layer, module));
+        }
+    }
+    Ok(dense)
 }
 
 impl DecoderConfig {
+    /// The linear layers of all blocks, by their layer.
+    pub fn linears(&self) -> impl Iterator<Item = (usize, Module)> {
+        let of_layer = |layer| Module::ALL.map(move |module| (layer, module));
+        (0..self.num_layers).flat_map(of_layer)
+    }
+
     /// Elements of each weight of a block.
     pub fn block_elements(&self) -> [usize; Module::ALL.len()] {
         Module::ALL.map(|module| {

@@ -31,7 +31,7 @@ pub use decoder::{Decoder, Sequences};
 pub use init_lora_weights::InitLoraWeights;
 pub use initialize::{InitializeOptions, InitializingQuantizer};
 pub use kv_cache::KvCache;
-pub use load::{WeightSource, block_sizes};
+pub use load::{WeightSource, block_sizes, dense_linears};
 pub use lora_dropout::LoraDropout;
 pub use lora_linear::{LoraLinear, LoraPair, Magnitude, StackedA};
 pub use names::Module;

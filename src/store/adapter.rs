@@ -14,7 +14,6 @@ use super::checkpoint::{read_json, refuse_file};
 use super::manifest::ManifestWriter;
 use super::mapped_file::MappedFile;
 use super::safetensors_writer::{SafetensorsWriter, write_tensors};
-use super::target_modules::TargetModules;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
@@ -67,6 +66,23 @@ impl Adapter {
         dir.join(CONFIG_FILE).is_file() && dir.join(WEIGHTS_FILE).is_file()
     }
 
+    /// Removes the adapter's files from `dir`, the config first.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove(dir: impl AsRef<Path>) -> Result<()> {
+        for file in [CONFIG_FILE, WEIGHTS_FILE] {
+            let path = dir.as_ref().join(file);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io(path)(e));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the adapter into `dir`, which is made if it is not there. Tensors are stored in f32; `all-linear` becomes
     /// the names of the layers, as PEFT writes it. Each file appears when it is complete, the config last.
     ///
@@ -98,12 +114,12 @@ impl Adapter {
     }
 
     fn config_json(&self) -> String {
-        let mut config = self.config.clone();
-        if config.target_modules == TargetModules::AllLinear {
-            let names = self.tensors.keys();
-            let paths = names.filter_map(|name| name.strip_suffix(LORA_A));
-            config.target_modules = TargetModules::last_names(paths);
-        }
+        let names = self.tensors.keys();
+        let paths = names.filter_map(|name| name.strip_prefix(PREFIX)?.strip_suffix(LORA_A));
+        let config = AdapterConfig {
+            target_modules: self.config.target_modules.for_peft(paths),
+            ..self.config.clone()
+        };
         format!("{:#}\n", config.to_json())
     }
 

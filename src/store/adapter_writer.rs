@@ -12,7 +12,6 @@ use super::adapter::{
 use super::adapter_config::AdapterConfig;
 use super::atomic::AtomicFile;
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
-use super::target_modules::TargetModules;
 use crate::{Error, Result};
 
 /// A layer that gets an adapter.
@@ -55,11 +54,11 @@ impl AdapterWriter {
     /// [`Error::Io`].
     pub fn create(dir: &Path, config: &AdapterConfig, layers: Vec<LoraShape>) -> Result<Self> {
         fs::create_dir_all(dir).map_err(Error::io(dir))?;
-        let mut config = config.clone();
-        if config.target_modules == TargetModules::AllLinear {
-            let paths = layers.iter().map(|layer| layer.path.as_str());
-            config.target_modules = TargetModules::last_names(paths);
-        }
+        let paths = layers.iter().map(|layer| layer.path.as_str());
+        let config = AdapterConfig {
+            target_modules: config.target_modules.for_peft(paths),
+            ..config.clone()
+        };
         let specs: Vec<TensorSpec> = layers.iter().flat_map(LoraShape::specs).collect();
         Ok(Self {
             weights: SafetensorsWriter::create(dir.join(WEIGHTS_FILE), &specs, metadata())?,

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::atomic::AtomicFile;
 use super::checkpoint::read_json;
+use super::manifest::ManifestWriter;
 use crate::{Error, Result};
 
 /// The directory of the adapter that a 4-bit model was initialized with, within the model's.
@@ -74,12 +75,47 @@ impl Initialization {
         Ok(Some(record))
     }
 
+    /// Refuses the adapter in the directory `adapter` for the model in `base` if it is a change of other weights.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the weights that it belongs to; those of [`read`](Self::read).
+    pub fn expect_base(adapter: &Path, base: &Path) -> Result<()> {
+        let Some(record) = Self::read(adapter)? else {
+            return Ok(());
+        };
+        let is_initialized = Self::of_model(base)?.is_some();
+        let (adapter, base) = (adapter.display(), base.display());
+        let reason = match (record.adapter_is_relative_to, is_initialized) {
+            (RelativeTo::InitializedBase, false) => format!(
+                "{adapter} belongs to the 4-bit weights that were made with it ({}) and not to {base}; \
+                 adapter_for_original_model in its run directory does",
+                record.initialized_base
+            ),
+            (RelativeTo::OriginalModel, true) => format!(
+                "{adapter} belongs to the original model ({}) and not to {base}",
+                record.original_model
+            ),
+            _ => return Ok(()),
+        };
+        Err(Error::config("adapter", reason))
+    }
+
     /// # Errors
     /// [`Error::Io`].
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(FILE);
-        let text = serde_json::to_string_pretty(self)
-            .map_err(|error| Error::malformed(&path, error.to_string()))?;
-        AtomicFile::write(path, text + "\n")
+        AtomicFile::write(dir.join(FILE), self.json())
+    }
+
+    /// Writes the file into a directory of which all files are listed.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write_into(&self, dir: &mut ManifestWriter) -> Result<()> {
+        dir.write(FILE, |out| out.write_all(self.json().as_bytes()))
+    }
+
+    fn json(&self) -> String {
+        let json = serde_json::to_string_pretty(self);
+        json.expect("numbers and names are always JSON") + "\n"
     }
 }

@@ -6,6 +6,27 @@ use regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
 
+/// What a decoder has in PEFT's eyes beside the linear layers of its blocks; `N` is a block.
+const OTHER_MODULES: [&str; 17] = [
+    "model",
+    "model.embed_tokens",
+    "model.layers",
+    "N",
+    "N.self_attn",
+    "N.self_attn.q_norm",
+    "N.self_attn.k_norm",
+    "N.self_attn.rotary_emb",
+    "N.mlp",
+    "N.mlp.act_fn",
+    "N.input_layernorm",
+    "N.post_attention_layernorm",
+    "N.pre_feedforward_layernorm",
+    "N.post_feedforward_layernorm",
+    "model.norm",
+    "model.rotary_emb",
+    "lm_head",
+];
+
 /// The keyword for every linear layer but the head.
 const ALL_LINEAR: &str = "all-linear";
 
@@ -86,10 +107,18 @@ impl TargetModules {
 }
 
 impl TargetModules {
-    /// The last names of the layers at `paths`, sorted: what PEFT writes for all of them.
-    pub(super) fn last_names<'a>(paths: impl Iterator<Item = &'a str>) -> Self {
-        let names: BTreeSet<&str> = paths.filter_map(|path| path.rsplit('.').next()).collect();
-        Self::Names(names.into_iter().map(str::to_string).collect())
+    /// What PEFT is to read for an adapter on the layers at `paths`: of all linear layers their last names; of a regex that
+    /// also fits what is no such layer, on which PEFT would end, the paths.
+    pub(super) fn for_peft<'a>(&self, paths: impl Iterator<Item = &'a str> + Clone) -> Self {
+        let sorted =
+            |names: BTreeSet<&str>| Self::Names(names.into_iter().map(str::to_string).collect());
+        match self {
+            Self::AllLinear => sorted(paths.filter_map(|path| path.rsplit('.').next()).collect()),
+            Self::Pattern { regex, .. } if fits_more(regex, paths.clone()) => {
+                sorted(paths.collect())
+            }
+            Self::Names(_) | Self::Pattern { .. } => self.clone(),
+        }
     }
 
     /// Whether one of the names is the whole of `path`.
@@ -114,6 +143,19 @@ impl TargetModules {
         let is_unknown = |name: &&String| !paths.iter().any(|path| ends_in(path, name));
         names.iter().find(is_unknown).map(String::as_str)
     }
+}
+
+/// Whether a regex fits a module that is no linear layer, of those around the layers at `paths`.
+fn fits_more<'a>(regex: &Regex, paths: impl Iterator<Item = &'a str>) -> bool {
+    let blocks = paths.filter_map(|path| path.rsplit_once('.')?.0.rsplit_once('.'));
+    let blocks: BTreeSet<&str> = blocks.map(|(block, _)| block).collect();
+    blocks.into_iter().any(|block| {
+        let mut others = OTHER_MODULES.iter();
+        others.any(|other| match other.strip_prefix('N') {
+            Some(within) => regex.is_match(&format!("{block}{within}")),
+            None => regex.is_match(other),
+        })
+    })
 }
 
 /// Whether `path` is `name`, or ends in it after a dot.
@@ -164,6 +206,28 @@ mod tests {
     use super::*;
 
     const Q_PROJ: &str = "model.layers.3.self_attn.q_proj";
+
+    #[test]
+    fn a_regex_that_fits_more_than_linear_layers_is_written_as_their_paths() {
+        let written = |text: &str| {
+            let targets = TargetModules::parse(text).unwrap();
+            targets.for_peft([Q_PROJ].into_iter()).to_json()
+        };
+        for exact in [r".*\.(q|k)_proj", r"model\.layers\.3\.self_attn\.q_proj"] {
+            assert_eq!(written(exact), json!(exact));
+        }
+        for wide in [
+            ".*",
+            r".*\.3\..*",
+            ".*self_attn.*",
+            ".*(q_proj|lm_head)",
+            ".*q_.*",
+        ] {
+            assert_eq!(written(wide), json!([Q_PROJ]), "{wide}");
+        }
+        assert_eq!(written("all-linear"), json!(["q_proj"]));
+        assert_eq!(written("q_proj, v_proj"), json!(["q_proj", "v_proj"]));
+    }
 
     #[test]
     fn names_match_whole_path_components_as_in_peft() {

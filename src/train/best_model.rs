@@ -9,6 +9,9 @@ use super::metrics::EvalRecord;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BestModel {
     pub best_metric: f64,
+    /// Which one that is; unset: unknown, in checkpoints of earlier versions.
+    #[serde(default)]
+    pub metric_for_best_model: Option<EvalMetric>,
     pub best_global_step: usize,
     /// The name of its directory within the run directory.
     pub best_model_checkpoint: String,
@@ -38,6 +41,12 @@ impl BestModelRule {
         })
     }
 
+    /// Whether it was found by the same metric.
+    pub fn is_of(self, best: &BestModel) -> bool {
+        best.metric_for_best_model
+            .is_none_or(|metric| metric == self.metric)
+    }
+
     /// The best model if a checkpoint named `checkpoint` is saved with this evaluation; of equal ones the first stays.
     pub fn better(
         self,
@@ -56,6 +65,7 @@ impl BestModelRule {
         });
         (is_better && value.is_finite()).then(|| BestModel {
             best_metric: value,
+            metric_for_best_model: Some(self.metric),
             best_global_step: record.step,
             best_model_checkpoint: checkpoint.to_string(),
         })
@@ -76,6 +86,31 @@ mod tests {
         let rule = BestModelRule::from_config(&config).unwrap();
         let first = rule.better(None, &record(values[0]), "a").unwrap();
         rule.better(Some(&first), &record(values[1]), "b").is_some()
+    }
+
+    #[test]
+    fn numbers_of_another_metric_are_not_compared() {
+        let by = |metric| {
+            let config = TrainConfig {
+                metric_for_best_model: Some(metric),
+                ..TrainConfig::default()
+            };
+            BestModelRule::from_config(&config).unwrap()
+        };
+        let record = EvalRecord {
+            step: 1,
+            eval_loss: 1.0,
+            eval_perplexity: 2.0,
+            eval_token_accuracy: 0.5,
+        };
+        let best = by(EvalMetric::EvalLoss).better(None, &record, "a").unwrap();
+        assert!(by(EvalMetric::EvalLoss).is_of(&best));
+        assert!(!by(EvalMetric::EvalTokenAccuracy).is_of(&best));
+        let of_earlier_version = BestModel {
+            metric_for_best_model: None,
+            ..best
+        };
+        assert!(by(EvalMetric::EvalPerplexity).is_of(&of_earlier_version));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::best_model::BestModel;
 use super::fingerprint::Fingerprint;
 use crate::quant::DenseTensor;
 use crate::store::{
-    Adapter, AtomicDir, Disk, Existing, Manifest, ManifestWriter, MappedFile,
+    Adapter, AtomicDir, Disk, Existing, Initialization, Manifest, ManifestWriter, MappedFile,
     MatrixDropoutSettings, remove_dir, write_tensors,
 };
 use crate::{Error, Result};
@@ -68,6 +68,8 @@ pub struct Checkpoint {
     pub adapter: Adapter,
     /// How the adapter's matrices are masked, if they are.
     pub matrix_dropout: Option<MatrixDropoutSettings>,
+    /// Which weights the adapter is a change of, where those are not the original ones.
+    pub initialization: Option<Initialization>,
     pub moments: BTreeMap<String, DenseTensor>,
     /// Of the micro-batches of [`TrainerState::partial_step`].
     pub gradients: BTreeMap<String, DenseTensor>,
@@ -102,6 +104,9 @@ pub fn write(disk: &Arc<dyn Disk>, run_dir: &Path, checkpoint: &Checkpoint) -> R
     checkpoint.adapter.write_into(&mut dir)?;
     if let Some(settings) = &checkpoint.matrix_dropout {
         settings.write_into(&mut dir)?;
+    }
+    if let Some(initialization) = &checkpoint.initialization {
+        initialization.write_into(&mut dir)?;
     }
     let none = BTreeMap::new();
     dir.write(OPTIMIZER_FILE, |out| {
@@ -148,6 +153,7 @@ pub fn read(dir: &Path) -> Result<Checkpoint> {
     Ok(Checkpoint {
         adapter: Adapter::read(dir)?,
         matrix_dropout: MatrixDropoutSettings::read(dir)?,
+        initialization: Initialization::read(dir)?,
         moments: tensors(OPTIMIZER_FILE)?,
         gradients: match state.partial_step {
             None => BTreeMap::new(),

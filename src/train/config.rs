@@ -27,7 +27,7 @@ use crate::data::{DatasetFormat, ExcessLength};
 use crate::device::{ComputeDtype, DeviceKind};
 use crate::model::InitLoraWeights;
 use crate::quant::{DoubleQuant, QuantType, QuantizeOptions};
-use crate::store::{MatrixDropoutScale, ModulePatterns, ModulesToSave, TargetModules};
+use crate::store::{Checkpoint, MatrixDropoutScale, ModulePatterns, ModulesToSave, TargetModules};
 use crate::train::schedule::SchedulerType;
 use crate::{Error, Result};
 
@@ -338,6 +338,12 @@ impl TrainConfig {
             true => self.max_seq_len,
             false => self.per_device_train_batch_tokens,
         }
+    }
+
+    /// How the weights of `base` are quantized on load, if it is not in 4 bits. What a 4-bit model has in 16 bits, as
+    /// `llm_int8_skip_modules` says, stays so.
+    pub fn quantization_of(&self, base: &Checkpoint) -> Option<QuantizeOptions> {
+        (!base.is_quantized()).then(|| self.quantize_options())
     }
 
     /// How weights that are not in 4 bits yet are quantized.

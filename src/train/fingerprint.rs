@@ -44,6 +44,18 @@ pub const KEYS_WITHOUT_EFFECT: &[&str] = &[
     "threads",
 ];
 
+/// Those of the others that decide which rows come in which micro-batch of a step.
+const KEYS_OF_BATCHES: &[&str] = &[
+    "per_device_train_batch_size",
+    "per_device_train_batch_tokens",
+    "gradient_accumulation_steps",
+    "max_seq_len",
+    "packing",
+    "shuffle",
+    "group_by_length",
+    "data_seed",
+];
+
 /// The identity of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -69,6 +81,14 @@ impl Fingerprint {
             base_model_sha256: base.fingerprint()?,
             dataset_sha256: rows_sha256(rows),
         })
+    }
+
+    /// Whether a step has the micro-batches that it had in the `earlier` part of the run.
+    pub fn has_batches_of(&self, earlier: &Self) -> bool {
+        let value = |of: &Self, key: &str| of.config.get(key).cloned();
+        let mut keys = KEYS_OF_BATCHES.iter();
+        keys.all(|key| value(self, key) == value(earlier, key))
+            && self.dataset_sha256 == earlier.dataset_sha256
     }
 
     /// What is different in `self` from the `earlier` part of the run, a sentence each. A key that the earlier part did not
@@ -157,8 +177,8 @@ mod tests {
     }
 
     #[test]
-    fn every_key_without_effect_is_a_key() {
-        for name in KEYS_WITHOUT_EFFECT {
+    fn every_key_that_is_named_is_a_key() {
+        for name in KEYS_WITHOUT_EFFECT.iter().chain(KEYS_OF_BATCHES) {
             assert!(KEYS.iter().any(|key| key.name == *name), "{name}");
         }
     }

@@ -16,7 +16,8 @@ const KEY: &str = "init_lora_weights";
 /// Gives a run on a model that was made together with an adapter that adapter to start from, if it names none.
 ///
 /// # Errors
-/// [`Error::Config`] if `init_lora_weights` and the model do not go together, with what to do.
+/// [`Error::Config`] if `init_lora_weights` and the model do not go together, with what to do, or if the adapter belongs to
+/// another model.
 pub(super) fn choose(config: &mut TrainConfig) -> Result<()> {
     let made = Initialization::of_model(&config.model_name_or_path)?;
     let name = |init: InitLoraWeights| init.to_string();
@@ -53,7 +54,10 @@ pub(super) fn choose(config: &mut TrainConfig) -> Result<()> {
             config.adapter.get_or_insert(dir);
         }
     }
-    Ok(())
+    match &config.adapter {
+        Some(adapter) => Initialization::expect_base(adapter, &config.model_name_or_path),
+        None => Ok(()),
+    }
 }
 
 /// Writes beside the final `adapter` of a run on `model`, in `output_dir`, what it is relative to, and the same adapter for

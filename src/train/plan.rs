@@ -39,6 +39,8 @@ pub enum Item {
     Codes,
     /// Their block scales, and the scales of those.
     Scales,
+    /// Linear layers that a 4-bit model has in 16 bits.
+    Dense,
     /// Codes and scales of the blocks that are there at a time, where weights are streamed.
     Slots,
     /// Embedding and head.
@@ -67,9 +69,10 @@ pub enum Item {
 }
 
 impl Item {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Codes,
         Self::Scales,
+        Self::Dense,
         Self::Slots,
         Self::Vocabulary,
         Self::Vectors,
@@ -90,6 +93,7 @@ impl Item {
         match self {
             Self::Codes => "4-bit weights",
             Self::Scales => "block scales",
+            Self::Dense => "16-bit weights",
             Self::Slots => "blocks being streamed",
             Self::Vocabulary => "embedding and head",
             Self::Vectors => "norms, biases, rotary table",
@@ -150,6 +154,8 @@ pub enum Engine {
 pub struct Workload {
     pub model: DecoderConfig,
     pub blocks: BlockSizes,
+    /// The linear layers that are not in 4 bits.
+    pub dense: Vec<(usize, Module)>,
     pub engine: Engine,
     /// The adapter's rank of each linear layer, `[L][7]`; 0 for a layer without one.
     pub ranks: Vec<[usize; Module::ALL.len()]>,
@@ -454,6 +460,16 @@ impl Workload {
                 let slot = Weight::slot_bytes(elements, self.blocks);
                 lasting.add(Item::Slots, (slots * slot) as u64);
             }
+        }
+        for (_, module) in &self.dense {
+            let n = elements[*module as usize];
+            let nested = self.blocks.nested_absmax_bytes(n) as u64;
+            lasting.remove(Item::Scales, nested + 4 * TABLE_VALUES);
+            if self.residence.weights == Residency::Resident {
+                lasting.remove(Item::Codes, self.blocks.packed_bytes(n) as u64);
+                lasting.remove(Item::Scales, self.blocks.absmax_bytes(n) as u64);
+            }
+            lasting.add(Item::Dense, 2 * n as u64);
         }
     }
 

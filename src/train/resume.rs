@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 
+use super::best_model::BestModelRule;
 use super::checkpoint::{self, Checkpoint};
 use super::config::{Resume, expect_same_adapter, other_adapter};
 use super::matrix_dropout;
@@ -54,6 +55,15 @@ impl Trainer {
             );
             return Err(Error::config("resume_from_checkpoint", reason));
         }
+        if checkpoint.state.partial_step.is_some()
+            && !self.fingerprint.has_batches_of(&checkpoint.fingerprint)
+        {
+            let reason = format!(
+                "{} was saved within a step, whose micro-batches are others now; continue from a checkpoint between two steps",
+                dir.display()
+            );
+            return Err(Error::config("resume_from_checkpoint", reason));
+        }
         self.take_up(&dir, checkpoint)?;
         let mut damaged = damaged;
         if let Some(best) = &self.state.best {
@@ -65,6 +75,13 @@ impl Trainer {
                 ));
                 self.state.best = None;
             }
+        }
+        if let (Some(best), Some(rule)) =
+            (&self.state.best, BestModelRule::from_config(&self.config))
+            && !rule.is_of(best)
+        {
+            // Numbers of two metrics cannot be compared.
+            self.state.best = None;
         }
         self.resumed = Some(Resumed {
             checkpoint: dir,
@@ -280,13 +297,18 @@ mod tests {
         let saved = stopped.checkpoint().unwrap();
         let path = checkpoint::write(&disk, dir.path(), &saved).unwrap();
         assert!(path.ends_with("checkpoint-0.2"));
-        let config = TrainConfig {
-            gradient_accumulation_steps: 2,
-            resume_from_checkpoint: Resume::From(path),
-            resume_with_changes: true,
-            ..stopped.config().clone()
-        };
-        let error = Trainer::new(config, &Placement::cpu()).err().unwrap();
-        assert!(error.to_string().contains("micro-batch 2"), "{error}");
+        // Fewer, as many rows in smaller ones, and other rows.
+        for (rows, micro_batches, data_seed) in [(2, 2, 42), (1, 6, 42), (2, 3, 43)] {
+            let config = TrainConfig {
+                per_device_train_batch_size: rows,
+                gradient_accumulation_steps: micro_batches,
+                data_seed,
+                resume_from_checkpoint: Resume::From(path.clone()),
+                resume_with_changes: true,
+                ..stopped.config().clone()
+            };
+            let error = Trainer::new(config, &Placement::cpu()).err().unwrap();
+            assert!(error.to_string().contains("saved within a step"), "{error}");
+        }
     }
 }

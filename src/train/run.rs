@@ -70,6 +70,7 @@ impl Trainer {
         std::fs::create_dir_all(&dir).map_err(Error::io(&dir))?;
         let _lock = RunLock::acquire(&dir)?;
         let mut outputs = self.open_outputs(&dir, &mut observe)?;
+        self.remove_earlier_end(&dir)?;
         let ended = self.train(&requests, &mut outputs);
         if let Err(error) = &ended {
             self.save_from_before(error, &mut outputs);
@@ -97,6 +98,15 @@ impl Trainer {
         adapter.write(&dir)?;
         self.convert(&adapter, &mut outputs)?;
         Ok(Outcome::Finished)
+    }
+
+    /// The adapter that a run had ended with is not that of the run that goes on; its last checkpoint has it.
+    fn remove_earlier_end(&self, dir: &Path) -> Result<()> {
+        let goes_on = self.resumed.is_some() && self.state.global_step < self.total_steps;
+        match goes_on && self.config.adapter.as_deref() != Some(dir) {
+            true => Adapter::remove(dir),
+            false => Ok(()),
+        }
     }
 
     /// An adapter that began with weights of the base is of use to nobody without that base: writes it for the original

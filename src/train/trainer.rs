@@ -20,14 +20,15 @@ use crate::data::{Batch, Example, SequenceOrder, Tokenizer};
 use crate::device::{Placement, available_memory_bytes};
 use crate::infer::{EVALUATION_TOKENS, LogProbs, evaluate_within, sequences};
 use crate::model::{
-    Decoder, DecoderConfig, InitLoraWeights, MicroBatch, Regularization, block_sizes,
+    Decoder, DecoderConfig, InitLoraWeights, MicroBatch, Regularization, block_sizes, dense_linears,
 };
 use crate::ops::dropout::Dropout;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::neftune::Noise;
 use crate::store::{
-    self, Adapter, AdapterConfig, Disk, FileWatch, MatrixDropoutSettings, SystemDisk,
+    self, Adapter, AdapterConfig, Disk, FileWatch, Initialization, MatrixDropoutSettings,
+    SystemDisk,
 };
 use crate::{Error, Result};
 
@@ -36,6 +37,8 @@ pub struct Trainer {
     pub(super) config: TrainConfig,
     pub(super) adapter_config: AdapterConfig,
     pub(super) matrix_dropout: Option<MatrixDropoutSettings>,
+    /// Which weights the adapter is a change of, where those are not the original ones.
+    initialization: Option<Initialization>,
     pub(super) decoder: Decoder,
     workload: Workload,
     plan: Plan,
@@ -101,6 +104,7 @@ impl Trainer {
         }
         expect_own_directory(&config)?;
         initial_adapter::choose(&mut config)?;
+        let initialization = Initialization::of_model(&config.model_name_or_path)?;
         let base = store::Checkpoint::open(&config.model_name_or_path)?;
         let model = DecoderConfig::from_json(base.config(), &base.config_path())?;
         let mut tokenizer = Tokenizer::find(&config.model_name_or_path)?;
@@ -120,7 +124,9 @@ impl Trainer {
         };
         let masked = matrix_dropout.as_ref();
         matrix_dropout::set_alpha(&mut adapter_config, masked, start.as_ref());
-        let blocks = block_sizes(&base, config.quantize_options())?;
+        let quantize = config.quantization_of(&base);
+        let blocks = block_sizes(&base, &model, config.quantize_options())?;
+        let dense = dense_linears(&base, &model, quantize)?;
         let engine = Engine::of(placement);
         let longest = order.longest_sequence();
         let longest_evaluated = data.longest_eval_row();
@@ -133,6 +139,7 @@ impl Trainer {
             let lora = &adapter_config;
             let workload = Workload::new(model.clone(), blocks, engine, lora, batch);
             Workload {
+                dense: dense.clone(),
                 host_limit: available_memory_bytes(),
                 ..workload.with_settings(config, lora.lora_dropout, masked)
             }
@@ -146,7 +153,7 @@ impl Trainer {
             residence: plan.residence,
             ..placement.clone()
         };
-        let mut decoder = Decoder::load(&base, Some(config.quantize_options()), &placement)?;
+        let mut decoder = Decoder::load(&base, quantize, &placement)?;
         watch(Loaded::Weights);
         if let Some(host) = decoder.host_memory() {
             let (inputs, bytes) = plan.offloaded_inputs(&workload);
@@ -190,6 +197,7 @@ impl Trainer {
             resumed: None,
             adapter_config,
             matrix_dropout,
+            initialization: initialization.map(|(_, record)| record),
             decoder,
             data,
             total_steps,
@@ -336,6 +344,7 @@ impl Trainer {
             fingerprint: self.fingerprint.clone(),
             adapter: self.decoder.adapter(&self.adapter_config)?,
             matrix_dropout: self.matrix_dropout,
+            initialization: self.initialization.clone(),
             moments: self.optimizer.state()?,
             gradients: match self.state.partial_step {
                 None => Default::default(),

@@ -471,6 +471,16 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         ("gemma3", "query_pre_attn_scalar", 24.into()),
         ("gemma3", "hidden_activation", "silu".into()),
         ("smollm3", "mlp_bias", true.into()),
+        (
+            "qwen2",
+            "rope_parameters",
+            json!({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 16.0}),
+        ),
+        (
+            "qwen2",
+            "rope_parameters",
+            json!({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": false}),
+        ),
         ("smollm3", "no_rope_layers", json!([1, 0])),
         (
             "gemma3",

@@ -91,6 +91,13 @@ impl Architecture {
                 return refuse(rope, "has YaRN in all layers or none");
             }
             RopeScaling::Yarn {
+                beta_fast,
+                beta_slow,
+                ..
+            } if (beta_fast, beta_slow) != (32.0, 1.0) => {
+                return refuse(rope, "has 32 for beta_fast of YaRN and 1 for beta_slow");
+            }
+            RopeScaling::Yarn {
                 truncate: false, ..
             } => {
                 return refuse(rope, "scales between whole pairs of rows alone");

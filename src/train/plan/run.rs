@@ -58,6 +58,7 @@ impl Workload {
             ranks: ranks.collect(),
             model,
             blocks,
+            dense: Vec::new(),
             engine,
             rows: batch.rows,
             label_rows: batch.label_rows,
