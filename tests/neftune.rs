@@ -7,13 +7,17 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use emulated::placement_test;
+use qlora::Result;
 use qlora::device::Placement;
 use qlora::infer::{LogProbs, evaluate};
+use qlora::model::{ActivationPolicy, Decoder, DecoderConfig, WeightSource};
 use qlora::ops::neftune::{self, Noise};
 use qlora::ops::philox::philox;
+use qlora::quant::{DenseTensor, FrozenWeight};
+use qlora::store::Checkpoint;
 use qlora::train::config::Resume;
 use qlora::train::{TrainConfig, Trainer};
-use reference_case::{ReferenceCase, decoder_with_adapter, trained, values};
+use reference_case::{ReferenceCase, decoder_with_adapter, micro_batch, trained, values};
 
 const ALPHA: f64 = 5.0;
 
@@ -53,6 +57,69 @@ fn the_noise_is_uniform_within_alpha_over_the_root_of_tokens_and_width() {
         );
         let off = (moment(2) - 1.0 / 3.0).abs();
         assert!(off < 5.0 * (4.0 / 45.0 / n).sqrt(), "{}", moment(2));
+    }
+}
+
+/// A model whose table of embeddings is multiplied when it is read, and a head that is not.
+struct Multiplied<'a> {
+    checkpoint: &'a Checkpoint,
+    by: f32,
+}
+
+impl WeightSource for Multiplied<'_> {
+    fn weight(&self, name: &str) -> Result<FrozenWeight> {
+        const EMBEDDING: &str = "model.embed_tokens.weight";
+        let factor = match name {
+            EMBEDDING => self.by,
+            "lm_head.weight" => 1.0,
+            _ => return self.checkpoint.weight(name),
+        };
+        let table = self.checkpoint.tensor(EMBEDDING)?;
+        let values = table.to_f32_vec().into_iter();
+        let values: Vec<f32> = values.map(|value| factor * value).collect();
+        Ok(FrozenWeight::Dense(DenseTensor::from_f32(
+            table.shape,
+            &values,
+        )))
+    }
+
+    fn vector(&self, name: &str) -> Result<DenseTensor> {
+        self.checkpoint.tensor(name)
+    }
+}
+
+/// Gemma's noise is added to embeddings that were multiplied by the root of the hidden size, as in a model that multiplies them
+/// first.
+#[test]
+fn a_model_with_scaled_embeddings_has_the_noise_beside_what_they_are_scaled_to() {
+    let case = ReferenceCase::read("gemma3");
+    let checkpoint = Checkpoint::open(&case.dir).unwrap();
+    let plain = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
+    let scale = plain.config().embedding_scale;
+    let config = DecoderConfig {
+        embedding_scale: 1.0,
+        tie_word_embeddings: false,
+        ..plain.config().clone()
+    };
+    let source = Multiplied {
+        checkpoint: &checkpoint,
+        by: scale as f32,
+    };
+    let multiplied = Decoder::from_source(&source, config, None, &Placement::cpu()).unwrap();
+    let batch = case.batch();
+    let loss = |decoder: &Decoder, alpha: f64| {
+        let mut micro_batch = micro_batch(&batch, None);
+        micro_batch.regularization.noise = Noise::new(alpha, 1, 2, 3);
+        let losses = decoder.backward(&[micro_batch], 1.0, &[ActivationPolicy::Recompute; 2]);
+        let losses = losses.unwrap().remove(0).read().unwrap();
+        losses.iter().map(|l| f64::from(l.loss)).sum::<f64>()
+    };
+    let [clean, noisy] = [0.0, 50.0].map(|alpha| loss(&plain, alpha));
+    assert!((noisy - clean).abs() > 1e-3 * clean, "{clean} {noisy}");
+    for (alpha, expected) in [(0.0, clean), (50.0, noisy)] {
+        let found = loss(&multiplied, alpha);
+        let error = (found - expected).abs() / expected;
+        assert!(error < 1e-5, "alpha {alpha}: {found} instead of {expected}");
     }
 }
 

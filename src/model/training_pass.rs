@@ -134,6 +134,7 @@ impl<'a> Pass<'a> {
         })?;
         let x = decoder.embed(&input_ids)?;
         if let Some(noise) = batch.regularization.noise {
+            let noise = noise.in_units_of(decoder.config().embedding_scale);
             neftune::forward(&x, noise, &cu_seqlens)?;
         }
         Ok(Self {

@@ -34,6 +34,12 @@ impl Noise {
         (alpha > 0.0).then_some(Self { key, alpha })
     }
 
+    /// The same for embeddings that are held in units of `unit`.
+    pub fn in_units_of(self, unit: f64) -> Self {
+        let alpha = self.alpha / unit;
+        Self { alpha, ..self }
+    }
+
     /// The noise of element `element`, in [-1, 1).
     fn number(&self, element: usize) -> f32 {
         let call = (element / PER_CALL) as u64;
