@@ -1,6 +1,6 @@
 //! One row of a data file as token ids and labels, cut to length and checked.
 
-use super::columns::{Columns, integers};
+use super::columns::{Columns, integers, optional};
 use super::conversation::Conversation;
 use super::excess_length::{Cut, Row};
 use super::reader::Record;
@@ -293,7 +293,7 @@ fn tokenized(row: &Columns) -> Result<Row, String> {
     if input_ids.is_empty() {
         return Err("`input_ids` is empty".into());
     }
-    let labels = match row.get("labels") {
+    let labels = match optional(row, "labels") {
         None => input_ids.iter().map(|&id| i64::from(id)).collect(),
         Some(_) => integers::<i64>(row, "labels")?,
     };
