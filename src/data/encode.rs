@@ -1,5 +1,7 @@
 //! One row of a data file as token ids and labels, cut to length and checked.
 
+use serde_json::Value;
+
 use super::columns::{Columns, integers, optional};
 use super::conversation::Conversation;
 use super::excess_length::{Cut, Row};
@@ -135,13 +137,15 @@ impl Encoder<'_> {
         } = conversation;
         let is_whole = self.options.train_on_source == TrainOnSource::Yes;
         let nothing = vec![false; trained.len()];
-        let chat = template
-            .render_turns(
-                messages,
-                tools.as_ref(),
-                if is_whole { &nothing } else { trained },
-            )
+        let trained = if is_whole { &nothing } else { trained };
+        let render = |messages: &[Value]| template.render_turns(messages, tools.as_ref(), trained);
+        let chat = render(messages)
+            .or_else(|error| match conversation.without_null_content() {
+                Some(messages) => render(&messages).map_err(|_| error),
+                None => Err(error),
+            })
             .map_err(|e| e.to_string())?;
+        conversation.expect_calls_in(&chat.text)?;
         let encoding = tokenizer
             .encode_with_offsets(&chat.text)
             .map_err(|e| e.to_string())?;
