@@ -14,18 +14,7 @@ use serde_json::{Map, Value, json};
 
 /// A model directory with the tokenizer fixture `name` and `chat_template` in its config.
 fn model_dir(name: &str, chat_template: Value) -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    let source = fixtures().join(name);
-    std::fs::copy(
-        source.join("tokenizer.json"),
-        dir.path().join("tokenizer.json"),
-    )
-    .unwrap();
-    let config = std::fs::read_to_string(source.join("tokenizer_config.json")).unwrap();
-    let mut config: Value = serde_json::from_str(&config).unwrap();
-    config["chat_template"] = chat_template;
-    std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-    dir
+    data_files::model_dir(name, json!({ "chat_template": chat_template }))
 }
 
 #[test]
@@ -189,10 +178,25 @@ fn check_chat(name: &str, case: &Value, template: &str) -> Outcome {
         assert_eq!(text.unwrap(), prompt, "{label}");
     }
 
-    let record = match tools {
+    let mut record = match tools {
         Some(tools) => json!({"messages": messages, "tools": tools}),
         None => json!({"messages": messages}),
     };
+    if leaves_calls_out(&case["text"], messages) {
+        let bytes = jsonl(std::slice::from_ref(&record));
+        let options = LoadOptions::default();
+        let reason = load_bytes("chat.jsonl", &bytes, &options, Some(&tokenizer));
+        let reason = reason.unwrap_err().to_string();
+        let told_why = ["leaves out the tool calls", "cannot be told apart"];
+        assert!(
+            told_why.iter().any(|why| reason.contains(why)),
+            "{label}: {reason}"
+        );
+        // The same text, and so the same mask.
+        for message in record["messages"].as_array_mut().unwrap() {
+            message.as_object_mut().unwrap().remove("tool_calls");
+        }
+    }
     let options = LoadOptions {
         unlabelled: Unlabelled::Keep,
         ..LoadOptions::default()
@@ -221,6 +225,14 @@ fn check_chat(name: &str, case: &Value, template: &str) -> Outcome {
         assert_eq!(label_id, expected, "{label}: token {i}");
     }
     Outcome::Equal
+}
+
+/// Whether a function that is called in `messages` is not named in `text`.
+fn leaves_calls_out(text: &Value, messages: &[Value]) -> bool {
+    let calls = messages.iter().filter_map(|m| m["tool_calls"].as_array());
+    let mut names = calls.flatten().map(|call| &call["function"]["name"]);
+    let text = text.as_str().unwrap();
+    names.any(|name| !text.contains(name.as_str().unwrap()))
 }
 
 fn chat_template(source: &str) -> qlora::Result<ChatTemplate> {

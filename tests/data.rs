@@ -78,6 +78,29 @@ fn tokenized_rows_are_recognised_and_kept_as_they_are() {
 }
 
 #[test]
+fn an_optional_column_that_is_null_is_absent() {
+    let tokenizer = tokenizer("tokenizer");
+    let instance = json!({"instruction_with_input": "a", "output": "b"});
+    let task = json!({"Definition": "Count.", "Instances": [{"input": "a", "output": "1"}]});
+    for (row, columns) in [
+        (json!({"instruction": "a", "output": "b"}), vec!["input"]),
+        (json!({"input_ids": [5, 6]}), vec!["labels"]),
+        (instance, vec!["instances", "reformulations"]),
+        (task, vec!["Positive Examples", "Instance"]),
+    ] {
+        let mut with_nulls = row.clone();
+        for column in columns {
+            with_nulls[column] = Value::Null;
+        }
+        let [expected, found] = [row, with_nulls].map(|row| {
+            let options = LoadOptions::default();
+            all(&load_bytes("a.jsonl", &jsonl(&[row]), &options, Some(&tokenizer)).unwrap())
+        });
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
 fn an_array_and_its_lines_give_the_same_rows() {
     let records = [json!({"input_ids": [1, 2]}), json!({"input_ids": [3, 4]})];
     let array = Value::from(records.to_vec()).to_string();
@@ -198,8 +221,12 @@ fn a_bad_row_names_its_line_and_what_was_expected() {
             "`instruction` is a number, expected a string",
         ),
         (
-            "{\"instruction\": \"a\", \"output\": \"b\", \"input\": null}",
-            "`input` is null, expected a string",
+            "{\"instruction\": \"a\", \"output\": null}",
+            "`output` is null, expected a string",
+        ),
+        (
+            "{\"instruction\": \"a\", \"output\": \"b\", \"input\": 3}",
+            "`input` is a number, expected a string",
         ),
     ] {
         let bytes = format!("{alpaca}{line}\n");

@@ -189,3 +189,28 @@ fn a_home_that_cannot_be_written_to_costs_the_cache_alone() {
     let kept = std::fs::read_dir(dir.path().join(".cache/qlora")).unwrap();
     assert_eq!(kept.count(), 1);
 }
+
+#[test]
+fn added_tokens_and_the_template_for_tools_are_part_of_the_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = write(dir.path(), "a.jsonl", "x");
+    let entry = json!({"content": "</s>", "lstrip": true, "special": true});
+    let named = |tool_use: &str| {
+        let tool_use = json!({"name": "tool_use", "template": tool_use});
+        json!({"chat_template": [{"name": "default", "template": "d"}, tool_use]})
+    };
+    for (i, changes) in [
+        json!({}),
+        json!({"added_tokens_decoder": {"2": entry}}),
+        named("t"),
+        named("u"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let model = data_files::model_dir("tokenizer", changes);
+        let tokenizer = Tokenizer::from_dir(model.path()).unwrap();
+        rows(&path, &cached(dir.path()), &tokenizer);
+        assert_eq!(kept(dir.path()).len(), i + 1);
+    }
+}

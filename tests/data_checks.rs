@@ -4,7 +4,7 @@ mod data_files;
 
 use std::path::Path;
 
-use data_files::{expect_row_error, fixtures, jsonl, load_bytes, tokenizer};
+use data_files::{expect_row_error, jsonl, load_bytes, model_dir, tokenizer};
 use qlora::IGNORE_INDEX;
 use qlora::data::{
     DatasetFormat, ExcessLength, Finding, LoadOptions, SpecialTokens, Tokenizer, load_files,
@@ -168,25 +168,11 @@ fn super_natural_instructions_leave_examples_out_where_they_do_not_fit() {
     );
 }
 
-/// A model directory with `template` and changes to the tokenizer's config.
-fn model(template: &str, changes: Value) -> (tempfile::TempDir, Tokenizer) {
-    let dir = tempfile::tempdir().unwrap();
-    let source = fixtures().join("tokenizer");
-    std::fs::copy(
-        source.join("tokenizer.json"),
-        dir.path().join("tokenizer.json"),
-    )
-    .unwrap();
-    let config = std::fs::read_to_string(source.join("tokenizer_config.json")).unwrap();
-    let mut config: Value = serde_json::from_str(&config).unwrap();
-    config["chat_template"] = template.into();
-    config
-        .as_object_mut()
-        .unwrap()
-        .extend(changes.as_object().unwrap().clone());
-    std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-    let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
-    (dir, tokenizer)
+/// A tokenizer with `template` and changes to its config.
+fn model(template: &str, mut changes: Value) -> Tokenizer {
+    changes["chat_template"] = template.into();
+    let dir = model_dir("tokenizer", changes);
+    Tokenizer::from_dir(dir.path()).unwrap()
 }
 
 fn chat() -> Vec<u8> {
@@ -199,7 +185,7 @@ fn chat() -> Vec<u8> {
 fn doubled_bos_missing_end_and_pad_as_eos_are_found_and_said() {
     let options = LoadOptions::default();
     let template = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
-    let (_dir, tokenizer) = model(template, json!({"pad_token": "</s>"}));
+    let tokenizer = model(template, json!({"pad_token": "</s>"}));
     let dataset = load_bytes("a.jsonl", &chat(), &options, Some(&tokenizer)).unwrap();
     let found = dataset.findings;
     assert_eq!(
@@ -215,11 +201,11 @@ fn doubled_bos_missing_end_and_pad_as_eos_are_found_and_said() {
         assert!(sentences.contains(expected), "{sentences}");
     }
     let sound = "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}";
-    let (_dir, tokenizer) = model(sound, json!({}));
+    let tokenizer = model(sound, json!({}));
     let found = load_bytes("a.jsonl", &chat(), &options, Some(&tokenizer)).unwrap();
     assert_eq!(found.sentences(), [""; 0]);
 
-    let (_dir, tokenizer) = model(sound, json!({"eos_token": null}));
+    let tokenizer = model(sound, json!({"eos_token": null}));
     let bytes = jsonl(&[pair("a", "b")]);
     let found = load_bytes("a.jsonl", &bytes, &options, Some(&tokenizer))
         .unwrap()
@@ -480,6 +466,27 @@ fn several_data_sets_are_used_by_their_weights() {
     let firsts = (0..9).map(|position| data.train_example(order.rows(position)[0]).input_ids[0]);
     let firsts: Vec<u32> = firsts.collect();
     assert_eq!(firsts.iter().filter(|&&id| id >= 60).count(), 4);
+}
+
+#[test]
+fn weights_that_make_an_epoch_of_too_many_rows_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    run(dir.path(), |_| ());
+    let path = dir.path().join("rows.jsonl");
+    let load = |weights: Value| {
+        let config = TrainConfig {
+            dataset: serde_json::from_value(json!([path, path])).unwrap(),
+            dataset_weights: Some(serde_json::from_value(weights).unwrap()),
+            ..TrainConfig::default()
+        };
+        RunData::load(&config, None, None)
+    };
+    for (weights, rows) in [(json!([1e300, 1]), "1.0e301"), (json!([1, 1e9]), "1.0e10")] {
+        let error = load(weights).err().unwrap().to_string();
+        let expected = format!("`dataset_weights`: would make an epoch of {rows} rows");
+        assert!(error.contains(&expected), "{error}");
+    }
+    assert!(load(json!([1000, 1])).is_ok());
 }
 
 #[test]

@@ -376,6 +376,62 @@ fn a_row_of_100_mb_is_refused_and_not_kept() {
     }
 }
 
+/// `bytes` with one sequence of bytes in place of another.
+fn replaced(bytes: &[u8], old: &[u8], new: &[u8]) -> Vec<u8> {
+    assert_eq!(old.len(), new.len());
+    let mut bytes = bytes.to_vec();
+    let starts = (0..bytes.len()).filter(|&at| bytes[at..].starts_with(old));
+    let starts: Vec<usize> = starts.collect();
+    assert!(!starts.is_empty(), "{old:?} is not there");
+    for at in starts {
+        bytes[at..at + old.len()].copy_from_slice(new);
+    }
+    bytes
+}
+
+#[test]
+fn a_parquet_compression_that_is_not_read_is_named() {
+    let plain = parquet(["input", "output"], &["a"], &["b"]);
+    // The codec, field 4 of a column's metadata, comes after its path; a number is twice itself.
+    for (codec, name) in [(4, "brotli"), (5, "lz4"), (7, "lz4")] {
+        let bytes = replaced(
+            &plain,
+            b"input\x15\x00",
+            &[b"input\x15", [2 * codec].as_slice()].concat(),
+        );
+        let error = rows("a.parquet", &bytes).unwrap_err().to_string();
+        let expected = format!("column `input` is compressed by {name}, which is not read");
+        assert!(
+            error.contains(&expected) && error.contains("snappy, gzip, zstd"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_parquet_column_of_bytes_stops_only_a_format_that_uses_it() {
+    let tokenizer = data_files::tokenizer("tokenizer");
+    let load = |columns| {
+        let bytes = replaced(
+            &parquet(columns, &["a"], &["QQQQ"]),
+            b"QQQQ",
+            b"\xFF\xD8\xFF\xE0",
+        );
+        load_bytes(
+            "a.parquet",
+            &bytes,
+            &LoadOptions::default(),
+            Some(&tokenizer),
+        )
+    };
+    assert_eq!(load(["text", "image"]).unwrap().len(), 1);
+    let error = load(["input", "output"]).unwrap_err().to_string();
+    assert!(
+        error.contains("`output` is an object, expected a string"),
+        "{error}"
+    );
+}
+
 #[test]
 fn a_damaged_parquet_file_is_named() {
     let whole = parquet(["input", "output"], &["a"], &["b"]);

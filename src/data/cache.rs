@@ -9,7 +9,7 @@ use super::{LoadOptions, Tokenizer};
 use crate::{Error, Result};
 
 /// Changes whenever the same file, tokenizer and options would give other rows than before.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const EXTENSION: &str = "rows";
 
 /// The place of one data set's rows.

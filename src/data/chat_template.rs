@@ -5,7 +5,8 @@
 //! for each assistant turn up to it and through it; where these texts are not prefixes of each other the turn
 //! cannot be told apart, and that is an error.
 
-use std::borrow::Cow;
+mod prefixes;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -59,6 +60,8 @@ pub struct ChatTemplate {
     special_tokens: Map<String, Value>,
     added_tokens: Vec<String>,
     has_generation_blocks: bool,
+    /// Stands in for this one where there are tools.
+    for_tools: Option<Box<ChatTemplate>>,
     /// What a template that prints the date is given; `None` for today's.
     date: Option<NaiveDate>,
 }
@@ -90,13 +93,21 @@ impl ChatTemplate {
             special_tokens,
             added_tokens,
             has_generation_blocks,
+            for_tools: None,
             date: None,
         };
+        let marked = mark_generation_blocks(&with_line_feeds(&template.source));
         template
             .environment
-            .add_template_owned(TEMPLATE_NAME, mark_generation_blocks(&template.source))
+            .add_template_owned(TEMPLATE_NAME, marked)
             .map_err(|e| template.error(&e))?;
         Ok(template)
+    }
+
+    /// This template, with `for_tools` in its place where there are tools (transformers' `tool_use`).
+    pub(super) fn with_template_for_tools(mut self, for_tools: Self) -> Self {
+        self.for_tools = Some(Box::new(for_tools));
+        self
     }
 
     /// The text of `messages` (objects with `role` and `content`), as it is put before a model.
@@ -109,10 +120,11 @@ impl ChatTemplate {
         tools: Option<&Value>,
         prompt: GenerationPrompt,
     ) -> Result<String> {
-        let marked = self
+        let template = self.with(tools);
+        let marked = template
             .conversation(messages, tools)?
             .render(messages.len(), prompt)?;
-        Ok(self.take_markers(marked)?.text)
+        Ok(template.take_markers(marked)?.text)
     }
 
     /// The text of a whole conversation with the parts that the assistant wrote.
@@ -143,17 +155,18 @@ impl ChatTemplate {
         tools: Option<&Value>,
         trained: &[bool],
     ) -> Result<RenderedChat> {
-        let conversation = self.conversation(messages, tools)?;
+        let template = self.with(tools);
+        let conversation = template.conversation(messages, tools)?;
         let marked = conversation.render(messages.len(), GenerationPrompt::No)?;
-        if !self.has_generation_blocks {
-            let assistant = self.turns(&conversation, trained, &marked)?;
+        if !template.has_generation_blocks {
+            let assistant = template.turns(&conversation, trained, &marked)?;
             return Ok(RenderedChat {
                 text: marked,
                 assistant,
             });
         }
-        let chat = self.take_markers(marked)?;
-        self.keep_trained(chat, messages, trained)
+        let chat = template.take_markers(marked)?;
+        template.keep_trained(chat, messages, trained)
     }
 
     /// What it writes behind an answer that ends a conversation.
@@ -186,9 +199,17 @@ impl ChatTemplate {
         &self.source
     }
 
+    /// The templates that a conversation may be rendered by: this one, and the one for tools.
+    pub(super) fn sources(&self) -> impl Iterator<Item = &str> {
+        let for_tools = self.for_tools.iter().map(|template| template.source());
+        std::iter::once(self.source()).chain(for_tools)
+    }
+
     /// The date that the template prints, if it prints one.
     pub fn date(&self) -> Option<NaiveDate> {
-        let is_dated = self.source.contains(python_compat::STRFTIME_NOW);
+        let is_dated = self
+            .sources()
+            .any(|source| source.contains(python_compat::STRFTIME_NOW));
         is_dated.then(|| self.date.unwrap_or_else(|| Local::now().date_naive()))
     }
 
@@ -196,6 +217,15 @@ impl ChatTemplate {
     pub(super) fn set_date(&mut self, date: NaiveDate) {
         self.date = Some(date);
         python_compat::set_date(&mut self.environment, date);
+        if let Some(for_tools) = &mut self.for_tools {
+            for_tools.set_date(date);
+        }
+    }
+
+    /// The template that renders conversations with these tools, or without.
+    fn with(&self, tools: Option<&Value>) -> &Self {
+        let for_tools = self.for_tools.as_deref().filter(|_| tools.is_some());
+        for_tools.unwrap_or(self)
     }
 
     fn conversation<'a>(
@@ -261,6 +291,10 @@ impl ChatTemplate {
         messages: &[Value],
         trained: &[bool],
     ) -> Result<RenderedChat> {
+        if !trained.contains(&true) {
+            chat.assistant.clear();
+            return Ok(chat);
+        }
         let assistants: Vec<usize> = (0..messages.len())
             .filter(|&i| messages[i]["role"] == "assistant")
             .collect();
@@ -292,65 +326,6 @@ impl ChatTemplate {
         Ok(chat)
     }
 
-    /// Derives the trained turns from the texts up to and through each of them, all prefixes of `text`.
-    fn turns(
-        &self,
-        conversation: &Conversation,
-        trained: &[bool],
-        text: &str,
-    ) -> Result<Vec<Range<usize>>> {
-        let count = conversation.messages.len();
-        let mut turns = Vec::new();
-        for i in (0..count).filter(|&i| trained[i]) {
-            let prompt = match conversation.roles[i] == "assistant" {
-                true => GenerationPrompt::Yes,
-                false => GenerationPrompt::No,
-            };
-            let before = conversation.render(i, prompt)?;
-            if prompt == GenerationPrompt::Yes && !conversation.opens_turn(i, &before)? {
-                return Err(Error::malformed(
-                    &self.path,
-                    format!(
-                        "the chat template does not open the assistant's turn before `messages[{i}]` as it does after a \
-                         question, so what the assistant wrote cannot be told apart; put `{{% generation %}}` blocks around \
-                         it in the template"
-                    ),
-                ));
-            }
-            let through = match i + 1 == count {
-                true => Cow::Borrowed(text),
-                false => Cow::Owned(conversation.render(i + 1, GenerationPrompt::No)?),
-            };
-            if !through.starts_with(&before) || !text.starts_with(through.as_ref()) {
-                return Err(Error::malformed(
-                    &self.path,
-                    format!(
-                        "the chat template does not render `messages[{i}]` in the same way with and without what \
-                         follows it, so what the assistant wrote cannot be told apart; put `{{% generation %}}` blocks \
-                         around it in the template, split the conversation, or train its last answer alone (mask_history)"
-                    ),
-                ));
-            }
-            turns.push(before.len()..self.end_of_turn(&through, before.len()));
-        }
-        Ok(turns)
-    }
-
-    /// Where a turn that starts at `start` ends: white space after its last token, such as the line feed of
-    /// ChatML, belongs to the template and is never generated.
-    fn end_of_turn(&self, through: &str, start: usize) -> usize {
-        let trimmed = through.trim_end();
-        let ends_with_token = self
-            .added_tokens
-            .iter()
-            .any(|token| !token.trim().is_empty() && trimmed.ends_with(token.as_str()));
-        if ends_with_token && trimmed.len() > start {
-            trimmed.len()
-        } else {
-            through.len()
-        }
-    }
-
     fn error(&self, error: &minijinja::Error) -> Error {
         Error::malformed(&self.path, error.to_string())
     }
@@ -365,28 +340,18 @@ struct Conversation<'a> {
 }
 
 impl Conversation<'_> {
-    /// Whether the opening of a turn at the end of `before`, the text of the first `count` messages, is the one that
-    /// stands after the first question. Templates that open a turn only there would have it trained elsewhere.
-    fn opens_turn(&self, count: usize, before: &str) -> Result<bool> {
-        let is_question = |i: &usize| self.roles[*i] == "user";
-        let question = (0..self.roles.len()).find(is_question);
-        let (Some(question), Some(last)) = (question, count.checked_sub(1)) else {
-            return Ok(true);
-        };
-        if is_question(&last) {
-            return Ok(true);
-        }
-        let opening = |count: usize, before: &str| -> Result<Option<String>> {
-            let closed = self.render(count, GenerationPrompt::No)?;
-            Ok(before.strip_prefix(closed.as_str()).map(String::from))
-        };
-        let after_question = self.render(question + 1, GenerationPrompt::Yes)?;
-        Ok(opening(count, before)? == opening(question + 1, &after_question)?)
-    }
-
     /// The text of the first `count` messages, with markers.
     fn render(&self, count: usize, prompt: GenerationPrompt) -> Result<String> {
-        let error = |e| self.template.error(&e);
+        self.try_render(count, prompt)
+            .map_err(|e| self.template.error(&e))
+    }
+
+    /// As [`render`](Self::render), with the template's own error.
+    fn try_render(
+        &self,
+        count: usize,
+        prompt: GenerationPrompt,
+    ) -> std::result::Result<String, minijinja::Error> {
         let template = self.template.environment.get_template(TEMPLATE_NAME);
         let special_tokens = minijinja::Value::from(Serde(&self.template.special_tokens));
         let variables = context! {
@@ -396,9 +361,7 @@ impl Conversation<'_> {
             add_generation_prompt => prompt == GenerationPrompt::Yes,
             ..special_tokens
         };
-        template
-            .and_then(|template| template.render(variables))
-            .map_err(error)
+        template.and_then(|template| template.render(variables))
     }
 }
 
@@ -411,6 +374,11 @@ fn has_marker(value: &Value) -> bool {
         Value::Object(object) => object.iter().any(|(k, v)| is_marker(k) || has_marker(v)),
         _ => false,
     }
+}
+
+/// Line ends as Jinja reads them, whichever system a template was written on.
+fn with_line_feeds(source: &str) -> String {
+    source.replace("\r\n", "\n").replace('\r', "\n")
 }
 
 fn mark_generation_blocks(source: &str) -> String {

@@ -44,9 +44,14 @@ pub(super) fn text<'a>(row: &'a Columns, name: &str) -> Result<&'a str, String> 
         .ok_or_else(|| format!("`{name}` is {}, expected a string", kind(value)))
 }
 
+/// What a column holds that may be absent; null, which tables write where a row has nothing, is absent too.
+pub(super) fn optional<'a>(row: &'a Columns, name: &str) -> Option<&'a Value> {
+    row.get(name).filter(|value| !value.is_null())
+}
+
 /// The text of a column that may be absent.
 pub(super) fn optional_text<'a>(row: &'a Columns, name: &str) -> Result<&'a str, String> {
-    match row.get(name) {
+    match optional(row, name) {
         None => Ok(""),
         Some(_) => text(row, name),
     }

@@ -1,13 +1,14 @@
 //! Rows that hold a conversation: OpenAI's `messages` and ShareGPT's `conversations`, made one for the chat template.
 //!
 //! Fields that a template may use (`tool_calls`, `tool_call_id`, `name`, `reasoning_content`, ...) are handed to it as they
-//! are, with three changes that the hub's templates expect: a null field is left out, a list of text parts is one
-//! text, and the arguments of a tool call are an object where they were JSON in a string.
+//! are, with changes that the hub's templates expect: a null field is left out (but the content beside tool calls is null,
+//! as templates test it), a list of text parts is one text, the arguments of a tool call are an object where they were
+//! JSON in a string, and reasoning has the names of all templates.
 
 use serde_json::{Map, Value, json};
 
 use super::Turns;
-use super::columns::{Columns, column, kind, objects, text};
+use super::columns::{Columns, kind, objects, optional, optional_text};
 
 /// A conversation and which of its messages carry loss.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,11 +37,9 @@ impl Conversation {
     pub fn from_sharegpt(row: &Columns, turns: Turns) -> Result<Self, String> {
         let mut messages = Vec::new();
         let mut flags = Vec::new();
-        if row
-            .get("system")
-            .is_some_and(|system| !system.is_null() && system != "")
-        {
-            messages.push(json!({"role": "system", "content": text(row, "system")?}));
+        let system = optional_text(row, "system")?;
+        if !system.is_empty() {
+            messages.push(json!({"role": "system", "content": system}));
             flags.push(None);
         }
         for (i, turn) in objects(row, "conversations")?.enumerate() {
@@ -76,6 +75,37 @@ impl Conversation {
             trained,
         })
     }
+
+    /// Its messages with an empty text for content that is null, if there is any: templates that join texts by `+` need it.
+    pub fn without_null_content(&self) -> Option<Vec<Value>> {
+        let mut messages = self.messages.clone();
+        let null = messages.iter_mut().filter(|m| m["content"].is_null());
+        let count = null.map(|message| message["content"] = "".into()).count();
+        (count > 0).then_some(messages)
+    }
+
+    /// Refuses `text`, this conversation as the template wrote it, if a function that is called is not named in it: what
+    /// would be trained there is an empty answer.
+    pub fn expect_calls_in(&self, text: &str) -> Result<(), String> {
+        for (i, message) in self.messages.iter().enumerate() {
+            let calls = message["tool_calls"].as_array();
+            let names = calls.into_iter().flatten().filter_map(called_function);
+            for name in names {
+                if !text.contains(name) {
+                    return Err(format!(
+                        "the chat template leaves out the tool calls of `messages[{i}]` (`{name}`); it needs one that writes \
+                         them"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The name in a tool call.
+fn called_function(call: &Value) -> Option<&str> {
+    call.get("function").unwrap_or(call)["name"].as_str()
 }
 
 /// A reason that starts with the name of a field (`.content is ...`) or with a space, for message `i`.
@@ -113,17 +143,29 @@ fn openai_message(mut message: Map<String, Value>) -> Result<Value, String> {
         None => return Err(" has no `role`".into()),
     }
     let content = match message.get("content") {
-        Some(Value::String(text)) => text.clone(),
-        Some(Value::Array(parts)) => joined_text(parts)?,
+        Some(Value::String(text)) => text.as_str().into(),
+        Some(Value::Array(parts)) => joined_text(parts)?.into(),
         Some(other) => return Err(format!(".content is {}, expected a string", kind(other))),
-        None if message.contains_key("tool_calls") => String::new(),
+        None if message.contains_key("tool_calls") => Value::Null,
         None => return Err(" has no `content`".into()),
     };
-    message.insert("content".into(), content.into());
+    message.insert("content".into(), content);
+    name_reasoning(&mut message);
     if let Some(calls) = message.get_mut("tool_calls") {
         parse_arguments(calls)?;
     }
     Ok(Value::Object(message))
+}
+
+/// Gives the reasoning of a message the names by which templates read it, as transformers 5.24 does.
+fn name_reasoning(message: &mut Map<String, Value>) {
+    let names = ["reasoning_content", "thinking", "reasoning"];
+    if let Some(reasoning) = names.iter().find_map(|name| message.get(*name)).cloned() {
+        message
+            .entry("thinking")
+            .or_insert_with(|| reasoning.clone());
+        message.insert("reasoning_content".into(), reasoning);
+    }
 }
 
 /// The text of a list of `{"type": "text", "text": ...}`.
@@ -190,18 +232,15 @@ fn function_call(value: &str) -> Result<Value, String> {
         return Err(".value of a function_call has no `name`".into());
     }
     let call = json!({"type": "function", "function": call});
-    Ok(json!({"role": "assistant", "content": "", "tool_calls": [call]}))
+    Ok(json!({"role": "assistant", "content": null, "tool_calls": [call]}))
 }
 
 /// The tools of a row: an array, or one written as JSON in a string.
 fn tools(row: &Columns) -> Result<Option<Value>, String> {
-    if row
-        .get("tools")
-        .is_none_or(|tools| tools.is_null() || tools == "")
-    {
+    let Some(tools) = optional(row, "tools").filter(|tools| *tools != "") else {
         return Ok(None);
-    }
-    let tools = match column(row, "tools")? {
+    };
+    let tools = match tools {
         Value::String(text) => serde_json::from_str(text)
             .map_err(|e| format!("`tools` is a string that is not JSON: {e}"))?,
         tools => tools.clone(),

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use super::columns::{Columns, integers};
+use serde_json::Value;
+
+use super::columns::{Columns, integers, optional};
 use super::conversation::Conversation;
 use super::excess_length::{Cut, Row};
 use super::reader::Record;
@@ -137,13 +139,15 @@ impl Encoder<'_> {
         } = conversation;
         let is_whole = self.options.train_on_source == TrainOnSource::Yes;
         let nothing = vec![false; trained.len()];
-        let chat = template
-            .render_turns(
-                messages,
-                tools.as_ref(),
-                if is_whole { &nothing } else { trained },
-            )
+        let trained = if is_whole { &nothing } else { trained };
+        let render = |messages: &[Value]| template.render_turns(messages, tools.as_ref(), trained);
+        let chat = render(messages)
+            .or_else(|error| match conversation.without_null_content() {
+                Some(messages) => render(&messages).map_err(|_| error),
+                None => Err(error),
+            })
             .map_err(|e| e.to_string())?;
+        conversation.expect_calls_in(&chat.text)?;
         let encoding = tokenizer
             .encode_with_offsets(&chat.text)
             .map_err(|e| e.to_string())?;
@@ -292,7 +296,7 @@ pub(super) fn rename(mut row: Columns, columns: &[(String, String)]) -> Result<C
 
 fn tokenized(row: &Columns) -> Result<Row, String> {
     let mut input_ids = integers::<u32>(row, "input_ids")?;
-    let mut labels = match row.get("labels") {
+    let mut labels = match optional(row, "labels") {
         None => input_ids.iter().map(|&id| i64::from(id)).collect(),
         Some(_) => integers::<i64>(row, "labels")?,
     };

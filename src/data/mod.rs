@@ -9,6 +9,7 @@
 //! encode (-> token ids and labels)   excess_length (cuts)   token_rows, cache (on disk)   sequence_order, packing (-> batches)
 //! ```
 
+mod added_tokens;
 mod cache;
 mod chat_template;
 mod columns;
@@ -27,6 +28,7 @@ mod row_order;
 mod sequence_order;
 mod source_target;
 mod split_mix;
+mod template_files;
 mod token_rows;
 mod tokenizer;
 

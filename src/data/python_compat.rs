@@ -1,5 +1,5 @@
-//! The functions and filters that chat templates expect from Python: `tojson`, `strftime_now`, `raise_exception`, and the
-//! methods of strings that minijinja's own set leaves out.
+//! What chat templates expect from Python and Jinja2 beyond minijinja: `tojson`, `strftime_now`, `raise_exception`, methods of
+//! strings, and what is iterable or a sequence.
 
 use chrono::{DateTime, Local, NaiveDate, NaiveTime};
 use minijinja::value::Kwargs;
@@ -12,6 +12,12 @@ pub(super) const STRFTIME_NOW: &str = "strftime_now";
 /// Adds them to `environment`.
 pub(super) fn add_to(environment: &mut Environment) {
     environment.set_unknown_method_callback(method);
+    environment.set_formatter(|out, state, value| match value.is_none() {
+        true => Ok(out.write_str("None")?),
+        false => minijinja::escape_formatter(out, state, value),
+    });
+    environment.add_test("iterable", is_iterable);
+    environment.add_test("sequence", is_sequence);
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function(STRFTIME_NOW, |format: String| {
@@ -62,6 +68,16 @@ fn method(
         }
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, arguments)
+}
+
+/// Jinja2's, to which an undefined value is an empty iterator, but None is none.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+/// Jinja2's: whatever has a length and takes an index, so text and mappings too.
+fn is_sequence(value: &Value) -> bool {
+    value.is_undefined() || (is_iterable(value) && value.len().is_some())
 }
 
 fn partition(text: &str, at: Option<usize>, separator: &str, otherwise: [&str; 3]) -> Value {

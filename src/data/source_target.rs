@@ -6,7 +6,7 @@
 
 use serde_json::Value;
 
-use super::columns::{Columns, kind, objects, optional_text, text};
+use super::columns::{Columns, kind, objects, optional, optional_text, text};
 use super::{DatasetFormat, Tokenizer};
 
 const ALPACA_WITH_INPUT: &str = "Below is an instruction that describes a task, paired with an input that provides \
@@ -103,12 +103,12 @@ fn unnatural_instructions(row: &Columns) -> Result<Vec<SourceTarget>, String> {
             text(row, "output")?,
         ))
     };
-    if !row.contains_key("instances") {
+    if optional(row, "instances").is_none() {
         return Ok(vec![pair(row)?]);
     }
     let mut pairs = Vec::new();
     for name in ["instances", "reformulations"] {
-        if row.get(name).is_none_or(Value::is_null) {
+        if optional(row, name).is_none() {
             continue;
         }
         for (i, instance) in objects(row, name)?.enumerate() {
@@ -130,7 +130,7 @@ fn super_natural_instructions(
         ))
     );
     let mut examples = Vec::new();
-    if row.contains_key("Positive Examples") {
+    if optional(row, "Positive Examples").is_some() {
         for (i, example) in objects(row, "Positive Examples")?
             .take(POSITIVE_EXAMPLES)
             .enumerate()
@@ -144,7 +144,7 @@ fn super_natural_instructions(
             ));
         }
     }
-    let instances: Vec<&Columns> = match row.get("Instance") {
+    let instances: Vec<&Columns> = match optional(row, "Instance") {
         Some(Value::Object(instance)) => vec![instance],
         Some(other) => return Err(format!("`Instance` is {}, expected an object", kind(other))),
         None => objects(row, "Instances")?.collect::<Result<_, _>>()?,

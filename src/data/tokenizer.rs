@@ -1,14 +1,18 @@
 //! The model's tokenizer, read from a Hugging Face model directory with all that says how it is used: special tokens,
 //! whether a bos or eos is added, the chat template, the ids that end a generation.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use chrono::NaiveDate;
 use serde_json::{Map, Value};
+use tokenizers::{AddedToken, PostProcessorWrapper};
 
 use super::ChatTemplate;
+use super::added_tokens::add_tokens;
+use super::template_files::{TemplateSource, chat_template};
 use crate::{Error, Result};
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -88,11 +92,12 @@ impl Tokenizer {
     }
 
     /// Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json` and the
-    /// chat template (`chat_template.jinja`, `chat_template.json` or the key of the config) of `model_dir`.
+    /// chat templates (`chat_template.jinja`, `additional_chat_templates`, `chat_template.json` or the key of the config) of
+    /// `model_dir`.
     ///
     /// # Errors
-    /// [`Error::Io`] if there is no tokenizer; [`Error::Malformed`] if a file cannot be understood, or if there is
-    /// only a SentencePiece `tokenizer.model`, with how to convert it.
+    /// [`Error::Io`] if there is no tokenizer; [`Error::Malformed`] if a file cannot be understood, if the files give a
+    /// token different ids, or if there is only a SentencePiece `tokenizer.model`, with how to convert it.
     pub fn from_dir(model_dir: impl AsRef<Path>) -> Result<Self> {
         let dir = model_dir.as_ref();
         let path = dir.join(TOKENIZER_FILE);
@@ -101,27 +106,18 @@ impl Tokenizer {
             return Err(Error::malformed(sentencepiece, SENTENCEPIECE_ALONE));
         }
         let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let inner = plain_tokenizer(&bytes).map_err(|e| Error::malformed(&path, e.to_string()))?;
+        let mut inner =
+            plain_tokenizer(&bytes).map_err(|e| Error::malformed(&path, e.to_string()))?;
 
         let config_path = dir.join("tokenizer_config.json");
         let config = read_object(&config_path)?.unwrap_or_default();
         let special_tokens = special_tokens(dir, &config_path, &config)?;
-        for (name, token) in &special_tokens {
-            let token = token.as_str().unwrap_or_default();
-            if inner.token_to_id(token).is_none() {
-                return Err(Error::malformed(
-                    &config_path,
-                    format!("`{name}` is {token:?}, which is not in tokenizer.json"),
-                ));
-            }
-        }
-        let chat_template = read_chat_template(dir, &config)?
-            .map(|(path, source)| {
-                let added = inner.get_added_tokens_decoder();
-                let markers = added.values().map(|token| token.content.clone()).collect();
-                ChatTemplate::new(path, source, special_tokens.clone(), markers)
-            })
-            .transpose()?;
+        add_tokens(&mut inner, &special_tokens, (&config_path, &config))?;
+        let chat_template = chat_template(dir, &config, |TemplateSource { path, source }| {
+            let added = inner.get_added_tokens_decoder();
+            let markers = added.values().map(|token| token.content.clone()).collect();
+            ChatTemplate::new(path, source, special_tokens.clone(), markers)
+        })?;
         let flag = |name: &str| config.get(name).and_then(Value::as_bool).unwrap_or(false);
         let mut tokenizer = Self {
             add_bos_token: flag("add_bos_token"),
@@ -266,15 +262,18 @@ impl Tokenizer {
         self.pad_token_id().is_some() && self.pad_token_id() == self.eos_token_id()
     }
 
-    /// A hash of all that decides which tokens a row becomes: of the vocabulary, the special tokens, and the chat
-    /// template with the date that it prints, if it prints one.
+    /// A hash of all that decides which tokens a row becomes: of the vocabulary, the added and special tokens, and the
+    /// chat templates with the date that they print, if they print one.
     pub(super) fn fingerprint(&self) -> [u8; 32] {
         let template = self.chat_template.as_ref();
+        let added: BTreeMap<u32, AddedToken> =
+            self.inner.get_added_tokens_decoder().into_iter().collect();
         let parts = serde_json::json!([
             self.file_hash.to_hex().as_str(),
+            added,
             self.special_tokens,
             self.eos_token_ids,
-            template.map(ChatTemplate::source),
+            template.map(|template| template.sources().collect::<Vec<_>>()),
             template.and_then(ChatTemplate::date),
         ]);
         *blake3::hash(parts.to_string().as_bytes()).as_bytes()
@@ -325,22 +324,42 @@ struct Parts {
 
 /// What a call into the tokenizers crate gives; its panics (0.23: a `Strip` decoder that takes more characters than a token
 /// has, merges of unknown tokens) are errors, as the file decides over them.
-fn without_panic<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+pub(super) fn without_panic<T>(
+    call: impl FnOnce() -> tokenizers::Result<T>,
+) -> tokenizers::Result<T> {
     std::panic::catch_unwind(AssertUnwindSafe(call))
         .unwrap_or_else(|_| Err("the tokenizers crate cannot work with this file".into()))
 }
 
-/// The tokenizer without the truncation and padding that may be saved in its file: rows are cut and laid out here.
+/// The tokenizer without the truncation and padding that may be saved in its file, as rows are cut and laid out here, and
+/// without trimmed offsets, as white space at the start of an answer is a part of it.
 fn plain_tokenizer(bytes: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
     // The crate panics (0.23) where a part that is an object of many kinds is not even JSON.
     let _: Parts = serde_json::from_slice(bytes)?;
     let mut inner = without_panic(|| tokenizers::Tokenizer::from_bytes(bytes))?;
     inner.with_truncation(None)?;
     inner.with_padding(None);
+    if let Some(processor) = inner.get_post_processor() {
+        let mut processor = processor.clone();
+        keep_white_space(&mut processor);
+        inner.with_post_processor(Some(processor));
+    }
     Ok(inner)
 }
 
-fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
+/// Leaves the white space of tokens in their offsets.
+fn keep_white_space(processor: &mut PostProcessorWrapper) {
+    match processor {
+        PostProcessorWrapper::ByteLevel(processor) => processor.trim_offsets = false,
+        PostProcessorWrapper::Roberta(processor) => processor.trim_offsets = false,
+        PostProcessorWrapper::Sequence(processors) => {
+            processors.as_mut().iter_mut().for_each(keep_white_space);
+        }
+        PostProcessorWrapper::Bert(_) | PostProcessorWrapper::Template(_) => {}
+    }
+}
+
+pub(super) fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     if !path.exists() {
         return Ok(None);
     }
@@ -372,63 +391,23 @@ fn special_tokens(
     Ok(tokens)
 }
 
-/// A token is written as a string or as an object with `content`.
-fn token_content(path: &Path, name: &str, value: Option<&Value>) -> Result<Option<String>> {
-    match value {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(token)) => Ok(Some(token.clone())),
-        Some(Value::Object(token)) if token.get("content").is_some_and(Value::is_string) => {
-            Ok(token["content"].as_str().map(String::from))
-        }
-        Some(other) => Err(Error::malformed(
+/// A token is written as a string or as an object with `content`; an empty one is none.
+pub(super) fn token_content(
+    path: &Path,
+    name: &str,
+    value: Option<&Value>,
+) -> Result<Option<String>> {
+    let value = match value {
+        None | Some(Value::Null) => return Ok(None),
+        Some(value) => value,
+    };
+    match value.as_str().or_else(|| value.get("content")?.as_str()) {
+        Some(token) => Ok(Some(token.to_string()).filter(|token| !token.is_empty())),
+        None => Err(Error::malformed(
             path,
-            format!("`{name}` is {other}, expected a string or an object with `content`"),
+            format!("`{name}` is {value}, expected a string or an object with `content`"),
         )),
     }
-}
-
-/// The source of the chat template and the file it stands in; a file of its own goes before the config's key.
-fn read_chat_template(
-    dir: &Path,
-    config: &Map<String, Value>,
-) -> Result<Option<(PathBuf, String)>> {
-    let jinja = dir.join("chat_template.jinja");
-    if jinja.exists() {
-        let source = std::fs::read_to_string(&jinja).map_err(Error::io(&jinja))?;
-        return Ok(Some((jinja, source)));
-    }
-    let json = dir.join("chat_template.json");
-    let (path, value) = match read_object(&json)? {
-        Some(mut object) => (json, object.remove("chat_template")),
-        None => (
-            dir.join("tokenizer_config.json"),
-            config.get("chat_template").cloned(),
-        ),
-    };
-    let source = match value {
-        None | Some(Value::Null) => None,
-        Some(Value::String(source)) => Some(source),
-        Some(Value::Array(named)) => Some(default_template(&path, &named)?),
-        Some(_) => {
-            return Err(Error::malformed(
-                path,
-                "`chat_template` is neither a string nor a list of named templates",
-            ));
-        }
-    };
-    Ok(source.map(|source| (path, source)))
-}
-
-/// Of several named templates, the one called `default`, as transformers takes it.
-fn default_template(path: &Path, named: &[Value]) -> Result<String> {
-    named
-        .iter()
-        .find(|entry| entry["name"] == "default")
-        .and_then(|entry| entry["template"].as_str())
-        .map(String::from)
-        .ok_or_else(|| {
-            Error::malformed(path, "none of the named chat templates is called `default`")
-        })
 }
 
 fn generation_eos_ids(dir: &Path) -> Result<Vec<u32>> {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::config::{Resume, TrainConfig};
+use super::config::{MAX_COUNT, Resume, TrainConfig};
 use super::run::CONFIG_FILE;
 use crate::data::{
     Arrangement, ChatTemplate, Dataset, Example, LoadOptions, RowOrder, SequenceOrder, Share,
@@ -63,7 +63,8 @@ impl RunData {
     /// Reads what the config names. Every format but `tokenized` needs the `tokenizer`; ids from `vocab_size` on are refused.
     ///
     /// # Errors
-    /// Those of [`load_files`] and [`data_files`]; [`Error::Config`] if a split would leave nothing to train on.
+    /// Those of [`load_files`] and [`data_files`]; [`Error::Config`] if a split would leave nothing to train on, or
+    /// weights would make an epoch of more rows than can be.
     pub fn load(
         config: &TrainConfig,
         tokenizer: Option<&Tokenizer>,
@@ -106,7 +107,7 @@ impl RunData {
         if let Some(size) = config.eval_dataset_size {
             data.split_off(size, config)?;
         }
-        data.share_out(config);
+        data.share_out(config)?;
         Ok(data)
     }
 
@@ -229,7 +230,7 @@ impl RunData {
     }
 
     /// Says which rows are of which data set.
-    fn share_out(&mut self, config: &TrainConfig) {
+    fn share_out(&mut self, config: &TrainConfig) -> Result<()> {
         let mut start = 0;
         for source in 0..self.sources.len() {
             let end = self
@@ -242,6 +243,17 @@ impl RunData {
             });
             start = end;
         }
+        let shares = self.shares.iter();
+        let rows: f64 = shares
+            .map(|share| share.rows.len() as f64 * share.weight)
+            .sum();
+        if rows > MAX_COUNT.max(self.train.len()) as f64 {
+            let reason = format!(
+                "would make an epoch of {rows:.1e} rows; give smaller weights, so that it has at most {MAX_COUNT}"
+            );
+            return Err(Error::config("dataset_weights", reason));
+        }
+        Ok(())
     }
 }
 

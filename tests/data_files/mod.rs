@@ -5,9 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use qlora::Error;
-use qlora::data::{Dataset, LoadOptions, Tokenizer, load};
-use serde_json::Value;
+use qlora::data::{Dataset, LoadOptions, SpecialTokens, Tokenizer, load};
+use qlora::{Error, IGNORE_INDEX};
+use serde_json::{Value, json};
 
 /// A byte-level tokenizer and one of Llama 2's kind.
 pub const TOKENIZERS: [&str; 2] = ["tokenizer", "tokenizer_metaspace"];
@@ -23,6 +23,33 @@ pub fn fixture(name: &str) -> Value {
 
 pub fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::from_dir(fixtures().join(name)).unwrap()
+}
+
+/// A model directory with the tokenizer fixture `name`, and changes to its config.
+pub fn model_dir(name: &str, changes: Value) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let file = "tokenizer.json";
+    std::fs::copy(fixtures().join(name).join(file), dir.path().join(file)).unwrap();
+    let config_file = "tokenizer_config.json";
+    let mut config = fixture(&format!("{name}/{config_file}"));
+    let fields = config.as_object_mut().unwrap();
+    fields.extend(changes.as_object().unwrap().clone());
+    std::fs::write(dir.path().join(config_file), config.to_string()).unwrap();
+    dir
+}
+
+/// The byte-level tokenizer with this chat template.
+pub fn with_template(source: &str) -> Tokenizer {
+    let dir = model_dir("tokenizer", json!({ "chat_template": source }));
+    Tokenizer::from_dir(dir.path()).unwrap()
+}
+
+/// The text of a row's trained tokens.
+pub fn trained_text(dataset: &Dataset, row: usize, tokenizer: &Tokenizer) -> String {
+    let labels = dataset.example(row).labels;
+    let trained = labels.into_iter().filter(|&label| label != IGNORE_INDEX);
+    let ids: Vec<u32> = trained.map(|label| label as u32).collect();
+    tokenizer.decode(&ids, SpecialTokens::Keep).unwrap()
 }
 
 pub fn integers<T: TryFrom<i64>>(value: &Value) -> Vec<T> {
