@@ -63,11 +63,13 @@ impl Architecture {
         }
     }
 
+    fn refuse(self, base: &GgufBase, field: &str, reason: &str) -> Result<()> {
+        let hint = format!("the {} architecture of llama.cpp {reason}", self.name());
+        Err(base.unsupported(field, &hint))
+    }
+
     fn check(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
-        let refuse = |field, reason: &str| -> Result<()> {
-            let hint = format!("the {} architecture of llama.cpp {reason}", self.name());
-            Err(base.unsupported(field, &hint))
-        };
+        let refuse = |field, reason| self.refuse(base, field, reason);
         let is_llama = self == Self::Llama;
         if !is_llama && config.o_bias {
             return refuse("attention_bias", "has no bias after the attention");
@@ -77,66 +79,71 @@ impl Architecture {
         }
         let is_gelu = config.activation == Activation::GeluTanh;
         if is_gelu != (self == Self::Gemma3) {
-            return refuse(
-                base.present(["hidden_act", "hidden_activation"]),
-                "has another one",
-            );
+            let field = base.present(["hidden_act", "hidden_activation"]);
+            return refuse(field, "has another one");
         }
-        let rope = base.present(["rope_scaling", "rope_parameters"]);
+        self.check_rope(base, config)?;
+        match self {
+            Self::Llama | Self::Qwen2 | Self::Qwen3 => Ok(()),
+            Self::Smollm3 => self.check_smollm3(base, config),
+            Self::Gemma3 => self.check_gemma3(base, config),
+        }
+    }
+
+    fn check_rope(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
+        let field = base.present(["rope_scaling", "rope_parameters"]);
+        let refuse = |reason| self.refuse(base, field, reason);
         match config.rope.scaling {
-            RopeScaling::Llama3 { .. } if !is_llama => {
-                return refuse(rope, "does not scale rotary frequencies one by one");
+            RopeScaling::Llama3 { .. } if self != Self::Llama => {
+                refuse("does not scale rotary frequencies one by one")
             }
             RopeScaling::Yarn { .. } if config.local_rope.is_some() => {
-                return refuse(rope, "has YaRN in all layers or none");
+                refuse("has YaRN in all layers or none")
             }
             RopeScaling::Yarn {
                 beta_fast,
                 beta_slow,
                 ..
             } if (beta_fast, beta_slow) != (32.0, 1.0) => {
-                return refuse(rope, "has 32 for beta_fast of YaRN and 1 for beta_slow");
+                refuse("has 32 for beta_fast of YaRN and 1 for beta_slow")
             }
             RopeScaling::Yarn {
                 truncate: false, ..
-            } => {
-                return refuse(rope, "scales between whole pairs of rows alone");
-            }
-            _ => {}
+            } => refuse("scales between whole pairs of rows alone"),
+            _ => match config.local_rope.map(|rope| rope.scaling) {
+                None | Some(RopeScaling::None) => Ok(()),
+                Some(_) => refuse("does not scale the rotary frequencies of windows"),
+            },
         }
-        match self {
-            Self::Llama | Self::Qwen2 | Self::Qwen3 => Ok(()),
-            Self::Smollm3 => {
-                let mut ropes = config.layer_rope.iter().enumerate();
-                if ropes.all(|(layer, rope)| (*rope == LayerRope::None) == (layer % 4 == 3)) {
-                    return Ok(());
-                }
-                refuse(
-                    base.present(["no_rope_layers", "no_rope_layer_interval"]),
-                    "leaves every fourth layer without rotary embedding, and no other",
-                )
-            }
-            Self::Gemma3 => {
-                if config
-                    .local_rope
-                    .is_some_and(|rope| rope.scaling != RopeScaling::None)
-                {
-                    return refuse(rope, "does not scale the rotary frequencies of windows");
-                }
-                // The one of 27B has 62 layers, by which llama.cpp knows it.
-                let scaled = match config.num_layers {
-                    62 => config.hidden_size / config.num_heads,
-                    _ => config.head_dim,
-                };
-                if config.attention_scale != (scaled as f64).powf(-0.5) {
-                    let reason = format!("takes it for {scaled} in a model like this");
-                    return refuse("query_pre_attn_scalar", &reason);
-                }
-                match window_pattern(config) {
-                    Some(_) => Ok(()),
-                    None => refuse("layer_types", "wants full attention in every n-th layer"),
-                }
-            }
+    }
+
+    fn check_smollm3(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
+        let mut ropes = config.layer_rope.iter().enumerate();
+        if ropes.all(|(layer, rope)| (*rope == LayerRope::None) == (layer % 4 == 3)) {
+            return Ok(());
+        }
+        let field = base.present(["no_rope_layers", "no_rope_layer_interval"]);
+        let reason = "leaves every fourth layer without rotary embedding, and no other";
+        self.refuse(base, field, reason)
+    }
+
+    fn check_gemma3(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
+        // The one of 27B has 62 layers, by which llama.cpp knows it.
+        let scaled = match config.num_layers {
+            62 => config.hidden_size / config.num_heads,
+            _ => config.head_dim,
+        };
+        if config.attention_scale != (scaled as f64).powf(-0.5) {
+            let reason = format!("takes it for {scaled} in a model like this");
+            return self.refuse(base, "query_pre_attn_scalar", &reason);
+        }
+        match window_pattern(config) {
+            Some(_) => Ok(()),
+            None => self.refuse(
+                base,
+                "layer_types",
+                "wants full attention in every n-th layer",
+            ),
         }
     }
 
