@@ -3,13 +3,14 @@
 mod emulated;
 
 use candle_core::{DType, Device, Tensor};
-use emulated::placement_test;
+use emulated::{placement_test, requests_of};
 use qlora::device::{Dequantized, Placement, Residence, Residency, Side};
 use qlora::model::{
     ActivationPolicy, Decoder, InitLoraWeights, KvCache, MicroBatch, Parameters, Regularization,
     Sequences,
 };
 use qlora::ops::dropout::Dropout;
+use qlora::ops::host_memory::HostMemory;
 use qlora::ops::paged::{PagedTensor, Pager};
 use qlora::quant::QuantizeOptions;
 use qlora::store::{AdapterConfig, Checkpoint, TargetModules};
@@ -302,3 +303,37 @@ placement_test!(
         assert!(found == expected);
     }
 );
+
+/// What the host waited for while `work` was done.
+fn host_waits(work: impl FnOnce()) -> usize {
+    let ((), requests) = requests_of(work);
+    requests.get("wait of the host").copied().unwrap_or(0)
+}
+
+/// A pass that fails drops what it had parked. Nothing may be written to its memory before the copy there is through.
+#[test]
+fn memory_of_a_tensor_that_had_left_is_given_back_after_its_copy() {
+    let device = emulated::placement().device;
+    let tensor = || Tensor::ones(300, DType::BF16, &device).unwrap();
+    let host = HostMemory::default();
+    let parked = host.park(tensor()).unwrap();
+    assert_eq!(host_waits(|| drop(parked)), 1);
+    let mut parked = host.park(tensor()).unwrap();
+    parked.release().unwrap();
+    assert_eq!(host_waits(|| drop(parked)), 1);
+    let brought = host.bring(8, DType::BF16, &device, |bytes| bytes.fill(0));
+    assert!(brought.is_ok());
+    // Its last copy may still read the memory that is freed now.
+    assert_eq!(host_waits(|| drop(host)), 1);
+}
+
+#[test]
+fn bytes_that_a_copy_still_reads_are_not_lent() {
+    let device = emulated::placement().device;
+    let tensor = PagedTensor::zeros(16, DType::F32, &device).unwrap();
+    let mut pager = Pager::new(&[(DType::F32, 16)], &device).unwrap();
+    let visit = pager.fetch(&[(&tensor, 0..16)]).unwrap();
+    let waits = host_waits(|| tensor.with_bytes(0..16, |bytes| bytes.fill(1)).unwrap());
+    assert_eq!(waits, 1);
+    drop(visit);
+}
