@@ -79,7 +79,7 @@ pub enum Saved {
     /// The block's input, `[N, D]`.
     Input(Tensor),
     /// That on the host.
-    Parked(Parked),
+    Parked(Box<Parked>),
 }
 
 impl Saved {

@@ -172,7 +172,7 @@ impl<'a> Pass<'a> {
         };
         drop((x, saved));
         parked.release()?;
-        Ok(Saved::Parked(parked))
+        Ok(Saved::Parked(Box::new(parked)))
     }
 
     fn loss(&mut self, d_loss: f32) -> Result<Losses> {
