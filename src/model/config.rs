@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::Result;
 use fields::Fields;
+pub(crate) use rope::yarn_amplitude;
 
 /// The values of `model_type`.
 pub(crate) const FAMILIES: &str = "use llama, mistral, qwen2, qwen3, smollm3 or gemma3_text";

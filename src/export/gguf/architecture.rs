@@ -152,6 +152,14 @@ impl Architecture {
         self == Self::Gemma3
     }
 
+    /// A model of this config as llama.cpp computes it.
+    pub(super) fn computed(self, mut config: DecoderConfig) -> DecoderConfig {
+        if !self.has_windows() {
+            config.sliding_window.fill(None);
+        }
+        config
+    }
+
     /// Where llama.cpp computes something else.
     pub(super) fn notes(self, config: &DecoderConfig) -> Vec<String> {
         let windows = config.sliding_window.iter().flatten();
@@ -191,11 +199,8 @@ pub(super) fn as_u32(size: usize) -> u32 {
 /// # Errors
 /// [`Error::UnsupportedModel`](crate::Error::UnsupportedModel) for one that it cannot compute.
 pub fn config_in_llama_cpp(base: &GgufBase) -> Result<DecoderConfig> {
-    let (mut config, architecture) = read(base)?;
-    if !architecture.has_windows() {
-        config.sliding_window.fill(None);
-    }
-    Ok(config)
+    let (config, architecture) = read(base)?;
+    Ok(architecture.computed(config))
 }
 
 /// Reads the config of a model that llama.cpp is to compute.

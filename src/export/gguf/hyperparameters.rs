@@ -5,7 +5,7 @@
 use super::architecture::{Architecture, DEFAULT_WINDOW_PATTERN, as_u32, window_pattern};
 use super::writer::{Metadata, Value};
 use super::{GgufBase, GgufType};
-use crate::model::{DecoderConfig, RopeConfig, RopeScaling};
+use crate::model::{DecoderConfig, RopeConfig, RopeScaling, yarn_amplitude};
 use crate::quant::DenseTensor;
 
 /// `GGML_QNT_VERSION`.
@@ -64,11 +64,7 @@ pub(super) fn add(
             add_f32("rope.scaling.yarn_beta_fast", beta_fast);
             add_f32("rope.scaling.yarn_beta_slow", beta_slow);
             // llama.cpp has the paper's factor by itself, and multiplies it by this.
-            let own = if factor <= 1.0 {
-                1.0
-            } else {
-                0.1 * factor.ln() + 1.0
-            };
+            let own = yarn_amplitude(factor, 1.0);
             add_f32("rope.scaling.attn_factor", attention_factor / own);
             metadata.add_text(format!("{name}.rope.scaling.type"), "yarn");
             let key = format!("{name}.rope.scaling.original_context_length");

@@ -39,9 +39,9 @@ impl GgufModel {
     /// [`Error::Malformed`] for the first key or tensor by which llama.cpp would compute something else than the base, such as
     /// another number of heads or a scaling of its own.
     pub fn new(file: GgufFile, base: GgufBase) -> Result<Self> {
-        let (_, architecture) = architecture::read(&base)?;
+        let (config, architecture) = architecture::read(&base)?;
         expect_text(&file, "general.architecture", architecture.name())?;
-        let mut config = architecture::config_in_llama_cpp(&base)?;
+        let mut config = architecture.computed(config);
         // What llama.cpp goes by.
         config.tie_word_embeddings = !file.contains(&tensor_name(ModelTensor::Head, &config));
         let tensors = ModelTensor::all(&config).into_iter();

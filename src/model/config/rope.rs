@@ -97,24 +97,25 @@ fn scaling(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScal
     }
 }
 
+/// What YaRN multiplies cosines and sines by for this factor where nothing else is said; the paper's `mscale` is 1.
+pub(crate) fn yarn_amplitude(factor: f64, mscale: f64) -> f64 {
+    match factor <= 1.0 {
+        true => 1.0,
+        false => 0.1 * mscale * factor.ln() + 1.0,
+    }
+}
+
 fn yarn(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScaling> {
     let original = rope.optional_size("original_max_position_embeddings")?;
     let original = original.unwrap_or(max_position_embeddings);
     let factor = rope.optional_positive("factor")?;
     let factor = factor.unwrap_or(max_position_embeddings as f64 / original as f64);
-    // The paper's; DeepSeek's two numbers make a ratio of them.
-    let of_factor = |scale: f64| {
-        if factor <= 1.0 {
-            1.0
-        } else {
-            0.1 * scale * factor.ln() + 1.0
-        }
-    };
     let mscale = rope.optional_positive("mscale")?;
     let mscale_all_dim = rope.optional_positive("mscale_all_dim")?;
+    // DeepSeek's two numbers make a ratio of the paper's.
     let implied = match (mscale, mscale_all_dim) {
-        (Some(mscale), Some(all)) => of_factor(mscale) / of_factor(all),
-        _ => of_factor(1.0),
+        (Some(mscale), Some(all)) => yarn_amplitude(factor, mscale) / yarn_amplitude(factor, all),
+        _ => yarn_amplitude(factor, 1.0),
     };
     let attention_factor = rope.optional_positive("attention_factor")?;
     let beta_fast = rope.optional_positive("beta_fast")?.unwrap_or(32.0);

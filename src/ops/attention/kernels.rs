@@ -172,7 +172,8 @@ fn query_tiles(segments: &[Segment], rows: usize) -> Result<Vec<TileWords>> {
     Ok(tiles)
 }
 
-/// Up to `rows` keys with all queries of their segment, of which there are as many as keys; those that are seen by most queries first.
+/// Up to `rows` keys with all queries of their segment, of which there are as many as keys; those that are seen by most queries
+/// first.
 fn key_tiles(segments: &[Segment], rows: usize) -> Result<Vec<TileWords>> {
     let mut tiles = Vec::new();
     for Segment { queries, keys } in segments {
