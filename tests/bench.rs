@@ -19,7 +19,7 @@ fn stdout(arguments: &[&str]) -> String {
     String::from_utf8(output).unwrap()
 }
 
-/// With `UPDATE_README` set, README gets the table.
+/// With `UPDATE_DOCS` set, README gets the table.
 #[test]
 fn the_table_of_the_readme_is_made_of_the_results() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -37,7 +37,7 @@ fn the_table_of_the_readme_is_made_of_the_results() {
     let (before, after) = readme.split_once(MARK).expect("README has the mark");
     let is_row = |line: &&str| line.starts_with('|');
     let found: String = after.split_inclusive('\n').take_while(is_row).collect();
-    if std::env::var_os("UPDATE_README").is_some() {
+    if std::env::var_os("UPDATE_DOCS").is_some() {
         let rest = &after[found.len()..];
         let gap = if found.is_empty() { "\n" } else { "" };
         let updated = format!("{before}{MARK}{table}{gap}{rest}");

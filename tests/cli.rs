@@ -1,10 +1,13 @@
-//! The command line as a contract: exit statuses, flags, and the help texts that README shows.
+//! The command line as a contract: exit statuses, flags, and the help texts that `docs/command-line.md` shows.
 
 use assert_cmd::Command;
 use predicates::prelude::*;
 use predicates::str::contains;
 use qlora::train::config::KEYS;
 use serde_json::Value;
+
+/// Where the help texts are shown.
+const PAGE: &str = "docs/command-line.md";
 
 fn qlora() -> Command {
     let mut command = Command::cargo_bin("qlora").unwrap();
@@ -209,13 +212,13 @@ fn a_closed_pipe_is_no_panic() {
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
 
-/// README shows each help text in a fenced block after `<!-- help: COMMAND -->`, and `<!-- help: qlora -->` for the
-/// program. `UPDATE_README=1 cargo test --test cli` writes them anew.
+/// `PAGE` shows each help text in a fenced block after `<!-- help: COMMAND -->`, and `<!-- help: qlora -->` for the
+/// program. `UPDATE_DOCS=1 cargo test --test cli` writes them anew.
 #[test]
-fn readme_shows_the_help_texts_as_they_are() {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
-    let readme = std::fs::read_to_string(&path).unwrap();
-    let mut updated = readme.clone();
+fn the_page_shows_the_help_texts_as_they_are() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(PAGE);
+    let page = std::fs::read_to_string(&path).unwrap();
+    let mut updated = page.clone();
     let names = [
         "qlora",
         "bench speed",
@@ -229,21 +232,21 @@ fn readme_shows_the_help_texts_as_they_are() {
         let block = format!("\n```text\n{}```\n", help(&arguments));
         updated = with_block(&updated, &format!("<!-- help: {name} -->"), &block);
     }
-    if std::env::var_os("UPDATE_README").is_some() {
+    if std::env::var_os("UPDATE_DOCS").is_some() {
         std::fs::write(&path, &updated).unwrap();
     } else {
         let refresh =
-            "README.md is not what --help says: run UPDATE_README=1 cargo test --test cli";
-        similar_lines(&readme, &updated, refresh);
+            format!("{PAGE} is not what --help says: run UPDATE_DOCS=1 cargo test --test cli");
+        similar_lines(&page, &updated, &refresh);
     }
 }
 
 /// Puts `block` after `marker`, in the place of the fenced block that follows it, if one does.
-fn with_block(readme: &str, marker: &str, block: &str) -> String {
-    let at = readme
+fn with_block(page: &str, marker: &str, block: &str) -> String {
+    let at = page
         .find(marker)
-        .unwrap_or_else(|| panic!("README.md has no `{marker}`"));
-    let (before, after) = readme.split_at(at + marker.len());
+        .unwrap_or_else(|| panic!("{PAGE} has no `{marker}`"));
+    let (before, after) = page.split_at(at + marker.len());
     let rest = match after.trim_start().strip_prefix("```text\n") {
         Some(fenced) => fenced.split_once("\n```\n").expect("a fenced block ends").1,
         None => after.trim_start_matches('\n'),

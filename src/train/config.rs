@@ -112,7 +112,7 @@ train_config! {
     dataset_weights: Option<DatasetWeights> = None;
     /// Evaluation data, named in the same ways
     eval_dataset: Option<PathBuf> = None;
-    /// What a row looks like; unset: recognised from the first row, see README
+    /// What a row looks like; unset: recognised from the first row, see docs/data.md
     dataset_format: Option<DatasetFormat> = None;
     /// Columns that the format calls otherwise: instruction=question,output=answer
     dataset_columns: DatasetColumns = DatasetColumns::default();
