@@ -186,7 +186,7 @@ fn merged_weights_are_those_of_peft() {
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let decoder = case.decoder();
         for (layer, module) in [(0, Module::Q), (1, Module::Down)] {
-            let key = format!("merged.{}", module.path(layer));
+            let key = format!("merged.{}", decoder.config().linear_path(layer, module));
             let linear = decoder.linear(layer, module);
             if linear.lora.is_none() {
                 assert!(tensors.tensor(&key).is_err(), "{name} {key}");

@@ -43,7 +43,7 @@ fn masked_by_hand(case: &ReferenceCase, model: usize) -> Decoder {
             let (d_out, d_in) = decoder.config().linear_shape(module);
             let masks = masks.masks(layer, module as usize, model);
             let (columns, rows) = matrix_dropout::reference(&masks, d_in, d_out).unwrap();
-            let path = module.path(layer);
+            let path = decoder.config().linear_path(layer, module);
             for (factor, mask) in [("lora_A", columns), ("lora_B", rows)] {
                 let name = format!("base_model.model.{path}.{factor}.weight");
                 let tensor = adapter.tensors.get_mut(&name).unwrap();

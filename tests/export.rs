@@ -12,7 +12,7 @@ use emulated::placement_test;
 use qlora::device::Placement;
 use qlora::export::{Merged, MergedQuantizer};
 use qlora::infer::agreement;
-use qlora::model::{Decoder, DecoderConfig, InitLoraWeights, ModelTensor, Module};
+use qlora::model::{Decoder, DecoderConfig, InitLoraWeights, Module};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit};
 use qlora::store::{
     Adapter, AdapterConfig, Checkpoint, Existing, GgufFile, ModelDir, Quantization, TensorSource,
@@ -132,8 +132,9 @@ fn linears(merged: &Merged, adapter: &Adapter) -> Vec<(String, bool)> {
     let layers = 0..merged.config().num_layers;
     let linears = layers.flat_map(|layer| Module::ALL.map(|module| (layer, module)));
     let weight = |(layer, module): (usize, Module)| {
-        let name = ModelTensor::Weight(layer, module).name();
-        let a = format!("base_model.model.{}.lora_A.weight", module.path(layer));
+        let path = merged.config().linear_path(layer, module);
+        let name = format!("{path}.weight");
+        let a = format!("base_model.model.{path}.lora_A.weight");
         (name, adapter.tensors.contains_key(&a))
     };
     linears.map(weight).collect()

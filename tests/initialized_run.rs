@@ -171,7 +171,7 @@ fn original_as_far_as_it_is_kept(initialized: &Path, dir: &Path) {
     let weights = MappedFile::open(&demo_base().join("model.safetensors")).unwrap();
     let mut tensors = weights.tensors().unwrap();
     for (layer, module, linear) in decoder.linears() {
-        let name = format!("{}.weight", module.path(layer));
+        let name = format!("{}.weight", decoder.config().linear_path(layer, module));
         *tensors.get_mut(&name).unwrap() = linear.merged_weight().unwrap();
     }
     fs::create_dir(dir).unwrap();

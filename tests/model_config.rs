@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use qlora::model::{Activation, DecoderConfig, LayerRope, RopeConfig, RopeScaling};
+use qlora::model::{Activation, DecoderConfig, LayerRope, QueryGrowth, RopeConfig, RopeScaling};
 use serde_json::{Value, json};
 
 fn read(config: &Value) -> qlora::Result<DecoderConfig> {
@@ -85,6 +85,7 @@ fn rope_scaling_is_read_from_either_key() {
     let linear = RopeConfig {
         theta: 1e4,
         scaling: RopeScaling::Linear { factor: 2.0 },
+        query_growth: None,
     };
     assert_eq!(
         scaling(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})),
@@ -97,6 +98,7 @@ fn rope_scaling_is_read_from_either_key() {
     let plain = RopeConfig {
         theta: 1e4,
         scaling: RopeScaling::None,
+        query_growth: None,
     };
     assert_eq!(scaling(json!({"rope_scaling": null})), plain);
     assert_eq!(scaling(json!({})), plain);
@@ -230,6 +232,120 @@ fn both_generations_of_gemma3_give_the_same_config() {
         let message = error(&with(small("gemma3_text"), change));
         assert_says(&message, &["is not supported"]);
     }
+}
+
+#[test]
+fn the_queries_of_ministral3_grow_with_their_positions() {
+    let rope = json!({
+        "type": "yarn", "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "original_max_position_embeddings": 64, "max_position_embeddings": 1024, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    });
+    let config = with(
+        small("ministral3"),
+        json!({"rope_parameters": rope, "sliding_window": null}),
+    );
+    let read = read(&config).unwrap();
+    let growth = read.rope.query_growth.unwrap();
+    assert_eq!(
+        growth,
+        QueryGrowth {
+            beta: 0.1,
+            length: 64
+        }
+    );
+    assert_eq!([0, 63].map(|position| growth.factor(position)), [1.0; 2]);
+    assert_eq!(growth.factor(64), (1.0 + 0.1 * 2f64.ln()) as f32);
+    assert_eq!(growth.factor(64 * 8 + 5), (1.0 + 0.1 * 9f64.ln()) as f32);
+    assert_eq!(read.rope.amplitude(), 1.0);
+    assert_eq!((read.head_dim, read.sliding_window), (128, vec![None; 4]));
+    let silent = with(small("ministral3"), json!({"rope_parameters": null}));
+    assert_says(&error(&silent), &["rope_parameters", "is missing"]);
+    let without_beta = with(
+        config.clone(),
+        json!({"rope_parameters": without(rope.clone(), "llama_4_scaling_beta")}),
+    );
+    assert_says(
+        &error(&without_beta),
+        &["rope_parameters.llama_4_scaling_beta", "is missing"],
+    );
+    let llama = with(
+        small("llama"),
+        json!({"rope_parameters": without(rope, "max_position_embeddings")}),
+    );
+    assert_says(
+        &error(&llama),
+        &["rope_parameters.llama_4_scaling_beta", "is not supported"],
+    );
+}
+
+/// As the larger models of Gemma 3 have been published: their language model's config says what is not the class's default.
+#[test]
+fn the_config_of_a_language_model_is_found_in_that_of_a_model_that_also_sees_images() {
+    let text = json!({
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    });
+    let gemma = json!({
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255_999, "eoi_token_index": 256_000,
+        "eos_token_id": [1, 106], "image_token_index": 262_144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+        "model_type": "gemma3", "text_config": text, "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152},
+    });
+    let within = read(&gemma).unwrap();
+    assert_eq!(within.decoder_path, "model.language_model");
+    let alone = with(text, json!({"architectures": ["Gemma3ForCausalLM"]}));
+    let alone = read(&alone).unwrap();
+    assert_eq!(alone.decoder_path, "model");
+    let decoder_path = within.decoder_path;
+    assert_eq!(
+        within,
+        DecoderConfig {
+            decoder_path,
+            ..alone
+        }
+    );
+    let heads = (within.num_heads, within.num_kv_heads, within.head_dim);
+    assert_eq!((within.vocab_size, heads), (262_208, (8, 4, 256)));
+    assert!(within.tie_word_embeddings);
+    assert_eq!(within.sliding_window.iter().flatten().count(), 29);
+
+    let mistral = with(
+        without(gemma.clone(), "boi_token_index"),
+        json!({
+            "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "spatial_merge_size": 2,
+            "vision_feature_layer": -1, "projector_hidden_act": "gelu", "multimodal_projector_bias": false,
+            "text_config": with(without(small("mistral"), "architectures"), json!({"sliding_window": null})),
+        }),
+    );
+    let within = read(&mistral).unwrap();
+    assert_eq!(within.decoder_path, "model.language_model");
+    assert!(!within.tie_word_embeddings);
+
+    for (change, parts) in [
+        (
+            json!({"text_config": small("qwen2")}),
+            ["text_config.model_type", "qwen2"],
+        ),
+        (json!({"text_config": null}), ["text_config", "is missing"]),
+        (
+            json!({"text_config": with(text_of(&gemma), json!({"final_logit_softcapping": 30.0}))}),
+            ["text_config.final_logit_softcapping", "is not supported"],
+        ),
+        (
+            json!({"audio_config": {}}),
+            ["audio_config", "is not supported"],
+        ),
+        (
+            json!({"architectures": ["Gemma3ForSequenceClassification"]}),
+            ["architectures", "is not supported"],
+        ),
+    ] {
+        assert_says(&error(&with(gemma.clone(), change)), &parts);
+    }
+}
+
+fn text_of(config: &Value) -> Value {
+    config["text_config"].clone()
 }
 
 #[test]

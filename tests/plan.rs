@@ -191,7 +191,7 @@ fn write_gemma(destination: &Path, in_16_bits: &[&str]) {
     std::fs::write(source.path().join("config.json"), config.to_string()).unwrap();
     let tensors: Vec<_> = ModelTensor::all(&decoder)
         .into_iter()
-        .map(|tensor| (tensor.name(), tensor.shape(&decoder)))
+        .map(|tensor| (tensor.name(&decoder), tensor.shape(&decoder)))
         .collect();
     let tensors: Vec<_> = tensors
         .iter()

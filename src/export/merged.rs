@@ -9,13 +9,14 @@ use candle_core::DType;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use crate::Result;
 use crate::device::Placement;
-use crate::model::{Decoder, DecoderConfig, ModelTensor, ModuleToSave};
+use crate::model::{Decoder, DecoderConfig, ModelTensor, ModuleToSave, TEXT_CONFIG};
 use crate::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 use crate::store::{
     Adapter, Checkpoint, Existing, ModelDir, TensorSource, TensorSpec, WeightQuantizer, dtype_name,
+    part_that_sees,
 };
-use crate::{Error, Result};
 
 /// A model whose adapter is merged into it, weight by weight as they are asked for.
 #[derive(Debug)]
@@ -23,8 +24,10 @@ pub struct Merged {
     checkpoint: Checkpoint,
     decoder: Decoder,
     config: DecoderConfig,
-    /// Its tensors by name.
+    /// Its tensors by their names in the files.
     parts: BTreeMap<String, ModelTensor>,
+    /// Those of what else the model has, such as what it sees images with.
+    others: Vec<String>,
     dtype: DType,
     rounding: Mutex<Rounding>,
 }
@@ -63,8 +66,18 @@ impl Merged {
             FrozenWeight::Quantized(weight) => weight.dtype,
         });
         let parts = ModelTensor::all(&config).into_iter();
+        let named = |part: ModelTensor| {
+            let name = part.name(&config);
+            (checkpoint.stored_name(&name).into_owned(), part)
+        };
+        let parts = parts.map(named).collect();
+        let names = checkpoint.weight_names();
+        let others = names
+            .filter(|name| part_that_sees(name).is_some())
+            .map(str::to_string);
         Ok(Self {
-            parts: parts.map(|part| (part.name(), part)).collect(),
+            parts,
+            others: others.collect(),
             dtype: dtype.or(of_weights).unwrap_or(DType::F32),
             checkpoint,
             decoder,
@@ -127,8 +140,18 @@ impl Merged {
             false => "torch_dtype",
         };
         fields.insert(key.into(), json!(dtype_name(self.dtype)));
+        // In a model that also sees images the configs of its parts may say it too.
+        for part in fields.values_mut().filter_map(Value::as_object_mut) {
+            if let Some(dtype) = part.get_mut(key) {
+                *dtype = json!(dtype_name(self.dtype));
+            }
+        }
         if self.config.tie_word_embeddings != self.decoder.config().tie_word_embeddings {
             fields.insert("tie_word_embeddings".into(), json!(false));
+            let text = fields.get_mut(TEXT_CONFIG).and_then(Value::as_object_mut);
+            if let Some(text) = text {
+                text.insert("tie_word_embeddings".into(), json!(false));
+            }
         }
         json
     }
@@ -140,12 +163,10 @@ impl Merged {
         (rounding.change > 0.0).then(|| (rounding.error / rounding.change).sqrt())
     }
 
-    fn part(&self, name: &str) -> Result<ModelTensor> {
-        let part = self.parts.get(name).copied();
-        part.ok_or_else(|| Error::MissingTensor {
-            path: self.checkpoint.dir().to_path_buf(),
-            tensor: name.to_string(),
-        })
+    /// The part of the decoder with a name of transformers' or of the files.
+    fn part(&self, name: &str) -> Option<ModelTensor> {
+        let stored_name = self.checkpoint.stored_name(name);
+        self.parts.get(&*stored_name).copied()
     }
 
     /// The embedding or the head: the trained one, or that of the model.
@@ -155,24 +176,17 @@ impl Merged {
             let shape = trained.value.dims().to_vec();
             return Ok(DenseTensor::from_f32_vec(shape, trained.master()?));
         }
-        Ok(match &*vocabulary.frozen {
-            FrozenWeight::Dense(weight) => weight.clone(),
-            FrozenWeight::Quantized(weight) => {
-                let mut values = vec![0.0; weight.numel()];
-                weight.dequantize_range(0, &mut values);
-                DenseTensor::from_f32_vec(weight.shape.clone(), values)
-            }
-        })
+        Ok(dequantized(FrozenWeight::clone(&vocabulary.frozen)))
     }
 
     /// Counts what is lost of a weight by storing it as `stored`, a function of row and values.
     fn count_rounding(
         &self,
-        part: ModelTensor,
+        part: Option<ModelTensor>,
         merged: &DenseTensor,
         stored: impl Fn(usize, &mut [f32]) + Sync,
     ) {
-        let ModelTensor::Weight(layer, module) = part else {
+        let Some(ModelTensor::Weight(layer, module)) = part else {
             return;
         };
         let linear = self.decoder.linear(layer, module);
@@ -208,36 +222,43 @@ impl TensorSource for Merged {
         let spec = |(name, part): (&String, &ModelTensor)| {
             TensorSpec::of_floats(name, self.dtype, part.shape(&self.config))
         };
-        self.parts.iter().map(spec).collect()
+        let other = |name: &String| {
+            let weight = self.checkpoint.weight(name)?;
+            TensorSpec::of_floats(name, self.dtype, weight.shape().to_vec())
+        };
+        let parts = self.parts.iter().map(spec);
+        parts.chain(self.others.iter().map(other)).collect()
     }
 
     fn bytes(&self, spec: &TensorSpec) -> Result<Bytes> {
         let tensor = self.tensor(&spec.name)?;
         let stored = tensor.to_dtype(&spec.name, self.dtype)?;
         let cols = tensor.shape.last().copied().unwrap_or(1);
-        self.count_rounding(self.part(&spec.name)?, &tensor, |row, values| {
+        self.count_rounding(self.part(&spec.name), &tensor, |row, values| {
             stored.read_range(row * cols, values);
         });
         Ok(stored.data)
     }
 
     fn tensor(&self, name: &str) -> Result<DenseTensor> {
-        match self.part(name)? {
-            ModelTensor::Embedding => self.vocabulary(ModuleToSave::Embedding),
-            ModelTensor::Head => self.vocabulary(ModuleToSave::Head),
-            ModelTensor::Weight(layer, module) => {
+        match self.part(name) {
+            Some(ModelTensor::Embedding) => self.vocabulary(ModuleToSave::Embedding),
+            Some(ModelTensor::Head) => self.vocabulary(ModuleToSave::Head),
+            Some(ModelTensor::Weight(layer, module)) => {
                 self.decoder.linear(layer, module).merged_weight()
             }
-            ModelTensor::FinalNorm | ModelTensor::Norm(..) | ModelTensor::Bias(..) => {
+            Some(ModelTensor::FinalNorm | ModelTensor::Norm(..) | ModelTensor::Bias(..)) => {
                 self.checkpoint.tensor(name)
             }
+            None => self.checkpoint.weight(name).map(dequantized),
         }
     }
 
     fn release(&self, name: &str) -> Result<()> {
+        let name = self.checkpoint.stored_name(name);
         // A 4-bit weight's scales and state are named after it.
         let stored = self.checkpoint.names().filter(|stored| {
-            let rest = stored.strip_prefix(name);
+            let rest = stored.strip_prefix(&*name);
             rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         });
         for stored in stored {
@@ -258,8 +279,8 @@ impl WeightQuantizer for MergedQuantizer<'_> {
         weight: &DenseTensor,
         options: QuantizeOptions,
     ) -> Result<Params4bit> {
-        let part = self.0.part(name)?;
-        if let ModelTensor::Weight(layer, module) = part {
+        let part = self.0.part(name);
+        if let Some(ModelTensor::Weight(layer, module)) = part {
             let linear = self.0.decoder.linear(layer, module);
             if let (None, FrozenWeight::Quantized(params)) = (&linear.lora, &*linear.weight)
                 && QuantizeOptions::from(params) == options
@@ -274,6 +295,17 @@ impl WeightQuantizer for MergedQuantizer<'_> {
             params.dequantize_range(row * cols, values);
         });
         Ok(params)
+    }
+}
+
+fn dequantized(weight: FrozenWeight) -> DenseTensor {
+    match weight {
+        FrozenWeight::Dense(weight) => weight,
+        FrozenWeight::Quantized(weight) => {
+            let mut values = vec![0.0; weight.numel()];
+            weight.dequantize_range(0, &mut values);
+            DenseTensor::from_f32_vec(weight.shape, values)
+        }
     }
 }
 

@@ -16,13 +16,17 @@ use super::vocabulary::ModuleToSave;
 use crate::ops::linear::dora;
 use crate::ops::philox::{Normal, Uniform};
 use crate::quant::{DenseTensor, FrozenWeight};
-use crate::store::{Adapter, AdapterConfig, LORA_A, LORA_B, MAGNITUDE, adapter_tensor_name};
+use crate::store::{
+    Adapter, AdapterConfig, LORA_A, LORA_B, MAGNITUDE, WEIGHT, adapter_tensor_name,
+};
 use crate::{Error, Result};
 
 /// The factors of one layer's adapter, row-major: `a: [R, in]`, `b: [out, R]`.
 struct Factors {
     layer: usize,
     module: Module,
+    /// That of the layer.
+    path: String,
     r: usize,
     scaling: f64,
     a: Vec<f32>,
@@ -32,7 +36,7 @@ struct Factors {
 
 impl Factors {
     fn name(&self, part: &str) -> String {
-        tensor_name(self.layer, self.module, part)
+        adapter_tensor_name(&self.path, part)
     }
 
     fn reads_input_of(&self, other: &Self) -> bool {
@@ -104,14 +108,16 @@ impl DecoderConfig {
             })
         };
         (0..self.num_layers)
-            .map(|layer| Module::ALL.map(|module| at(module.path(layer))))
+            .map(|layer| Module::ALL.map(|module| at(self.linear_path(layer, module))))
             .collect()
     }
 
     /// The paths of the linear layers of all blocks.
     fn linear_paths(&self) -> Vec<String> {
         let linears = self.linears();
-        linears.map(|(layer, module)| module.path(layer)).collect()
+        linears
+            .map(|(layer, module)| self.linear_path(layer, module))
+            .collect()
     }
 
     /// # Errors
@@ -205,6 +211,7 @@ impl Decoder {
                 Some(Factors {
                     layer,
                     module,
+                    path: self.config().linear_path(layer, module),
                     r,
                     scaling,
                     a: new_a(init, (r, d_in), seed, stream),
@@ -221,7 +228,7 @@ impl Decoder {
             });
         let factors = factors.collect();
         let saved = ModuleToSave::ALL.map(|module| {
-            let is_trained = config.modules_to_save.matches(module.path());
+            let is_trained = config.modules_to_save.matches(&module.path(self.config()));
             is_trained.then(|| FrozenWeight::clone(&self.vocabulary(module).frozen))
         });
         self.put_adapter(factors, saved)
@@ -246,8 +253,9 @@ impl Decoder {
                 continue;
             };
             let (d_out, d_in) = (linear.weight.out_features(), linear.weight.in_features());
-            let mut stored = |factor, shape: &[usize]| {
-                let name = tensor_name(layer, module, factor);
+            let path = self.config().linear_path(layer, module);
+            let mut stored = |part, shape: &[usize]| {
+                let name = adapter_tensor_name(&path, part);
                 stored_values(&name, rest.remove(name.as_str()), shape)
             };
             let (a, b) = (stored(LORA_A, &[r, d_in])?, stored(LORA_B, &[d_out, r])?);
@@ -261,6 +269,7 @@ impl Decoder {
             factors.push(Factors {
                 layer,
                 module,
+                path,
                 r,
                 scaling,
                 a,
@@ -271,8 +280,9 @@ impl Decoder {
         let shape = [self.config().vocab_size, self.config().hidden_size];
         let mut saved = [None, None];
         for (module, saved) in ModuleToSave::ALL.into_iter().zip(&mut saved) {
-            if adapter.config.modules_to_save.matches(module.path()) {
-                let name = module.tensor_name();
+            let path = module.path(self.config());
+            if adapter.config.modules_to_save.matches(&path) {
+                let name = adapter_tensor_name(&path, WEIGHT);
                 *saved = Some(match rest.remove(name.as_str()) {
                     // It joins an adapter that was trained without it.
                     None => FrozenWeight::clone(&self.vocabulary(module).frozen),
@@ -299,7 +309,7 @@ impl Decoder {
         saved: [Option<FrozenWeight>; ModuleToSave::ALL.len()],
     ) -> Result<()> {
         let whole = |module: ModuleToSave, weight: FrozenWeight| NewParameter {
-            name: module.tensor_name(),
+            name: module.tensor_name(self.config()),
             shape: weight.shape().to_vec(),
             values: NewValues::Of(weight),
         };
@@ -345,7 +355,8 @@ impl Decoder {
             }
         }
         let trained = |module: ModuleToSave, is_saved: bool| {
-            let trainable = is_saved.then(|| parameters.trainable(&module.tensor_name()));
+            let name = module.tensor_name(self.config());
+            let trainable = is_saved.then(|| parameters.trainable(&name));
             trainable.transpose()
         };
         let [embedding, head] = is_saved;
@@ -396,7 +407,7 @@ impl Decoder {
     pub fn trainables(&self) -> impl Iterator<Item = (String, &Trainable)> {
         let [embedding, head] = ModuleToSave::ALL.map(|module| {
             let trained = self.vocabulary(module).trained.as_ref();
-            trained.map(|trained| (module.tensor_name(), trained))
+            trained.map(|trained| (module.tensor_name(self.config()), trained))
         });
         embedding.into_iter().chain(self.factors()).chain(head)
     }
@@ -407,7 +418,8 @@ impl Decoder {
             .linears()
             .filter_map(|(layer, module, linear)| Some((layer, module, linear.lora.as_ref()?)));
         pairs.flat_map(|(layer, module, lora)| {
-            let named = move |factor, trainable| (tensor_name(layer, module, factor), trainable);
+            let path = self.config().linear_path(layer, module);
+            let named = move |part, trainable| (adapter_tensor_name(&path, part), trainable);
             let magnitude = lora.magnitude.as_ref();
             let magnitude = magnitude.map(|magnitude| named(MAGNITUDE, &magnitude.trainable));
             [named(LORA_A, &lora.a), named(LORA_B, &lora.b)]
@@ -435,11 +447,6 @@ fn new_a(
     (0..r * d_in)
         .map(|_| (2.0 * uniform.next_f32() - 1.0) * bound)
         .collect()
-}
-
-/// PEFT's name for a part of a layer's adapter.
-fn tensor_name(layer: usize, module: Module, part: &str) -> String {
-    adapter_tensor_name(&module.path(layer), part)
 }
 
 fn stored_values(name: &str, stored: Option<&DenseTensor>, shape: &[usize]) -> Result<Vec<f32>> {

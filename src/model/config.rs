@@ -17,7 +17,13 @@ use fields::Fields;
 pub(crate) use rope::yarn_amplitude;
 
 /// The values of `model_type`.
-pub(crate) const FAMILIES: &str = "use llama, mistral, qwen2, qwen3, smollm3 or gemma3_text";
+const FAMILIES: &str =
+    "use llama, mistral, mistral3, ministral3, qwen2, qwen3, smollm3, gemma3 or gemma3_text";
+/// The path of the decoder in a language model, and in a model that it is one part of.
+const ALONE: &str = "model";
+const WITHIN: &str = "model.language_model";
+/// The config of the language model in that of such a model.
+pub(crate) const TEXT_CONFIG: &str = "text_config";
 /// No model has a tenth of it; a hostile count must not become an allocation.
 const MAX_LAYERS: usize = 10_000;
 
@@ -56,6 +62,14 @@ pub enum RopeScaling {
 pub struct RopeConfig {
     pub theta: f64,
     pub scaling: RopeScaling,
+    pub query_growth: Option<QueryGrowth>,
+}
+
+/// What the query at position p is multiplied by: `1 + beta ln(1 + floor(p / length))`, which is 1 in the first `length`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QueryGrowth {
+    pub beta: f64,
+    pub length: usize,
 }
 
 /// Which rotary embedding a layer has.
@@ -72,6 +86,9 @@ pub enum LayerRope {
 /// A decoder-only transformer with grouped-query attention, RMSNorm, RoPE and a gated MLP.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
+    /// The path of the decoder within the model, as transformers names it: `model`, or `model.language_model` in one that
+    /// also sees images.
+    pub decoder_path: &'static str,
     pub hidden_size: usize,
     pub intermediate_size: usize,
     pub num_layers: usize,
@@ -120,18 +137,11 @@ impl DecoderConfig {
     pub fn from_json(config: &Value, path: &Path) -> Result<Self> {
         let mut fields = Fields::new(config, path)?;
         let model_type: String = fields.required("model_type")?;
-        let decoder = match model_type.as_str() {
-            "llama" => llama(&mut fields)?,
-            "mistral" => mistral(&mut fields)?,
-            "qwen2" => qwen2(&mut fields)?,
-            "qwen3" => qwen3(&mut fields)?,
-            "smollm3" => smollm3(&mut fields)?,
-            "gemma3_text" => gemma3(&mut fields)?,
-            _ => return Err(fields.unsupported("model_type", FAMILIES)),
-        };
-        fields.finish()?;
-        decoder.check_numbers(&fields)?;
-        Ok(decoder)
+        match model_type.as_str() {
+            "gemma3" => within(fields, &["gemma3_text"]),
+            "mistral3" => within(fields, &["mistral", "ministral3"]),
+            _ => language_model(fields, &model_type),
+        }
     }
 
     /// `eps` of the norms that read the residual stream.
@@ -168,6 +178,57 @@ impl DecoderConfig {
     }
 }
 
+/// A language model of one of these families, the first unless it says which, in a model that also sees images. What it sees
+/// with is not computed.
+fn within(mut fields: Fields, families: &[&str]) -> Result<DecoderConfig> {
+    let mut text = fields.model(TEXT_CONFIG)?;
+    let model_type = text.optional::<String>("model_type")?;
+    let model_type = model_type.as_deref().unwrap_or(families[0]);
+    if !families.contains(&model_type) {
+        let hint = format!("use {}", families.join(" or "));
+        return Err(text.unsupported("model_type", hint));
+    }
+    let decoder = language_model(text, model_type)?;
+    fields.ignore(&[
+        "vision_config",
+        "vision_feature_layer",
+        "image_token_index",
+        "image_token_id",
+        "boi_token_index",
+        "eoi_token_index",
+        "mm_tokens_per_image",
+        "multimodal_projector_bias",
+        "projector_hidden_act",
+        "spatial_merge_size",
+        // The language model has its own.
+        "tie_word_embeddings",
+        "pad_token_id",
+    ]);
+    fields.check_architectures("ForConditionalGeneration")?;
+    fields.finish()?;
+    Ok(DecoderConfig {
+        decoder_path: WITHIN,
+        ..decoder
+    })
+}
+
+fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig> {
+    let decoder = match model_type {
+        "llama" => llama(&mut fields)?,
+        "mistral" => mistral(&mut fields)?,
+        "ministral3" => ministral3(&mut fields)?,
+        "qwen2" => qwen2(&mut fields)?,
+        "qwen3" => qwen3(&mut fields)?,
+        "smollm3" => smollm3(&mut fields)?,
+        "gemma3_text" => gemma3(&mut fields)?,
+        _ => return Err(fields.unsupported("model_type", FAMILIES)),
+    };
+    fields.check_architectures("ForCausalLM")?;
+    fields.finish()?;
+    decoder.check_numbers(&fields)?;
+    Ok(decoder)
+}
+
 fn llama(fields: &mut Fields) -> Result<DecoderConfig> {
     let mut decoder = decoder(fields, Defaults::new(2048))?;
     decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
@@ -185,6 +246,18 @@ fn mistral(fields: &mut Fields) -> Result<DecoderConfig> {
         true => None,
         false => Some(fields.optional_size("sliding_window")?.unwrap_or(4096)),
     };
+    decoder.sliding_window = vec![window; decoder.num_layers];
+    Ok(decoder)
+}
+
+fn ministral3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(262_144);
+    defaults.num_kv_heads = Some(8);
+    defaults.head_dim = Some(128);
+    defaults.rope_theta = 1_000_000.0;
+    defaults.queries_grow = true;
+    let mut decoder = decoder(fields, defaults)?;
+    let window = fields.optional_size("sliding_window")?;
     decoder.sliding_window = vec![window; decoder.num_layers];
     Ok(decoder)
 }
@@ -256,6 +329,8 @@ fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
 
 fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
     let mut defaults = Defaults::new(131_072);
+    defaults.vocab_size = Some(262_208);
+    defaults.num_heads = Some(8);
     defaults.num_kv_heads = Some(4);
     defaults.head_dim = Some(256);
     defaults.tie_word_embeddings = true;
@@ -295,6 +370,10 @@ fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
 /// What a family's configuration class assumes when `config.json` is silent.
 struct Defaults {
     max_position_embeddings: usize,
+    /// `None` = it has to be there.
+    vocab_size: Option<usize>,
+    /// `None` = it has to be there.
+    num_heads: Option<usize>,
     /// `None` = as many as heads.
     num_kv_heads: Option<usize>,
     /// `None` = hidden size / heads.
@@ -303,17 +382,22 @@ struct Defaults {
     rope_theta: f64,
     /// `Some` = layers with a window have a rotary embedding of their own.
     local_rope_theta: Option<f64>,
+    /// The rotary parameters say how queries are scaled by their positions.
+    queries_grow: bool,
 }
 
 impl Defaults {
     fn new(max_position_embeddings: usize) -> Self {
         Self {
             max_position_embeddings,
+            vocab_size: None,
+            num_heads: None,
             num_kv_heads: None,
             head_dim: None,
             tie_word_embeddings: false,
             rope_theta: 10_000.0,
             local_rope_theta: None,
+            queries_grow: false,
         }
     }
 }
@@ -325,7 +409,7 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
     if num_layers > MAX_LAYERS {
         return Err(fields.malformed("num_hidden_layers", format!("{num_layers} is too many")));
     }
-    let num_heads = fields.size("num_attention_heads")?;
+    let num_heads = fields.size_or("num_attention_heads", defaults.num_heads)?;
     let num_kv_heads = match fields.is_null("num_key_value_heads") {
         true => None,
         false => fields
@@ -348,14 +432,16 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
     let activation = activation(fields, "hidden_act")?;
     let (positions, theta) = (max_position_embeddings, defaults.rope_theta);
     let (rope, local_rope) = match defaults.local_rope_theta {
+        None if defaults.queries_grow => (rope::read_growing(fields, positions, theta)?, None),
         None => (rope::read(fields, positions, theta)?, None),
         Some(local_theta) => {
             let (rope, local) = rope::read_both(fields, positions, [theta, local_theta])?;
             (rope, Some(local))
         }
     };
-    let vocab_size = fields.size("vocab_size")?;
+    let vocab_size = fields.size_or("vocab_size", defaults.vocab_size)?;
     Ok(DecoderConfig {
+        decoder_path: ALONE,
         hidden_size,
         intermediate_size: fields.size("intermediate_size")?,
         num_layers,

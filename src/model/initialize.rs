@@ -9,6 +9,7 @@
 //! Sources: arXiv:2404.02948, arXiv:2310.08659, arXiv:2406.01775; `tuners/lora/layer.py` and `utils/loftq_utils.py` of PEFT
 //! 0.21, whose LoftQ leaves the scaling out: it is the same where that is 1.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
@@ -21,7 +22,7 @@ use crate::ops::low_rank::{
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
 use crate::store::{
     AdapterConfig, AdapterWriter, INITIAL_ADAPTER, Initialization, LoraShape, RelativeTo,
-    TensorSpec, WeightQuantizer,
+    TensorSpec, WeightQuantizer, path_of,
 };
 use crate::{Error, Result};
 
@@ -104,10 +105,10 @@ impl InitializingQuantizer {
         })
     }
 
-    /// The path of the layer if it gets an adapter.
-    fn target<'n>(&self, name: &'n str) -> Option<&'n str> {
-        let path = name.strip_suffix(".weight")?;
-        self.options.adapter.targets(path).then_some(path)
+    /// The path of the layer with the weight `name` if it gets an adapter.
+    fn target<'n>(&self, name: &'n str) -> Option<Cow<'n, str>> {
+        let path = path_of(name.strip_suffix(".weight")?);
+        self.options.adapter.targets(&path).then_some(path)
     }
 
     fn lora_shape(&self, weight: &TensorSpec) -> Result<Option<LoraShape>> {
@@ -116,7 +117,7 @@ impl InitializingQuantizer {
         else {
             return Ok(None);
         };
-        let r = self.options.adapter.rank_of(path);
+        let r = self.options.adapter.rank_of(&path);
         if r > out_features.min(in_features) {
             return Err(Error::TensorMismatch {
                 tensor: weight.name.clone(),
@@ -125,7 +126,7 @@ impl InitializingQuantizer {
             });
         }
         Ok(Some(LoraShape {
-            path: path.to_string(),
+            path: path.into_owned(),
             out_features,
             in_features,
             r,
@@ -253,8 +254,8 @@ impl WeightQuantizer for InitializingQuantizer {
         };
         let layer = Layer {
             weight,
-            r: self.options.adapter.rank_of(path),
-            scaling: self.options.adapter.scaling_of(path) as f32,
+            r: self.options.adapter.rank_of(&path),
+            scaling: self.options.adapter.scaling_of(&path) as f32,
         };
         let (quantized, Factors { a, b }) = self.initialize(name, &layer, options)?;
         let (_, writer) = self.output.as_mut().expect("`begin` comes first");

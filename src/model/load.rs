@@ -133,7 +133,7 @@ impl<'a> Loader<'a> {
 
     /// A matrix as stored.
     fn stored(&self, tensor: ModelTensor) -> Result<FrozenWeight> {
-        let name = tensor.name();
+        let name = tensor.name(self.config);
         let weight = self.source.weight(&name)?;
         expect_shape(&name, weight.shape(), &tensor.shape(self.config))?;
         Ok(weight)
@@ -149,7 +149,7 @@ impl<'a> Loader<'a> {
 
     /// A small vector, each of its values by `f`, in f32.
     fn vector(&self, tensor: ModelTensor, f: impl Fn(f32) -> f32) -> Result<Tensor> {
-        let name = tensor.name();
+        let name = tensor.name(self.config);
         let stored = self.source.vector(&name)?;
         let shape = tensor.shape(self.config);
         expect_shape(&name, &stored.shape, &shape)?;
@@ -208,7 +208,7 @@ impl<'a> Loader<'a> {
         let tensor = ModelTensor::Weight(layer, module);
         let weight = match (self.stored(tensor)?, self.quantize) {
             (FrozenWeight::Dense(weight), Some(options)) => {
-                let name = tensor.name();
+                let name = tensor.name(self.config);
                 FrozenWeight::Quantized(Params4bit::quantize(&name, &weight, options)?)
             }
             (weight, _) => weight,
@@ -236,7 +236,7 @@ pub fn block_sizes(
     options: QuantizeOptions,
 ) -> Result<BlockSizes> {
     for (layer, module) in config.linears() {
-        let name = ModelTensor::Weight(layer, module).name();
+        let name = ModelTensor::Weight(layer, module).name(config);
         if let FrozenWeight::Quantized(params) = source.weight(&name)? {
             return Ok(BlockSizes::from(&params));
         }
@@ -258,7 +258,7 @@ pub fn dense_linears(
         return Ok(dense);
     }
     for (layer, module) in config.linears() {
-        let name = ModelTensor::Weight(layer, module).name();
+        let name = ModelTensor::Weight(layer, module).name(config);
         if let FrozenWeight::Dense(_) = source.weight(&name)? {
             dense.push((layer, module));
         }
@@ -267,12 +267,6 @@ pub fn dense_linears(
 }
 
 impl DecoderConfig {
-    /// The linear layers of all blocks, by their layer.
-    pub fn linears(&self) -> impl Iterator<Item = (usize, Module)> {
-        let of_layer = |layer| Module::ALL.map(move |module| (layer, module));
-        (0..self.num_layers).flat_map(of_layer)
-    }
-
     /// Elements of each weight of a block.
     pub fn block_elements(&self) -> [usize; Module::ALL.len()] {
         Module::ALL.map(|module| {

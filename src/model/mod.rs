@@ -26,7 +26,7 @@ pub use adapter::{RankAndScaling, are_together};
 pub use approximation::{ApproximationError, LoraFactors};
 pub use block::{ActivationPolicy, Activations, Block, InputGrad, Layout, MLP_TILE_ROWS, Saved};
 pub use config::*;
-pub(crate) use config::{FAMILIES, yarn_amplitude};
+pub(crate) use config::{TEXT_CONFIG, yarn_amplitude};
 pub use decoder::{Decoder, Sequences};
 pub use init_lora_weights::InitLoraWeights;
 pub use initialize::{InitializeOptions, InitializingQuantizer};

@@ -1,5 +1,7 @@
 //! The linear layers of a block, under the names that checkpoints and PEFT use.
 
+use super::config::DecoderConfig;
+
 /// A linear layer of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Module {
@@ -52,9 +54,23 @@ impl Module {
             Self::Gate | Self::Up | Self::Down => "mlp",
         }
     }
+}
 
-    /// The path within the model, `model.layers.0.self_attn.q_proj`.
-    pub fn path(self, layer: usize) -> String {
-        format!("model.layers.{layer}.{}.{}", self.parent(), self.name())
+impl DecoderConfig {
+    /// The path of a block within the model, `model.layers.0`.
+    pub(super) fn block_path(&self, layer: usize) -> String {
+        format!("{}.layers.{layer}", self.decoder_path)
+    }
+
+    /// The path of a linear layer within the model, `model.layers.0.self_attn.q_proj`.
+    pub fn linear_path(&self, layer: usize, module: Module) -> String {
+        let (parent, name) = (module.parent(), module.name());
+        format!("{}.{parent}.{name}", self.block_path(layer))
+    }
+
+    /// The linear layers of all blocks, by their layer.
+    pub fn linears(&self) -> impl Iterator<Item = (usize, Module)> {
+        let of_layer = |layer| Module::ALL.map(move |module| (layer, module));
+        (0..self.num_layers).flat_map(of_layer)
     }
 }

@@ -2,7 +2,15 @@
 //!
 //! Source: arXiv:2104.09864; scaling as in transformers' `modeling_rope_utils.py` 5.23.
 
-use super::config::{RopeConfig, RopeScaling};
+use super::config::{QueryGrowth, RopeConfig, RopeScaling};
+
+impl QueryGrowth {
+    /// Of the query at `position`.
+    pub fn factor(&self, position: usize) -> f32 {
+        let lengths = (position / self.length) as f64;
+        (1.0 + self.beta * lengths.ln_1p()) as f32
+    }
+}
 
 impl RopeConfig {
     /// Radians per position of each pair, `[E/2]`.

@@ -21,7 +21,10 @@ impl RopeTables {
     ) -> Result<Self> {
         let table = |rope: &RopeConfig| {
             let inv_freq = rope.inv_freq(config.head_dim);
-            let table = RopeTable::new(&inv_freq, rope.amplitude(), positions);
+            let mut table = RopeTable::new(&inv_freq, rope.amplitude(), positions);
+            if let Some(growth) = rope.query_growth {
+                table = table.with_queries_times(|position| growth.factor(position));
+            }
             match placement.uses_kernels() {
                 true => table.on(&placement.device),
                 false => Ok(table),

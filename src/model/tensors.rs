@@ -92,14 +92,16 @@ impl ModelTensor {
     }
 
     /// `model.layers.0.self_attn.q_proj.weight`.
-    pub fn name(self) -> String {
+    pub fn name(self, config: &DecoderConfig) -> String {
         match self {
-            Self::Embedding => format!("{}.weight", ModuleToSave::Embedding.path()),
-            Self::Head => format!("{}.weight", ModuleToSave::Head.path()),
-            Self::FinalNorm => "model.norm.weight".into(),
-            Self::Norm(layer, norm) => format!("model.layers.{layer}.{}.weight", norm.name()),
-            Self::Weight(layer, module) => format!("{}.weight", module.path(layer)),
-            Self::Bias(layer, module) => format!("{}.bias", module.path(layer)),
+            Self::Embedding => format!("{}.weight", ModuleToSave::Embedding.path(config)),
+            Self::Head => format!("{}.weight", ModuleToSave::Head.path(config)),
+            Self::FinalNorm => format!("{}.norm.weight", config.decoder_path),
+            Self::Norm(layer, norm) => {
+                format!("{}.{}.weight", config.block_path(layer), norm.name())
+            }
+            Self::Weight(layer, module) => format!("{}.weight", config.linear_path(layer, module)),
+            Self::Bias(layer, module) => format!("{}.bias", config.linear_path(layer, module)),
         }
     }
 

@@ -26,16 +26,16 @@ impl ModuleToSave {
     pub const ALL: [Self; 2] = [Self::Embedding, Self::Head];
 
     /// The path within the model.
-    pub fn path(self) -> &'static str {
+    pub fn path(self, config: &DecoderConfig) -> String {
         match self {
-            Self::Embedding => "model.embed_tokens",
-            Self::Head => "lm_head",
+            Self::Embedding => format!("{}.embed_tokens", config.decoder_path),
+            Self::Head => "lm_head".into(),
         }
     }
 
     /// PEFT's name for its tensor.
-    pub(super) fn tensor_name(self) -> String {
-        adapter_tensor_name(self.path(), WEIGHT)
+    pub(super) fn tensor_name(self, config: &DecoderConfig) -> String {
+        adapter_tensor_name(&self.path(config), WEIGHT)
     }
 }
 
@@ -80,7 +80,7 @@ impl DecoderConfig {
     pub fn expect_modules_to_save(&self, config: &AdapterConfig) -> Result<()> {
         let is_known = |name: &&str| {
             let mut modules = ModuleToSave::ALL.into_iter();
-            modules.any(|module| module.path().ends_with(*name))
+            modules.any(|module| module.path(self).ends_with(*name))
         };
         match config.modules_to_save.names().find(|name| !is_known(name)) {
             None => Ok(()),

@@ -1,7 +1,8 @@
 //! Rotary position embedding, the two halves of a head rotated against each other.
 //!
 //! For position p and i < E/2: `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)` with the angle
-//! `p f_i`. Backward is the rotation by the opposite angle. Some models multiply cosines and sines by a constant, in both.
+//! `p f_i`. Backward is the rotation by the opposite angle. Some models multiply cosines and sines by a constant, in both,
+//! and some the query at each position by a factor.
 //!
 //! Source: arXiv:2104.09864, in the layout of transformers (`rotate_half`).
 
@@ -26,6 +27,8 @@ pub struct RopeTable {
     half: usize,
     /// The same two where kernels read them.
     on_device: Option<[Tensor; 2]>,
+    /// What queries are turned by, where that is another.
+    of_queries: Option<Box<RopeTable>>,
 }
 
 impl RopeTable {
@@ -46,13 +49,34 @@ impl RopeTable {
             sin: table(f64::sin),
             half: inv_freq.len(),
             on_device: None,
+            of_queries: None,
         }
+    }
+
+    /// The table for models that multiply the query at position p by `factor(p)` as well.
+    pub fn with_queries_times(mut self, factor: impl Fn(usize) -> f32) -> Self {
+        let scaled = |table: &[f32]| {
+            let rows = table.chunks(self.half).enumerate();
+            rows.flat_map(|(p, row)| {
+                let factor = factor(p);
+                row.iter().map(move |value| value * factor)
+            })
+            .collect()
+        };
+        self.of_queries = Some(Box::new(Self {
+            cos: scaled(&self.cos),
+            sin: scaled(&self.sin),
+            ..self.clone()
+        }));
+        self
     }
 
     /// The table with a copy for the kernels of `device`.
     pub fn on(mut self, device: &Device) -> Result<Self> {
         let copy = |values: &[f32]| Tensor::from_slice(values, values.len(), device);
         self.on_device = Some([copy(&self.cos)?, copy(&self.sin)?]);
+        let of_queries = self.of_queries.map(|table| table.on(device).map(Box::new));
+        self.of_queries = of_queries.transpose()?;
         Ok(self)
     }
 
@@ -152,11 +176,19 @@ fn rotate(
     for x in heads {
         check(x, positions, table)?;
     }
-    match Launcher::of(OP, heads[0])? {
-        Some(launcher) => rotate_on_device(&launcher, heads, positions, table, direction),
-        None => heads
-            .into_iter()
-            .try_for_each(|x| rotate_on_cpu(x, positions, table, direction)),
+    let [q, k] = heads;
+    let of_queries = table.of_queries.as_deref();
+    let Some(launcher) = Launcher::of(OP, q)? else {
+        rotate_on_cpu(q, positions, of_queries.unwrap_or(table), direction)?;
+        return rotate_on_cpu(k, positions, table, direction);
+    };
+    let rotate = |x, y, table| rotate_on_device(&launcher, (x, y), positions, table, direction);
+    match of_queries {
+        None => rotate(q, Some(k), table),
+        Some(of_queries) => {
+            rotate(q, None, of_queries)?;
+            rotate(k, None, table)
+        }
     }
 }
 
@@ -183,7 +215,7 @@ fn check(x: &Tensor, positions: &[u32], table: &RopeTable) -> Result<()> {
 
 fn rotate_on_device(
     launcher: &Launcher,
-    [q, k]: [&Tensor; 2],
+    (x, y): (&Tensor, Option<&Tensor>),
     positions: &Positions,
     table: &RopeTable,
     direction: Direction,
@@ -198,18 +230,18 @@ fn rotate_on_device(
     let n = positions.len();
     let heads = |x: &Tensor| x.elem_count() / (n * 2 * table.half).max(1);
     let operands = [
-        Operand::Write(q),
-        Operand::Write(k),
+        Operand::Write(x),
+        y.map_or(Operand::Null, Operand::Write),
         Operand::Read(rows),
         Operand::Read(cos),
         Operand::Read(sin),
         Operand::U32(n),
-        Operand::U32(heads(q)),
-        Operand::U32(heads(k)),
+        Operand::U32(heads(x)),
+        Operand::U32(y.map_or(0, heads)),
         Operand::U32(table.half),
         Operand::F32(direction.sign()),
     ];
-    let pairs = (q.elem_count() + k.elem_count()) / 2;
+    let pairs = (x.elem_count() + y.map_or(0, Tensor::elem_count)) / 2;
     let grid = launcher.grid_stride(pairs, PER_THREAD);
     // SAFETY: a row for each position, whole heads in each, and every position is in the table.
     unsafe { launcher.launch("rope_rotate_bf16", grid, &operands) }

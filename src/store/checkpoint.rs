@@ -2,6 +2,7 @@
 //!
 //! Source: the layout `transformers` writes with `save_pretrained`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
@@ -10,6 +11,7 @@ use serde_json::Value;
 use super::bitsandbytes;
 use super::file_watch::FileWatch;
 use super::mapped_file::MappedFile;
+use super::tensor_names::name_in_files;
 use crate::quant::{DenseTensor, FrozenWeight};
 use crate::{Error, Result};
 
@@ -88,6 +90,20 @@ impl Checkpoint {
         self.places.contains_key(name)
     }
 
+    /// The name that the files have for a tensor which is called `name` in transformers.
+    pub fn stored_name<'a>(&self, name: &'a str) -> Cow<'a, str> {
+        let renamed = name_in_files(name).filter(|renamed| self.contains(renamed));
+        renamed.map_or(Cow::Borrowed(name), Cow::Owned)
+    }
+
+    /// The names of tensors, without what stands beside a quantized weight.
+    pub fn weight_names(&self) -> impl Iterator<Item = &str> {
+        self.names().filter(|name| {
+            let beside = name.rsplit_once(".weight.");
+            !beside.is_some_and(|(path, _)| self.contains(&format!("{path}.weight")))
+        })
+    }
+
     /// Whether any weight is stored in bitsandbytes' 4-bit layout.
     pub fn is_quantized(&self) -> bool {
         self.names().any(bitsandbytes::is_state)
@@ -105,23 +121,25 @@ impl Checkpoint {
         Ok(&self.files[*place])
     }
 
-    /// A tensor of real numbers, aligned for its type.
+    /// A tensor of real numbers, aligned for its type, by its name in the files or in transformers.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], or [`Error::TensorMismatch`] if it is not bf16, f16 or f32.
     pub fn tensor(&self, name: &str) -> Result<DenseTensor> {
-        self.file(name)?.tensor(name)
+        let name = self.stored_name(name);
+        self.file(&name)?.tensor(&name)
     }
 
-    /// The weight `name`: 4-bit where bitsandbytes' state stands beside it, else as stored.
+    /// The weight `name`, as in [`tensor`](Self::tensor): 4-bit where bitsandbytes' state stands beside it, else as stored.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::TensorMismatch`] for a tensor of the wrong type or size, [`Error::Malformed`]
     /// for a state that cannot be read.
     pub fn weight(&self, name: &str) -> Result<FrozenWeight> {
-        match bitsandbytes::read(self, name)? {
+        let name = self.stored_name(name);
+        match bitsandbytes::read(self, &name)? {
             Some(params) => Ok(FrozenWeight::Quantized(params)),
-            None => self.tensor(name).map(FrozenWeight::Dense),
+            None => self.tensor(&name).map(FrozenWeight::Dense),
         }
     }
 }

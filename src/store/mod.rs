@@ -27,6 +27,7 @@ mod path_pattern;
 mod quantize;
 mod safetensors_writer;
 mod target_modules;
+mod tensor_names;
 
 pub use adapter::{Adapter, LORA_A, LORA_B, MAGNITUDE, WEIGHT, adapter_tensor_name};
 pub use adapter_config::AdapterConfig;
@@ -55,3 +56,4 @@ pub use modules_to_save::ModulesToSave;
 pub use quantize::{QuantizeJob, quantize, quantize_with};
 pub use safetensors_writer::{SafetensorsWriter, TensorSpec, write_tensors};
 pub use target_modules::TargetModules;
+pub use tensor_names::{part_that_sees, path_of};

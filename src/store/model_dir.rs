@@ -6,7 +6,7 @@
 
 mod plan;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -18,6 +18,7 @@ use super::atomic_dir::{AtomicDir, Existing, expect_replaceable};
 use super::bitsandbytes::{self, dtype_name};
 use super::checkpoint::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
+use super::tensor_names::part_that_sees;
 use crate::quant::{DenseTensor, DoubleQuant, Params4bit, QuantizeOptions};
 use crate::{Error, Result};
 use plan::{PlannedTensor, plan};
@@ -256,7 +257,7 @@ impl ModelDir<'_> {
             "bnb_4bit_use_double_quant": options.double_quant == DoubleQuant::Yes,
             "llm_int8_enable_fp32_cpu_offload": false,
             "llm_int8_has_fp16_weight": false,
-            "llm_int8_skip_modules": null,
+            "llm_int8_skip_modules": skipped_modules(shards),
             "llm_int8_threshold": 6.0,
             "load_in_4bit": true,
             "load_in_8bit": false,
@@ -324,6 +325,18 @@ impl Run<'_> {
     ) -> Result<()> {
         self.report.written_bytes += data.len() as u64;
         file.append(spec, data)
+    }
+}
+
+/// What transformers is to leave in 16 bits beside what it would anyway; `null` where the model is a decoder alone.
+fn skipped_modules(shards: &[Vec<PlannedTensor>]) -> Value {
+    let tensors = shards.iter().flatten();
+    let parts = tensors.filter_map(|tensor| part_that_sees(&tensor.source.name));
+    let parts: BTreeSet<&str> = parts.collect();
+    match parts.is_empty() {
+        true => Value::Null,
+        // A list takes the place of what it would leave by itself.
+        false => parts.into_iter().chain(["lm_head"]).collect(),
     }
 }
 

@@ -107,11 +107,15 @@ impl TargetModules {
 }
 
 impl TargetModules {
-    /// What PEFT is to read for an adapter on the layers at `paths`: of all linear layers their last names; of a regex that
-    /// also fits what is no such layer, on which PEFT would end, the paths.
+    /// What PEFT is to read for an adapter on the layers at `paths`: of all linear layers their last names; the paths of a
+    /// regex that also fits what is no such layer, on which PEFT would end, and in a model that also sees images, whose other
+    /// parts have layers of the same names.
     pub(super) fn for_peft<'a>(&self, paths: impl Iterator<Item = &'a str> + Clone) -> Self {
         let sorted =
             |names: BTreeSet<&str>| Self::Names(names.into_iter().map(str::to_string).collect());
+        if !paths.clone().all(|path| path.starts_with("model.layers.")) {
+            return sorted(paths.collect());
+        }
         match self {
             Self::AllLinear => sorted(paths.filter_map(|path| path.rsplit('.').next()).collect()),
             Self::Pattern { regex, .. } if fits_more(regex, paths.clone()) => {
@@ -226,6 +230,12 @@ mod tests {
             assert_eq!(written(wide), json!([Q_PROJ]), "{wide}");
         }
         assert_eq!(written("all-linear"), json!(["q_proj"]));
+        let within = ["model.language_model.layers.0.mlp.up_proj"];
+        for text in ["all-linear", "up_proj", ".*up_proj"] {
+            let targets = TargetModules::parse(text).unwrap();
+            let written = targets.for_peft(within.into_iter()).to_json();
+            assert_eq!(written, json!(within), "{text}");
+        }
         assert_eq!(written("q_proj, v_proj"), json!(["q_proj", "v_proj"]));
     }
 

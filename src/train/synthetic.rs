@@ -273,7 +273,9 @@ fn write_model(dir: &Path, shape: &Shape) -> Result<()> {
     AtomicFile::write(&config_path, config_json.to_string())?;
     // By their names, which number the streams of random values.
     let tensors = ModelTensor::all(&config).into_iter();
-    let tensors: BTreeMap<_, _> = tensors.map(|t| (t.name(), t.shape(&config))).collect();
+    let tensors: BTreeMap<_, _> = tensors
+        .map(|t| (t.name(&config), t.shape(&config)))
+        .collect();
     let spec = |(name, shape): (String, Vec<usize>)| TensorSpec::new(name, Dtype::BF16, shape);
     let specs: Vec<_> = tensors.into_iter().map(spec).collect();
     let mut file =

@@ -65,7 +65,8 @@ impl Model {
     pub fn random(config: &Value) -> Self {
         let config = decoder(config);
         let tensors = ModelTensor::all(&config).into_iter().enumerate();
-        let named = tensors.map(|(seed, t)| (t.name(), random(&t.shape(&config), seed as u64)));
+        let named =
+            tensors.map(|(seed, t)| (t.name(&config), random(&t.shape(&config), seed as u64)));
         Self(named.collect())
     }
 }

@@ -326,7 +326,7 @@ impl WeightSource for Zeros {
 
     fn vector(&self, name: &str) -> qlora::Result<DenseTensor> {
         let mut tensors = ModelTensor::all(&self.0).into_iter();
-        let tensor = tensors.find(|tensor| tensor.name() == name).unwrap();
+        let tensor = tensors.find(|tensor| tensor.name(&self.0) == name).unwrap();
         let shape = tensor.shape(&self.0);
         let values = vec![0.0; shape.iter().product()];
         Ok(DenseTensor::from_f32_vec(shape, values))
@@ -359,7 +359,7 @@ fn gguf(dir: &Path, bytes: &[u8]) {
         return;
     };
     for tensor in ModelTensor::all(model.config()) {
-        let _ = model.weight(&tensor.name());
+        let _ = model.weight(&tensor.name(model.config()));
     }
 }
 

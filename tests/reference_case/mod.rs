@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 10] = [
+pub const CASES: [&str; 11] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -25,6 +25,7 @@ pub const CASES: [&str; 10] = [
     "qwen2_yarn",
     "smollm3",
     "gemma3",
+    "ministral3",
 ];
 
 /// The cases that have a training run.

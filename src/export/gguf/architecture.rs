@@ -5,9 +5,10 @@
 use super::GgufBase;
 use super::writer::Change;
 use crate::Result;
-use crate::model::{
-    Activation, DecoderConfig, FAMILIES, LayerRope, ModelTensor, Module, RopeScaling,
-};
+use crate::model::{Activation, DecoderConfig, LayerRope, ModelTensor, Module, RopeScaling};
+
+/// The values of `model_type` of which files are written.
+const FAMILIES: &str = "use llama, mistral, qwen2, qwen3, smollm3 or gemma3_text";
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +25,7 @@ impl Architecture {
     /// # Errors
     /// [`Error::UnsupportedModel`](crate::Error::UnsupportedModel) for what the architecture does not compute.
     pub(super) fn of(base: &GgufBase, config: &DecoderConfig) -> Result<Self> {
-        let architecture = match base.config["model_type"].as_str() {
+        let architecture = match base.field("model_type").as_str() {
             Some("llama" | "mistral") => Self::Llama,
             Some("qwen2") => Self::Qwen2,
             Some("qwen3") => Self::Qwen3,

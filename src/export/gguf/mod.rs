@@ -34,6 +34,7 @@ pub use reader::{GgufModel, is_gguf_adapter, read_gguf_adapter};
 pub use tensor_type::GgufType;
 
 use crate::Error;
+use crate::model::TEXT_CONFIG;
 
 /// The model that a file is of, or that its adapter is for.
 #[derive(Debug, Clone, Copy)]
@@ -51,11 +52,27 @@ impl GgufBase<'_> {
         self.dir.join("config.json")
     }
 
+    /// Whether the language model is one part of a model.
+    fn is_part(&self) -> bool {
+        self.config.get(TEXT_CONFIG).is_some()
+    }
+
+    /// A field of the language model's config, or else of that of the model which it is one part of; `null` if it is in
+    /// neither.
+    fn field(&self, field: &str) -> &Value {
+        let text = self
+            .config
+            .get(TEXT_CONFIG)
+            .and_then(|text| text.get(field));
+        text.filter(|value| !value.is_null())
+            .unwrap_or(&self.config[field])
+    }
+
     /// The first of the fields that the config has, or the last.
     fn present<const N: usize>(&self, fields: [&'static str; N]) -> &'static str {
         let mut present = fields
             .into_iter()
-            .filter(|field| !self.config[field].is_null());
+            .filter(|field| !self.field(field).is_null());
         present.next().unwrap_or(fields[N - 1])
     }
 
@@ -64,7 +81,7 @@ impl GgufBase<'_> {
         Error::UnsupportedModel {
             path: self.config_path(),
             field: field.into(),
-            value: self.config[field].to_string(),
+            value: self.field(field).to_string(),
             hint: hint.into(),
         }
     }

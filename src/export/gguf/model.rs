@@ -28,6 +28,13 @@ pub fn write_gguf_model(
 ) -> Result<GgufReport> {
     let (config, architecture) = architecture::read(&base)?;
     let mut notes = architecture.notes(&config);
+    if base.is_part() {
+        notes.push(
+            "the file has the language model alone; for what the model sees images with there is llama.cpp's \
+             convert_hf_to_gguf.py --mmproj"
+                .into(),
+        );
+    }
     let mut metadata = Metadata::default();
     hyperparameters::add(&mut metadata, &base, architecture, &config, file_type);
     vocabulary::add(&mut metadata, &base, config.vocab_size, &mut notes)?;
@@ -55,7 +62,7 @@ pub fn write_gguf_model(
     let mut writer = GgufWriter::create(path, &metadata, infos)?;
     let total_bytes = writer.pending_bytes();
     for tensor in tensors {
-        let name = tensor.name();
+        let name = tensor.name(&config);
         write(&mut writer, source, tensor, (architecture, &config))?;
         source.release(&name)?;
         progress(WriteProgress {
@@ -89,14 +96,14 @@ fn write(
     tensor: ModelTensor,
     (architecture, config): (Architecture, &DecoderConfig),
 ) -> Result<()> {
-    let values = source.tensor(&tensor.name())?;
+    let values = source.tensor(&tensor.name(config))?;
     let change = architecture.change(tensor, config);
     writer.write(&values, change).map_err(|error| match error {
         // Told by the name that the checkpoint has it under.
         Error::TensorMismatch {
             expected, found, ..
         } => Error::TensorMismatch {
-            tensor: tensor.name(),
+            tensor: tensor.name(config),
             expected,
             found,
         },

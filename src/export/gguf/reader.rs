@@ -46,7 +46,9 @@ impl GgufModel {
         config.tie_word_embeddings = !file.contains(&tensor_name(ModelTensor::Head, &config));
         let tensors = ModelTensor::all(&config).into_iter();
         let model = Self {
-            tensors: tensors.map(|tensor| (tensor.name(), tensor)).collect(),
+            tensors: tensors
+                .map(|tensor| (tensor.name(&config), tensor))
+                .collect(),
             file,
             architecture,
             config,
@@ -185,7 +187,7 @@ pub fn read_gguf_adapter(file: &GgufFile, base: GgufBase) -> Result<Adapter> {
             expect_stored(&a_name, Some(&a), &[r, d_in])?;
             expect_stored(&b_name, Some(&b), &[d_out, r])?;
             let b = architecture.change(weight, &config).undo(b);
-            let path = module.path(layer);
+            let path = config.linear_path(layer, module);
             tensors.insert(adapter_tensor_name(&path, LORA_A), a);
             tensors.insert(adapter_tensor_name(&path, LORA_B), b);
             ranks.push((path, r));

@@ -159,9 +159,9 @@ fn add_special_tokens(
 ) -> Result<()> {
     // A model that has no such token in its tokenizer may name one in its config, as Qwen's do.
     let bos = tokenizer.bos_token_id();
-    let bos = bos.or_else(|| token_id(&base.config["bos_token_id"]));
+    let bos = bos.or_else(|| token_id(base.field("bos_token_id")));
     let eos = tokenizer.eos_token_id();
-    let eos = eos.or_else(|| token_id(&base.config["eos_token_id"]));
+    let eos = eos.or_else(|| token_id(base.field("eos_token_id")));
     if eos.is_none() {
         notes.push("the model names no eos token; llama.cpp takes another for it".into());
     }

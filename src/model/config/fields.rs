@@ -58,6 +58,8 @@ pub(super) struct Fields<'a> {
     path: PathBuf,
     /// `rope_scaling.` within that object.
     prefix: String,
+    /// Whether the object is the config of a model, or of one within it.
+    is_model: bool,
     read: BTreeSet<&'static str>,
 }
 
@@ -70,8 +72,24 @@ impl<'a> Fields<'a> {
             object,
             path: path.to_path_buf(),
             prefix: String::new(),
+            is_model: true,
             read: BTreeSet::new(),
         })
+    }
+
+    /// The fields of a model's config within this one, under `field`.
+    pub(super) fn model(&mut self, field: &'static str) -> Result<Fields<'a>> {
+        let object = self.object(field)?;
+        let object = object.ok_or_else(|| self.malformed(field, "is missing"))?;
+        Ok(Fields {
+            is_model: true,
+            ..object
+        })
+    }
+
+    /// Lets these be whatever they are.
+    pub(super) fn ignore(&mut self, fields: &[&'static str]) {
+        self.read.extend(fields);
     }
 
     /// The fields of the object under `field`, if it is there and not `null`.
@@ -83,6 +101,7 @@ impl<'a> Fields<'a> {
                 object,
                 path: self.path.clone(),
                 prefix: format!("{}{field}.", self.prefix),
+                is_model: false,
                 read: BTreeSet::new(),
             })),
             Some(other) => Err(self.malformed(field, format!("{other} is not an object"))),
@@ -125,8 +144,12 @@ impl<'a> Fields<'a> {
     }
 
     pub(super) fn size(&mut self, field: &'static str) -> Result<usize> {
-        self.optional_size(field)?
-            .ok_or_else(|| self.malformed(field, "is missing"))
+        self.size_or(field, None)
+    }
+
+    pub(super) fn size_or(&mut self, field: &'static str, default: Option<usize>) -> Result<usize> {
+        let size = self.optional_size(field)?.or(default);
+        size.ok_or_else(|| self.malformed(field, "is missing"))
     }
 
     /// A positive finite number.
@@ -141,14 +164,13 @@ impl<'a> Fields<'a> {
 
     /// Refuses what nobody has read and what is not known to leave the forward pass alone.
     pub(super) fn finish(&mut self) -> Result<()> {
-        if self.prefix.is_empty() {
-            self.check_architectures()?;
+        if self.is_model {
             self.check_quantization()?;
         }
         for (field, value) in self.object {
             let harmless = value.is_null()
                 || self.read.contains(field.as_str())
-                || (self.prefix.is_empty() && HARMLESS.contains(&field.as_str()));
+                || (self.is_model && HARMLESS.contains(&field.as_str()));
             if !harmless && !neutral(field).is_some_and(|neutral| is_same(value, &neutral)) {
                 let hint = match neutral(field) {
                     Some(neutral) => format!("only {neutral} is"),
@@ -162,11 +184,12 @@ impl<'a> Fields<'a> {
         Ok(())
     }
 
-    fn check_architectures(&mut self) -> Result<()> {
+    /// The class of the model is one of those whose names end in `suffix`.
+    pub(super) fn check_architectures(&mut self, suffix: &str) -> Result<()> {
         let names: Vec<String> = self.optional("architectures")?.unwrap_or_default();
-        match names.iter().all(|name| name.ends_with("ForCausalLM")) {
+        match names.iter().all(|name| name.ends_with(suffix)) {
             true => Ok(()),
-            false => Err(self.unsupported("architectures", "only causal language models are")),
+            false => Err(self.unsupported("architectures", "only models that write text are")),
         }
     }
 

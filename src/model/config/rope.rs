@@ -3,12 +3,15 @@
 //! Source: `PreTrainedConfig.convert_rope_params_to_dict` and `modeling_rope_utils.py` of transformers 5.23.
 
 use super::fields::Fields;
-use super::{RopeConfig, RopeScaling};
+use super::{QueryGrowth, RopeConfig, RopeScaling};
 use crate::Result;
 
 /// The thetas' names in the older generation.
 const THETA: &str = "rope_theta";
 const LOCAL_THETA: &str = "rope_local_base_freq";
+const ORIGINAL_LENGTH: &str = "original_max_position_embeddings";
+/// Named after the models that scaled attention by position before.
+const QUERY_BETA: &str = "llama_4_scaling_beta";
 
 /// Reads `rope_scaling` (old; it wins, as in transformers) or `rope_parameters`, and the top-level `rope_theta`.
 pub(super) fn read(
@@ -17,9 +20,35 @@ pub(super) fn read(
     default_theta: f64,
 ) -> Result<RopeConfig> {
     let theta = fields.optional_positive(THETA)?.unwrap_or(default_theta);
+    let parameters = parameters(fields)?;
+    one(parameters, max_position_embeddings, theta)
+}
+
+fn parameters<'a>(fields: &mut Fields<'a>) -> Result<Option<Fields<'a>>> {
     let old = fields.object("rope_scaling")?;
     let new = fields.object("rope_parameters")?;
-    one(old.or(new), max_position_embeddings, theta)
+    Ok(old.or(new))
+}
+
+/// The same of a model whose queries grow with their positions.
+pub(super) fn read_growing(
+    fields: &mut Fields,
+    max_position_embeddings: usize,
+    default_theta: f64,
+) -> Result<RopeConfig> {
+    let Some(mut rope) = parameters(fields)? else {
+        return Err(fields.malformed("rope_parameters", "is missing"));
+    };
+    let beta = rope.optional_positive(QUERY_BETA)?;
+    let beta = beta.ok_or_else(|| rope.malformed(QUERY_BETA, "is missing"))?;
+    let length = rope.size(ORIGINAL_LENGTH)?;
+    // That of the model once more.
+    rope.ignore(&["max_position_embeddings"]);
+    let read = one(Some(rope), max_position_embeddings, default_theta)?;
+    Ok(RopeConfig {
+        query_growth: Some(QueryGrowth { beta, length }),
+        ..read
+    })
 }
 
 /// The embedding of layers with full attention and that of layers with a window, where these are two.
@@ -50,13 +79,20 @@ fn one(
     theta: f64,
 ) -> Result<RopeConfig> {
     let Some(mut rope) = parameters else {
-        let scaling = RopeScaling::None;
-        return Ok(RopeConfig { theta, scaling });
+        return Ok(RopeConfig {
+            theta,
+            scaling: RopeScaling::None,
+            query_growth: None,
+        });
     };
     let theta = rope.optional_positive(THETA)?.unwrap_or(theta);
     let scaling = scaling(&mut rope, max_position_embeddings)?;
     rope.finish()?;
-    Ok(RopeConfig { theta, scaling })
+    Ok(RopeConfig {
+        theta,
+        scaling,
+        query_growth: None,
+    })
 }
 
 fn scaling(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScaling> {
@@ -88,7 +124,7 @@ fn scaling(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScal
                 low_freq_factor,
                 high_freq_factor,
                 original_max_position_embeddings: rope
-                    .optional_size("original_max_position_embeddings")?
+                    .optional_size(ORIGINAL_LENGTH)?
                     .unwrap_or(max_position_embeddings),
             })
         }
@@ -106,7 +142,7 @@ pub(crate) fn yarn_amplitude(factor: f64, mscale: f64) -> f64 {
 }
 
 fn yarn(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScaling> {
-    let original = rope.optional_size("original_max_position_embeddings")?;
+    let original = rope.optional_size(ORIGINAL_LENGTH)?;
     let original = original.unwrap_or(max_position_embeddings);
     let factor = rope.optional_positive("factor")?;
     let factor = factor.unwrap_or(max_position_embeddings as f64 / original as f64);

@@ -5,18 +5,8 @@ use std::cmp::Reverse;
 use super::{ModelDir, TensorSource, bitsandbytes};
 use crate::quant::QuantizeOptions;
 use crate::store::TensorSpec;
+use crate::store::tensor_names::{LINEAR_LAYERS, is_linear_weight};
 use crate::{Error, Result};
-
-/// The layers that are quantized, by the last part of their name.
-const LINEAR_LAYERS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
 
 /// A tensor of the source and what is planned to be written for it.
 pub(super) struct PlannedTensor {
@@ -98,13 +88,6 @@ fn plan_tensor(source: TensorSpec, options: Option<QuantizeOptions>) -> Result<P
     Ok(PlannedTensor { source, written })
 }
 
-fn is_linear_weight(name: &str) -> bool {
-    let layer = name
-        .strip_suffix(".weight")
-        .and_then(|path| path.rsplit('.').next());
-    layer.is_some_and(|layer| LINEAR_LAYERS.contains(&layer))
-}
-
 /// Sorts `layers.2` before `layers.10`, so that a shard holds whole blocks.
 fn natural_key(name: &str) -> Vec<(usize, &str)> {
     name.split('.')
@@ -139,18 +122,5 @@ mod tests {
                 "model.norm"
             ]
         );
-    }
-
-    #[test]
-    fn only_the_weights_of_linear_layers_are_quantized() {
-        assert!(is_linear_weight("model.layers.0.self_attn.q_proj.weight"));
-        assert!(is_linear_weight("model.layers.0.mlp.down_proj.weight"));
-        for name in [
-            "model.layers.0.self_attn.q_proj.bias",
-            "lm_head.weight",
-            "model.layers.0.self_attn.q_norm.weight",
-        ] {
-            assert!(!is_linear_weight(name), "{name}");
-        }
     }
 }

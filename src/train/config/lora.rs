@@ -35,7 +35,7 @@ impl TrainConfig {
         model: &DecoderConfig,
     ) -> Result<AdapterConfig> {
         let given = self.given_over(found.clone());
-        expect_no_module_left(&given, found, dir)?;
+        expect_no_module_left(&given, found, dir, model)?;
         let found = AdapterConfig {
             modules_to_save: given.modules_to_save.clone(),
             ..found.clone()
@@ -140,11 +140,17 @@ pub(in crate::train) fn expect_same_adapter(
 ///
 /// # Errors
 /// [`Error::Config`] if `given` does without one of those of the config `found` in `dir`.
-fn expect_no_module_left(given: &AdapterConfig, found: &AdapterConfig, dir: &Path) -> Result<()> {
+fn expect_no_module_left(
+    given: &AdapterConfig,
+    found: &AdapterConfig,
+    dir: &Path,
+    model: &DecoderConfig,
+) -> Result<()> {
     let [ours, theirs] = [given, found].map(|config| &config.modules_to_save);
-    let is_left = ModuleToSave::ALL
-        .into_iter()
-        .any(|module| theirs.matches(module.path()) && !ours.matches(module.path()));
+    let mut paths = ModuleToSave::ALL
+        .map(|module| module.path(model))
+        .into_iter();
+    let is_left = paths.any(|path| theirs.matches(&path) && !ours.matches(&path));
     match is_left {
         false => Ok(()),
         true => {

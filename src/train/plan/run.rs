@@ -49,10 +49,10 @@ impl Workload {
         batch: LongestBatch,
     ) -> Self {
         let adapters = model.adapters(lora).into_iter();
-        let frozen = |module: ModuleToSave| {
-            let is_trained = lora.modules_to_save.matches(module.path());
+        let [embedding, head] = ModuleToSave::ALL.map(|module| {
+            let is_trained = lora.modules_to_save.matches(&module.path(&model));
             (!is_trained).then_some(Side::Device)
-        };
+        });
         let ranks = adapters.map(|block| block.map(|lora| lora.map_or(0, |lora| lora.r)));
         Self {
             ranks: ranks.collect(),
@@ -69,8 +69,8 @@ impl Workload {
             dora: lora.use_dora,
             micro_batches: 1,
             residence: Residence {
-                embedding: frozen(ModuleToSave::Embedding),
-                head: frozen(ModuleToSave::Head),
+                embedding,
+                head,
                 ..Residence::DEVICE
             },
             together: 1,

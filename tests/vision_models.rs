@@ -1,0 +1,215 @@
+//! The language model of a model that also sees images: it is computed, trained, quantized and merged as one that stands
+//! alone, under the names that transformers and PEFT give it; what the model sees with is carried along.
+
+mod reference_case;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use candle_core::DType;
+use qlora::IGNORE_INDEX;
+use qlora::device::Placement;
+use qlora::export::{Merged, MergedQuantizer};
+use qlora::model::{ActivationPolicy, Decoder, DecoderConfig, InitLoraWeights};
+use qlora::quant::{FrozenWeight, QuantizeOptions};
+use qlora::store::{
+    Adapter, AdapterConfig, Checkpoint, Existing, Quantization, QuantizeJob, TargetModules,
+    part_that_sees, quantize,
+};
+use reference_case::{
+    ReferenceCase, largest_difference, micro_batch, relative_error, sequences, values,
+};
+use serde_json::{Value, json};
+
+/// One with what it sees with in 16 bits, and files with the names that transformers writes; one all in 4 bits, with the names
+/// that its modules have.
+const CASES: [&str; 2] = ["gemma3_vision", "mistral3"];
+
+fn merged(case: &ReferenceCase, dtype: DType) -> Merged {
+    let checkpoint = Checkpoint::open(&case.dir).unwrap();
+    let adapter = Adapter::read(&case.adapter).unwrap();
+    Merged::new(checkpoint, Some(&adapter), None, Some(dtype)).unwrap()
+}
+
+fn write(merged: &Merged, in_4_bits: bool, destination: &Path) {
+    let dir = merged.model_dir(destination, Existing::Refuse, u64::MAX);
+    let mut quantizer = MergedQuantizer(merged);
+    let quantization = in_4_bits.then_some(Quantization {
+        options: merged.quantize_options(),
+        quantizer: &mut quantizer,
+    });
+    dir.write(merged, quantization, |_| ()).unwrap();
+}
+
+fn logits(model: &Path, case: &ReferenceCase) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
+    values(&decoder.logits(sequences(&case.batch())).unwrap())
+}
+
+fn config(model: &Path) -> Value {
+    serde_json::from_slice(&fs::read(model.join("config.json")).unwrap()).unwrap()
+}
+
+fn weight_names(model: &Checkpoint) -> BTreeSet<String> {
+    model.weight_names().map(str::to_string).collect()
+}
+
+/// The names of what a model sees with.
+fn seeing(model: &Checkpoint) -> Vec<String> {
+    let names = model.weight_names().map(str::to_string);
+    let seeing: Vec<_> = names
+        .filter(|name| part_that_sees(name).is_some())
+        .collect();
+    assert!(seeing.len() > 10, "{seeing:?}");
+    seeing
+}
+
+fn exact_values(weight: &FrozenWeight) -> Vec<f32> {
+    let mut values = vec![0.0; weight.shape().iter().product()];
+    weight.read_range(0, &mut values);
+    values
+}
+
+#[test]
+fn logits_loss_and_gradients_are_those_of_transformers_and_peft() {
+    for name in CASES {
+        let case = ReferenceCase::read(name);
+        let (decoder, batch) = (case.decoder(), case.batch());
+        let logits = values(&decoder.logits(sequences(&batch)).unwrap());
+        let difference = largest_difference(&logits, &case.logits.concat());
+        assert!(difference < 1e-4, "{name}: {difference}");
+        let targets = batch.target_count();
+        let micro_batches = [micro_batch(&batch, None)];
+        let policies = [ActivationPolicy::Keep, ActivationPolicy::Recompute];
+        let d_loss = 1.0 / targets as f32;
+        let losses = decoder.backward(&micro_batches, d_loss, &policies).unwrap();
+        let losses = losses.into_iter().next().unwrap().read().unwrap();
+        let loss = losses.iter().map(|l| f64::from(l.loss)).sum::<f64>() / targets as f64;
+        assert!(
+            (loss - f64::from(case.loss)).abs() < 1e-5 * loss,
+            "{name}: {loss}"
+        );
+        let mut grads: Vec<_> = decoder
+            .trainables()
+            .map(|(name, t)| (name, values(&t.grad)))
+            .collect();
+        grads.sort_by(|a, b| a.0.cmp(&b.0));
+        assert_eq!(grads.len(), case.grads.len(), "{name}");
+        for ((tensor, found), (expected_name, expected)) in grads.iter().zip(&case.grads) {
+            assert_eq!(tensor, expected_name);
+            let error = relative_error(found, expected);
+            assert!(error < 1e-4, "{name} {tensor}: {error}");
+        }
+        assert!(batch.labels.contains(&IGNORE_INDEX));
+    }
+}
+
+/// PEFT would put adapters on layers of the same names in what the model sees with, and then miss their tensors.
+#[test]
+fn an_adapter_says_by_paths_where_it_is() {
+    for name in CASES {
+        let case = ReferenceCase::read(name);
+        let mut decoder = case.decoder();
+        for targets in ["all-linear", "q_proj,v_proj", r".*\.1\.mlp\..*"] {
+            let target_modules = TargetModules::parse(targets).unwrap();
+            let lora = AdapterConfig {
+                r: 2,
+                target_modules,
+                ..AdapterConfig::default()
+            };
+            decoder
+                .add_lora(&lora, InitLoraWeights::Default, 0)
+                .unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            decoder.adapter(&lora).unwrap().write(dir.path()).unwrap();
+            let text = fs::read(dir.path().join("adapter_config.json")).unwrap();
+            let written: Value = serde_json::from_slice(&text).unwrap();
+            let adapter = Adapter::read(dir.path()).unwrap();
+            let names = adapter.tensors.keys();
+            let paths = names.filter_map(|name| {
+                let path = name.strip_prefix("base_model.model.")?;
+                path.strip_suffix(".lora_A.weight")
+            });
+            assert_eq!(written["target_modules"], json!(paths.collect::<Vec<_>>()));
+            let paths = written["target_modules"].as_array().unwrap();
+            let decoder_path = "model.language_model.layers.";
+            let is_within = |path: &Value| path.as_str().unwrap().starts_with(decoder_path);
+            assert!(
+                !paths.is_empty() && paths.iter().all(is_within),
+                "{name} {targets}"
+            );
+            decoder.load_adapter(&adapter).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_merged_model_has_all_parts_under_their_names_and_the_logits_of_peft() {
+    for name in CASES {
+        let case = ReferenceCase::read(name);
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("merged");
+        write(&merged(&case, DType::F32), false, &out);
+        let difference = largest_difference(&logits(&out, &case), &case.logits.concat());
+        assert!(difference < 1e-4, "{name}: {difference}");
+        let config = config(&out);
+        assert!(config.get("quantization_config").is_none(), "{name}");
+        let (base, merged) = (
+            Checkpoint::open(&case.dir).unwrap(),
+            Checkpoint::open(&out).unwrap(),
+        );
+        assert_eq!(weight_names(&merged), weight_names(&base), "{name}");
+        for tensor in seeing(&base) {
+            let expected = exact_values(&base.weight(&tensor).unwrap());
+            let found = merged.tensor(&tensor).unwrap();
+            assert_eq!(found.to_f32_vec(), expected, "{name} {tensor}");
+        }
+    }
+}
+
+#[test]
+fn in_four_bits_only_the_decoder_is_and_transformers_is_told() {
+    for name in CASES {
+        let case = ReferenceCase::read(name);
+        let dir = tempfile::tempdir().unwrap();
+        let [dense, merged_again, quantized] =
+            ["dense", "merged", "quantized"].map(|name| dir.path().join(name));
+        write(&merged(&case, DType::BF16), false, &dense);
+        write(&merged(&case, DType::BF16), true, &merged_again);
+        let job = QuantizeJob {
+            source: dense,
+            destination: quantized.clone(),
+            existing: Existing::Refuse,
+            options: QuantizeOptions::default(),
+            max_shard_bytes: u64::MAX,
+        };
+        let report = quantize(&job, |_| ()).unwrap();
+        assert_eq!(report.quantized_tensors, 14, "{name}");
+        for model in [&merged_again, &quantized] {
+            let checkpoint = Checkpoint::open(model).unwrap();
+            let in_4_bits = |tensor: &&String| {
+                let weight = checkpoint.weight(tensor).unwrap();
+                matches!(weight, FrozenWeight::Quantized(_))
+            };
+            let names = weight_names(&checkpoint);
+            assert_eq!(names.iter().filter(in_4_bits).count(), 14, "{name}");
+            assert!(
+                !seeing(&checkpoint).iter().any(|name| in_4_bits(&name)),
+                "{name}"
+            );
+            let skipped = &config(model)["quantization_config"]["llm_int8_skip_modules"];
+            let parts = [
+                "model.multi_modal_projector",
+                "model.vision_tower",
+                "lm_head",
+            ];
+            assert_eq!(*skipped, json!(parts), "{name}");
+            let config = DecoderConfig::from_json(checkpoint.config(), model).unwrap();
+            assert_eq!(config.num_layers, 2);
+        }
+        let difference = relative_error(&logits(&quantized, &case), &case.logits.concat());
+        assert!(difference < 0.2, "{name}: {difference}");
+    }
+}
