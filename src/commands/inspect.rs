@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use qlora::data::{Tokenizer, data_files};
+use qlora::model::text_config;
 use qlora::store::AtomicFile;
 use qlora::train::{BatchPlan, RunData, TrainConfig};
 use serde_json::Value;
@@ -139,7 +140,7 @@ fn vocab_size(model: &Path) -> anyhow::Result<Option<usize>> {
     }
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let config: Value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
-    let vocab_size = config["vocab_size"].as_u64();
+    let vocab_size = text_config(&config)["vocab_size"].as_u64();
     Ok(vocab_size.and_then(|size| usize::try_from(size).ok()))
 }
 

@@ -178,6 +178,11 @@ impl DecoderConfig {
     }
 }
 
+/// The config of the language model in that of a model: a part of it where the model also sees images.
+pub fn text_config(config: &Value) -> &Value {
+    config.get(TEXT_CONFIG).unwrap_or(config)
+}
+
 /// A language model of one of these families, the first unless it says which, in a model that also sees images. What it sees
 /// with is not computed.
 fn within(mut fields: Fields, families: &[&str]) -> Result<DecoderConfig> {

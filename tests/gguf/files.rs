@@ -41,7 +41,11 @@ pub fn tokenizer_dir() -> PathBuf {
 /// A config with more rows in its embedding than the tokenizer has tokens.
 pub fn config_with_vocabulary(case: &str) -> Value {
     let mut config = config(case);
-    config["vocab_size"] = 448.into();
+    let text = match config.get("text_config") {
+        Some(_) => &mut config["text_config"],
+        None => &mut config,
+    };
+    text["vocab_size"] = 448.into();
     config
 }
 

@@ -1,3 +1,4 @@
+use std::fs;
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
@@ -323,6 +324,30 @@ fn windows_of_gemma_are_told_in_keys() {
     config["layer_types"] = json!(["full_attention", "full_attention"]);
     let (_, gguf, _) = written(&config, GgufType::F32);
     assert!(!gguf.has("gemma3.attention.sliding_window"));
+}
+
+#[test]
+fn of_a_model_that_also_sees_images_the_language_model_is_written_as_if_it_were_alone() {
+    for case in ["gemma3_vision", "mistral3"] {
+        let mut whole = config_with_vocabulary(case);
+        if case == "gemma3_vision" {
+            // What llama.cpp takes it for.
+            let text = &mut whole["text_config"];
+            text["query_pre_attn_scalar"] = text["head_dim"].clone();
+        }
+        let alone = whole["text_config"].clone();
+        let dir = tempfile::tempdir().unwrap();
+        let [of_whole, of_alone] = ["whole", "alone"].map(|name| dir.path().join(name));
+        let model = Model::random(&whole);
+        let report = write(&model, &whole, GgufType::F32, &of_whole).unwrap();
+        assert!(report.notes.len() == 1 && report.notes[0].contains("--mmproj"));
+        let named = |(name, tensor): (String, DenseTensor)| {
+            (name.replace("model.language_model.", "model."), tensor)
+        };
+        let model = Model(model.0.into_iter().map(named).collect());
+        write(&model, &alone, GgufType::F32, &of_alone).unwrap();
+        assert_eq!(fs::read(of_whole).unwrap(), fs::read(of_alone).unwrap());
+    }
 }
 
 /// By the formula of Llama 3.1 as transformers writes it, with wavelengths.

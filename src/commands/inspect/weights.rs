@@ -5,6 +5,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
+use qlora::model::text_config;
 use qlora::quant::{Absmax, FrozenWeight};
 use qlora::store::{Adapter, AdapterConfig, Checkpoint, GgufFile, MatrixDropoutSettings};
 use serde_json::{Value, json};
@@ -267,6 +268,7 @@ fn masks(settings: &MatrixDropoutSettings) -> String {
 }
 
 fn shape(config: &Value) -> serde_json::Map<String, Value> {
+    let config = text_config(config);
     SHAPE_KEYS
         .iter()
         .filter_map(|key| Some((key.to_string(), config.get(key)?.clone())))

@@ -34,7 +34,7 @@ pub use reader::{GgufModel, is_gguf_adapter, read_gguf_adapter};
 pub use tensor_type::GgufType;
 
 use crate::Error;
-use crate::model::TEXT_CONFIG;
+use crate::model::text_config;
 
 /// The model that a file is of, or that its adapter is for.
 #[derive(Debug, Clone, Copy)]
@@ -54,18 +54,16 @@ impl GgufBase<'_> {
 
     /// Whether the language model is one part of a model.
     fn is_part(&self) -> bool {
-        self.config.get(TEXT_CONFIG).is_some()
+        !std::ptr::eq(text_config(self.config), self.config)
     }
 
     /// A field of the language model's config, or else of that of the model which it is one part of; `null` if it is in
     /// neither.
     fn field(&self, field: &str) -> &Value {
-        let text = self
-            .config
-            .get(TEXT_CONFIG)
-            .and_then(|text| text.get(field));
-        text.filter(|value| !value.is_null())
-            .unwrap_or(&self.config[field])
+        match &text_config(self.config)[field] {
+            Value::Null => &self.config[field],
+            value => value,
+        }
     }
 
     /// The first of the fields that the config has, or the last.
