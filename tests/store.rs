@@ -10,7 +10,9 @@ use std::path::Path;
 use candle_core::DType;
 use qlora::Error;
 use qlora::quant::FrozenWeight;
-use qlora::store::{AtomicDir, AtomicFile, Checkpoint, Existing, SafetensorsWriter, TensorSpec};
+use qlora::store::{
+    AtomicDir, AtomicFile, Checkpoint, Existing, SafetensorsWriter, TensorSpec, text_config,
+};
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -371,6 +373,32 @@ fn a_tensor_the_index_does_not_name_is_refused() {
     write_file(&dir.path().join("one.safetensors"), &tensors);
     write_index(&dir, json!({"a": "one.safetensors"}));
     assert_says(&open_error(&dir), &["one.safetensors", "`b`"]);
+}
+
+/// transformers 5 does not tie them either, whatever the config says.
+#[test]
+fn a_head_with_values_of_its_own_is_not_the_embedding() {
+    let is_untied = |names: [&str; 2], head: f32, config: Value| {
+        let values = |last: f32| f32s(&[1.0, -2.0, 3.5, last]);
+        let tensor = |name, last| (name, Dtype::F32, vec![2, 2], values(last));
+        let dir = model_with(&[tensor(names[0], 0.5), tensor(names[1], head)]);
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        text_config(checkpoint.config())["tie_word_embeddings"] == false
+    };
+    let alone = ["model.embed_tokens.weight", "lm_head.weight"];
+    let within = [
+        "language_model.model.embed_tokens.weight",
+        "language_model.lm_head.weight",
+    ];
+    for config in [json!({}), json!({"tie_word_embeddings": true})] {
+        assert!(is_untied(alone, 0.25, config.clone()));
+        assert!(!is_untied(alone, 0.5, config.clone()));
+        let config = json!({"text_config": config, "tie_word_embeddings": true});
+        assert!(is_untied(within, 0.25, config.clone()));
+        assert!(!is_untied(within, 0.5, config));
+    }
+    assert!(is_untied(alone, 0.5, json!({"tie_word_embeddings": false})));
 }
 
 #[test]

@@ -22,7 +22,11 @@ pub fn read(name: &str, bytes: &[u8]) {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| panic::set_hook(Box::new(|_| ())));
     let read = || {
-        SCRATCH.with(|scratch| scratch.get_or_init(|| Scratch::new(reader(name))).read(bytes));
+        SCRATCH.with(|scratch| {
+            scratch
+                .get_or_init(|| Scratch::new(reader(name)))
+                .read(bytes)
+        });
     };
     if panic::catch_unwind(read).is_err() {
         eprintln!("{name}: a panic");

@@ -12,8 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use qlora::data::{Tokenizer, data_files};
-use qlora::model::text_config;
-use qlora::store::AtomicFile;
+use qlora::store::{AtomicFile, text_config};
 use qlora::train::{BatchPlan, RunData, TrainConfig};
 use serde_json::Value;
 

@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::device::Placement;
-use crate::model::{Decoder, DecoderConfig, ModelTensor, ModuleToSave, TEXT_CONFIG};
+use crate::model::{Decoder, DecoderConfig, ModelTensor, ModuleToSave};
 use crate::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 use crate::store::{
     Adapter, Checkpoint, Existing, ModelDir, TensorSource, TensorSpec, WeightQuantizer, dtype_name,
-    part_that_sees,
+    part_that_sees, untie,
 };
 
 /// A model whose adapter is merged into it, weight by weight as they are asked for.
@@ -147,11 +147,7 @@ impl Merged {
             }
         }
         if self.config.tie_word_embeddings != self.decoder.config().tie_word_embeddings {
-            fields.insert("tie_word_embeddings".into(), json!(false));
-            let text = fields.get_mut(TEXT_CONFIG).and_then(Value::as_object_mut);
-            if let Some(text) = text {
-                text.insert("tie_word_embeddings".into(), json!(false));
-            }
+            untie(&mut json);
         }
         json
     }

@@ -13,6 +13,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::Result;
+use crate::store::TEXT_CONFIG;
 use fields::Fields;
 pub(crate) use rope::yarn_amplitude;
 
@@ -22,8 +23,6 @@ const FAMILIES: &str =
 /// The path of the decoder in a language model, and in a model that it is one part of.
 const ALONE: &str = "model";
 const WITHIN: &str = "model.language_model";
-/// The config of the language model in that of such a model.
-pub(crate) const TEXT_CONFIG: &str = "text_config";
 /// No model has a tenth of it; a hostile count must not become an allocation.
 const MAX_LAYERS: usize = 10_000;
 
@@ -176,11 +175,6 @@ impl DecoderConfig {
         }
         Ok(())
     }
-}
-
-/// The config of the language model in that of a model: a part of it where the model also sees images.
-pub fn text_config(config: &Value) -> &Value {
-    config.get(TEXT_CONFIG).unwrap_or(config)
 }
 
 /// A language model of one of these families, the first unless it says which, in a model that also sees images. What it sees

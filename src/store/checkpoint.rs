@@ -18,6 +18,33 @@ use crate::{Error, Result};
 pub(super) const SINGLE_FILE: &str = "model.safetensors";
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
+/// The config of the language model in that of a model which also sees images.
+pub const TEXT_CONFIG: &str = "text_config";
+const TIE: &str = "tie_word_embeddings";
+/// In transformers; the first is that of a model which also sees images.
+const EMBEDDINGS: [&str; 2] = [
+    "model.language_model.embed_tokens.weight",
+    "model.embed_tokens.weight",
+];
+const HEAD: &str = "lm_head.weight";
+
+/// The config of the language model in that of a model: a part of it where the model also sees images.
+pub fn text_config(config: &Value) -> &Value {
+    config.get(TEXT_CONFIG).unwrap_or(config)
+}
+
+/// Has the config of a model say that its head is not the embedding, wherever it says that.
+pub fn untie(config: &mut Value) {
+    let says_it = config.get(TIE).is_some() || config.get(TEXT_CONFIG).is_none();
+    if let Some(fields) = config.as_object_mut().filter(|_| says_it) {
+        fields.insert(TIE.into(), false.into());
+    }
+    let text = config.get_mut(TEXT_CONFIG).and_then(Value::as_object_mut);
+    if let Some(fields) = text {
+        fields.insert(TIE.into(), false.into());
+    }
+}
+
 /// A model directory: its weights mapped, nothing copied.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -51,19 +78,41 @@ impl Checkpoint {
         } else {
             return Err(Error::malformed(dir, no_weights_reason(dir)));
         };
-        Ok(Self {
+        let mut checkpoint = Self {
             dir: dir.to_path_buf(),
             config,
             files,
             places,
-        })
+        };
+        // transformers 5 goes by the weights as well.
+        if text_config(&checkpoint.config)[TIE] != false && checkpoint.has_head_of_its_own()? {
+            untie(&mut checkpoint.config);
+        }
+        Ok(checkpoint)
+    }
+
+    /// Whether there is a head with other values than the embedding has.
+    fn has_head_of_its_own(&self) -> Result<bool> {
+        let bytes = |name: &str| {
+            let name = self.stored_name(name);
+            let file = self.contains(&name).then(|| self.file(&name)?.bytes(&name));
+            file.transpose()
+        };
+        let Some(head) = bytes(HEAD)? else {
+            return Ok(false);
+        };
+        let mut embeddings = EMBEDDINGS
+            .into_iter()
+            .filter_map(|name| bytes(name).transpose());
+        let embedding = embeddings.next().transpose()?;
+        Ok(embedding.is_some_and(|embedding| embedding != head))
     }
 
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The parsed `config.json`.
+    /// The parsed `config.json`; a head that is not the embedding is untied in it.
     pub fn config(&self) -> &Value {
         &self.config
     }

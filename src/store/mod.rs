@@ -35,7 +35,7 @@ pub use adapter_writer::{AdapterWriter, LoraShape};
 pub use atomic::AtomicFile;
 pub use atomic_dir::{AtomicDir, Existing, expect_replaceable, remove_dir, remove_leftovers};
 pub(crate) use bitsandbytes::dtype_name;
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, TEXT_CONFIG, text_config, untie};
 pub use disk::{Disk, SystemDisk};
 pub use file_watch::FileWatch;
 pub(crate) use gguf_file::shortest_json;

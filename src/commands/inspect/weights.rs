@@ -5,9 +5,10 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
-use qlora::model::text_config;
 use qlora::quant::{Absmax, FrozenWeight};
-use qlora::store::{Adapter, AdapterConfig, Checkpoint, GgufFile, MatrixDropoutSettings};
+use qlora::store::{
+    Adapter, AdapterConfig, Checkpoint, GgufFile, MatrixDropoutSettings, text_config,
+};
 use serde_json::{Value, json};
 
 /// The shape of a model, in the words of its `config.json`.

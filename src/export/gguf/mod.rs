@@ -34,7 +34,7 @@ pub use reader::{GgufModel, is_gguf_adapter, read_gguf_adapter};
 pub use tensor_type::GgufType;
 
 use crate::Error;
-use crate::model::text_config;
+use crate::store::text_config;
 
 /// The model that a file is of, or that its adapter is for.
 #[derive(Debug, Clone, Copy)]
