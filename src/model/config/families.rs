@@ -1,0 +1,386 @@
+//! The families of models: of each what its `config.json` says, and what its configuration class assumes otherwise.
+
+use super::fields::Fields;
+use super::{Activation, DecoderConfig, LayerRope, rope};
+use crate::Result;
+use crate::store::TEXT_CONFIG;
+
+/// The values of `model_type`.
+const FAMILIES: &str =
+    "use llama, mistral, mistral3, ministral3, qwen2, qwen3, smollm3, gemma3 or gemma3_text";
+
+/// The path of the decoder in a language model, and in a model that it is one part of.
+const ALONE: &str = "model";
+const WITHIN: &str = "model.language_model";
+
+/// No model has a tenth of it; a hostile count must not become an allocation.
+const MAX_LAYERS: usize = 10_000;
+
+/// A model of the family that its config names.
+pub(super) fn read(mut fields: Fields) -> Result<DecoderConfig> {
+    let model_type: String = fields.required("model_type")?;
+    match model_type.as_str() {
+        "gemma3" => within(fields, &["gemma3_text"]),
+        "mistral3" => within(fields, &["mistral", "ministral3"]),
+        _ => language_model(fields, &model_type),
+    }
+}
+
+/// A language model of one of these families, the first unless it says which, in a model that also sees images. What it sees
+/// with is not computed.
+fn within(mut fields: Fields, families: &[&str]) -> Result<DecoderConfig> {
+    let mut text = fields.model(TEXT_CONFIG)?;
+    let model_type = text.optional::<String>("model_type")?;
+    let model_type = model_type.as_deref().unwrap_or(families[0]);
+    if !families.contains(&model_type) {
+        let hint = format!("use {}", families.join(" or "));
+        return Err(text.unsupported("model_type", hint));
+    }
+    let decoder = language_model(text, model_type)?;
+    fields.ignore(&[
+        "vision_config",
+        "vision_feature_layer",
+        "image_token_index",
+        "image_token_id",
+        "boi_token_index",
+        "eoi_token_index",
+        "mm_tokens_per_image",
+        "multimodal_projector_bias",
+        "projector_hidden_act",
+        "spatial_merge_size",
+        // The language model has its own.
+        "tie_word_embeddings",
+        "pad_token_id",
+    ]);
+    fields.check_architectures("ForConditionalGeneration")?;
+    fields.finish()?;
+    Ok(DecoderConfig {
+        decoder_path: WITHIN,
+        ..decoder
+    })
+}
+
+fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig> {
+    let decoder = match model_type {
+        "llama" => llama(&mut fields)?,
+        "mistral" => mistral(&mut fields)?,
+        "ministral3" => ministral3(&mut fields)?,
+        "qwen2" => qwen2(&mut fields)?,
+        "qwen3" => qwen3(&mut fields)?,
+        "smollm3" => smollm3(&mut fields)?,
+        "gemma3_text" => gemma3(&mut fields)?,
+        _ => return Err(fields.unsupported("model_type", FAMILIES)),
+    };
+    fields.check_architectures("ForCausalLM")?;
+    fields.finish()?;
+    decoder.check_numbers(&fields)?;
+    Ok(decoder)
+}
+
+fn llama(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut decoder = decoder(fields, Defaults::new(2048))?;
+    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
+    decoder.o_bias = decoder.qkv_bias;
+    decoder.mlp_bias = fields.optional("mlp_bias")?.unwrap_or(false);
+    Ok(decoder)
+}
+
+fn mistral(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(4096 * 32);
+    defaults.num_kv_heads = Some(8);
+    let mut decoder = decoder(fields, defaults)?;
+    // An absent window is 4096 (the class's default); `null` is none.
+    let window = match fields.is_null("sliding_window") {
+        true => None,
+        false => Some(fields.optional_size("sliding_window")?.unwrap_or(4096)),
+    };
+    decoder.sliding_window = vec![window; decoder.num_layers];
+    Ok(decoder)
+}
+
+fn ministral3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(262_144);
+    defaults.num_kv_heads = Some(8);
+    defaults.head_dim = Some(128);
+    defaults.rope_theta = 1_000_000.0;
+    defaults.queries_grow = true;
+    let mut decoder = decoder(fields, defaults)?;
+    let window = fields.optional_size("sliding_window")?;
+    decoder.sliding_window = vec![window; decoder.num_layers];
+    Ok(decoder)
+}
+
+fn qwen2(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(32768);
+    defaults.num_kv_heads = Some(32);
+    let mut decoder = decoder(fields, defaults)?;
+    decoder.qkv_bias = true;
+    decoder.sliding_window = qwen_windows(fields, decoder.num_layers)?;
+    Ok(decoder)
+}
+
+fn qwen3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(32768);
+    defaults.num_kv_heads = Some(32);
+    defaults.head_dim = Some(128);
+    let mut decoder = decoder(fields, defaults)?;
+    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
+    decoder.o_bias = decoder.qkv_bias;
+    decoder.qk_norm = true;
+    decoder.sliding_window = qwen_windows(fields, decoder.num_layers)?;
+    Ok(decoder)
+}
+
+fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(32768);
+    defaults.num_kv_heads = Some(4);
+    defaults.tie_word_embeddings = true;
+    defaults.rope_theta = 2_000_000.0;
+    let mut decoder = decoder(fields, defaults)?;
+    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
+    decoder.o_bias = decoder.qkv_bias;
+    decoder.mlp_bias = fields.optional("mlp_bias")?.unwrap_or(false);
+    // The family's configs have these two, its models do not ask for them.
+    fields.optional::<usize>("pretraining_tp")?;
+    fields.optional::<usize>("max_window_layers")?;
+    let interval = fields.optional_size("no_rope_layer_interval")?;
+    let interval = interval.unwrap_or(4);
+    let rotated = match fields.optional::<Vec<u8>>("no_rope_layers")? {
+        None => (1..=decoder.num_layers)
+            .map(|layer| !layer.is_multiple_of(interval))
+            .collect(),
+        Some(layers) if layers.len() < decoder.num_layers => {
+            let reason = format!(
+                "has {} entries for {} layers",
+                layers.len(),
+                decoder.num_layers
+            );
+            return Err(fields.malformed("no_rope_layers", reason));
+        }
+        // A 1 is for a layer that has one.
+        Some(layers) => layers.iter().map(|layer| *layer != 0).collect::<Vec<_>>(),
+    };
+    let window = window_in_use(fields)?;
+    decoder.sliding_window = windows(fields, decoder.num_layers, window, |layer| !rotated[layer])?;
+    let ropes = rotated.into_iter().take(decoder.num_layers);
+    decoder.layer_rope = ropes
+        .map(|rotated| {
+            if rotated {
+                LayerRope::Model
+            } else {
+                LayerRope::None
+            }
+        })
+        .collect();
+    Ok(decoder)
+}
+
+fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(131_072);
+    defaults.vocab_size = Some(262_208);
+    defaults.num_heads = Some(8);
+    defaults.num_kv_heads = Some(4);
+    defaults.head_dim = Some(256);
+    defaults.tie_word_embeddings = true;
+    defaults.rope_theta = 1_000_000.0;
+    defaults.local_rope_theta = Some(10_000.0);
+    let mut decoder = decoder(fields, defaults)?;
+    let activation = activation(fields, "hidden_activation")?;
+    decoder.activation = activation.unwrap_or(Activation::GeluTanh);
+    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
+    decoder.o_bias = decoder.qkv_bias;
+    decoder.qk_norm = true;
+    decoder.branch_norms = true;
+    decoder.norms_less_one = true;
+    let scalar = fields.optional_positive("query_pre_attn_scalar")?;
+    decoder.attention_scale = scalar.unwrap_or(256.0).powf(-0.5);
+    decoder.embedding_scale = (decoder.hidden_size as f64).sqrt();
+    let window = fields.optional_size("sliding_window")?.unwrap_or(4096);
+    let pattern = match fields.optional_size("sliding_window_pattern")? {
+        Some(pattern) => pattern,
+        None => fields
+            .optional_size("_sliding_window_pattern")?
+            .unwrap_or(6),
+    };
+    decoder.sliding_window = windows(fields, decoder.num_layers, Some(window), |layer| {
+        !(layer + 1).is_multiple_of(pattern)
+    })?;
+    let windows = decoder.sliding_window.iter();
+    decoder.layer_rope = windows
+        .map(|window| match window {
+            Some(_) => LayerRope::Local,
+            None => LayerRope::Model,
+        })
+        .collect();
+    Ok(decoder)
+}
+
+/// What a family's configuration class assumes when `config.json` is silent.
+struct Defaults {
+    max_position_embeddings: usize,
+    /// `None` = it has to be there.
+    vocab_size: Option<usize>,
+    /// `None` = it has to be there.
+    num_heads: Option<usize>,
+    /// `None` = as many as heads.
+    num_kv_heads: Option<usize>,
+    /// `None` = hidden size / heads.
+    head_dim: Option<usize>,
+    tie_word_embeddings: bool,
+    rope_theta: f64,
+    /// `Some` = layers with a window have a rotary embedding of their own.
+    local_rope_theta: Option<f64>,
+    /// The rotary parameters say how queries are scaled by their positions.
+    queries_grow: bool,
+}
+
+impl Defaults {
+    fn new(max_position_embeddings: usize) -> Self {
+        Self {
+            max_position_embeddings,
+            vocab_size: None,
+            num_heads: None,
+            num_kv_heads: None,
+            head_dim: None,
+            tie_word_embeddings: false,
+            rope_theta: 10_000.0,
+            local_rope_theta: None,
+            queries_grow: false,
+        }
+    }
+}
+
+/// The fields all families share, with no bias, no window and no norm on queries and keys.
+fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
+    let hidden_size = fields.size("hidden_size")?;
+    let num_layers = fields.size("num_hidden_layers")?;
+    if num_layers > MAX_LAYERS {
+        return Err(fields.malformed("num_hidden_layers", format!("{num_layers} is too many")));
+    }
+    let num_heads = fields.size_or("num_attention_heads", defaults.num_heads)?;
+    let num_kv_heads = match fields.is_null("num_key_value_heads") {
+        true => None,
+        false => fields
+            .optional_size("num_key_value_heads")?
+            .or(defaults.num_kv_heads),
+    };
+    let head_dim = match fields.optional_size("head_dim")?.or(defaults.head_dim) {
+        Some(head_dim) => head_dim,
+        None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
+        None => {
+            return Err(fields.malformed(
+                "num_attention_heads",
+                format!("{num_heads} does not divide `hidden_size` = {hidden_size}"),
+            ));
+        }
+    };
+    let max_position_embeddings = fields
+        .optional_size("max_position_embeddings")?
+        .unwrap_or(defaults.max_position_embeddings);
+    let activation = activation(fields, "hidden_act")?;
+    let (positions, theta) = (max_position_embeddings, defaults.rope_theta);
+    let (rope, local_rope) = match defaults.local_rope_theta {
+        None if defaults.queries_grow => (rope::read_growing(fields, positions, theta)?, None),
+        None => (rope::read(fields, positions, theta)?, None),
+        Some(local_theta) => {
+            let (rope, local) = rope::read_both(fields, positions, [theta, local_theta])?;
+            (rope, Some(local))
+        }
+    };
+    let vocab_size = fields.size_or("vocab_size", defaults.vocab_size)?;
+    Ok(DecoderConfig {
+        decoder_path: ALONE,
+        hidden_size,
+        intermediate_size: fields.size("intermediate_size")?,
+        num_layers,
+        num_heads,
+        num_kv_heads: num_kv_heads.unwrap_or(num_heads),
+        head_dim,
+        vocab_size,
+        rms_norm_eps: fields.optional("rms_norm_eps")?.unwrap_or(1e-6),
+        rope,
+        local_rope,
+        layer_rope: vec![LayerRope::Model; num_layers],
+        max_position_embeddings,
+        tie_word_embeddings: fields
+            .optional("tie_word_embeddings")?
+            .unwrap_or(defaults.tie_word_embeddings),
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        branch_norms: false,
+        norms_less_one: false,
+        attention_scale: 1.0 / (head_dim as f64).sqrt(),
+        embedding_scale: 1.0,
+        activation: activation.unwrap_or(Activation::Silu),
+        padding_id: padding_id(fields, vocab_size)?,
+        sliding_window: vec![None; num_layers],
+    })
+}
+
+/// `pad_token_id`, which torch counts from the end where it is negative.
+fn padding_id(fields: &mut Fields, vocab_size: usize) -> Result<Option<u32>> {
+    let id = fields.optional::<i64>("pad_token_id")?;
+    let id = id.map(|id| if id < 0 { id + vocab_size as i64 } else { id });
+    let known = id.filter(|id| (0..vocab_size as i64).contains(id));
+    Ok(known.map(|id| id as u32))
+}
+
+/// The function before the product with `up`; `None` where the field is not there.
+fn activation(fields: &mut Fields, field: &'static str) -> Result<Option<Activation>> {
+    match fields.optional::<String>(field)?.as_deref() {
+        None => Ok(None),
+        Some("silu" | "swish") => Ok(Some(Activation::Silu)),
+        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Some(Activation::GeluTanh)),
+        Some(_) => Err(fields.unsupported(field, "use silu or gelu_pytorch_tanh")),
+    }
+}
+
+/// `sliding_window` where `use_sliding_window` says so.
+fn window_in_use(fields: &mut Fields) -> Result<Option<usize>> {
+    let enabled = fields.optional("use_sliding_window")?.unwrap_or(false);
+    let size = match fields.is_null("sliding_window") {
+        true => None,
+        false => Some(fields.optional_size("sliding_window")?.unwrap_or(4096)),
+    };
+    Ok(size.filter(|_| enabled))
+}
+
+fn qwen_windows(fields: &mut Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {
+    let window = window_in_use(fields)?;
+    let first = fields.optional::<usize>("max_window_layers")?.unwrap_or(28);
+    windows(fields, num_layers, window, |layer| layer >= first)
+}
+
+/// `window` on the layers that `layer_types` names, or else on those that have one `by_default`.
+fn windows(
+    fields: &mut Fields,
+    num_layers: usize,
+    window: Option<usize>,
+    by_default: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<usize>>> {
+    let Some(types) = fields.optional::<Vec<String>>("layer_types")? else {
+        return Ok((0..num_layers)
+            .map(|layer| window.filter(|_| by_default(layer)))
+            .collect());
+    };
+    if types.len() != num_layers {
+        return Err(fields.malformed(
+            "layer_types",
+            format!("has {} entries for {num_layers} layers", types.len()),
+        ));
+    }
+    types
+        .iter()
+        .map(|layer_type| match (layer_type.as_str(), window) {
+            ("full_attention", _) => Ok(None),
+            ("sliding_attention", Some(window)) => Ok(Some(window)),
+            ("sliding_attention", None) => Err(fields.malformed(
+                "layer_types",
+                "has sliding_attention, but the config gives no window",
+            )),
+            _ => Err(fields.unsupported("layer_types", "use full_attention or sliding_attention")),
+        })
+        .collect()
+}
