@@ -6,6 +6,7 @@ mod reference_case;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use candle_core::DType;
 use qlora::IGNORE_INDEX;
@@ -14,8 +15,8 @@ use qlora::export::{Merged, MergedQuantizer};
 use qlora::model::{ActivationPolicy, Decoder, DecoderConfig, InitLoraWeights};
 use qlora::quant::{FrozenWeight, QuantizeOptions};
 use qlora::store::{
-    Adapter, AdapterConfig, Checkpoint, Existing, Quantization, QuantizeJob, TargetModules,
-    part_that_sees, quantize,
+    Adapter, AdapterConfig, Checkpoint, Existing, INITIAL_ADAPTER, Quantization, QuantizeJob,
+    TargetModules, part_that_sees, quantize,
 };
 use reference_case::{
     ReferenceCase, largest_difference, micro_batch, relative_error, sequences, values,
@@ -166,6 +167,52 @@ fn a_merged_model_has_all_parts_under_their_names_and_the_logits_of_peft() {
             let found = merged.tensor(&tensor).unwrap();
             assert_eq!(found.to_f32_vec(), expected, "{name} {tensor}");
         }
+    }
+}
+
+fn qlora(args: &[&str]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qlora"));
+    let output = command.args(args).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Its layers are called otherwise in the files than in the adapter.
+#[test]
+fn an_initialization_makes_base_and_adapter_together() {
+    for name in CASES {
+        let case = ReferenceCase::read(name);
+        let dir = tempfile::tempdir().unwrap();
+        let dense = dir.path().join("dense");
+        write(&merged(&case, DType::BF16), false, &dense);
+        let [dense, base] = [dense, dir.path().join("base")];
+        let adapter = base.join(INITIAL_ADAPTER);
+        let [dense, base, adapter] = [&dense, &base, &adapter].map(|path| path.to_str().unwrap());
+        let init = [
+            "--init_lora_weights",
+            "pissa_niter_4",
+            "--lora_r",
+            "8",
+            "--lora_alpha",
+            "8",
+        ];
+        qlora(&[&["quantize", dense, base], &init[..]].concat());
+        let compare = [
+            "inspect",
+            base,
+            "--original",
+            dense,
+            "--adapter",
+            adapter,
+            "--json",
+        ];
+        let told: Value = serde_json::from_str(&qlora(&compare)).unwrap();
+        let error = |of: &str| told["in_all"][of].as_f64().unwrap();
+        assert!(
+            error("relative_error") < 0.5 * error("relative_error_of_base"),
+            "{told}"
+        );
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use qlora::model::{ApproximationError, LoraFactors};
 use qlora::quant::FrozenWeight;
-use qlora::store::{Adapter, Checkpoint, LORA_A, LORA_B, adapter_tensor_name};
+use qlora::store::{Adapter, Checkpoint, LORA_A, LORA_B, adapter_tensor_name, path_of};
 use serde_json::{Value, json};
 
 /// The error of each quantized weight, by its name.
@@ -101,7 +101,7 @@ fn layer_error(
     base: &FrozenWeight,
     adapter: Option<&Adapter>,
 ) -> anyhow::Result<ApproximationError> {
-    let path = name.trim_end_matches(".weight");
+    let path = &path_of(name.trim_end_matches(".weight"));
     let factor = |adapter: &Adapter, factor: &str| {
         let tensor = adapter_tensor_name(path, factor);
         let tensor = adapter.tensors.get(&tensor)?;
