@@ -319,7 +319,10 @@ fn the_config_of_a_language_model_is_found_in_that_of_a_model_that_also_sees_ima
     );
     let within = read(&mistral).unwrap();
     assert_eq!(within.decoder_path, "model.language_model");
-    assert!(!within.tie_word_embeddings);
+    // Whatever its language model says by itself.
+    assert!(within.tie_word_embeddings);
+    let untied = with(mistral, json!({"tie_word_embeddings": false}));
+    assert!(!read(&untied).unwrap().tie_word_embeddings);
 
     for (change, parts) in [
         (

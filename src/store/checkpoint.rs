@@ -33,14 +33,12 @@ pub fn text_config(config: &Value) -> &Value {
     config.get(TEXT_CONFIG).unwrap_or(config)
 }
 
-/// Has the config of a model say that its head is not the embedding, wherever it says that.
+/// Has the config of a model, and that of the language model in it, say that the head is not the embedding.
 pub fn untie(config: &mut Value) {
-    let says_it = config.get(TIE).is_some() || config.get(TEXT_CONFIG).is_none();
-    if let Some(fields) = config.as_object_mut().filter(|_| says_it) {
-        fields.insert(TIE.into(), false.into());
+    if let Some(text) = config.get_mut(TEXT_CONFIG) {
+        untie(text);
     }
-    let text = config.get_mut(TEXT_CONFIG).and_then(Value::as_object_mut);
-    if let Some(fields) = text {
+    if let Some(fields) = config.as_object_mut() {
         fields.insert(TIE.into(), false.into());
     }
 }
@@ -85,7 +83,7 @@ impl Checkpoint {
             places,
         };
         // transformers 5 goes by the weights as well.
-        if text_config(&checkpoint.config)[TIE] != false && checkpoint.has_head_of_its_own()? {
+        if checkpoint.config[TIE] != false && checkpoint.has_head_of_its_own()? {
             untie(&mut checkpoint.config);
         }
         Ok(checkpoint)

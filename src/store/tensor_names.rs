@@ -53,7 +53,7 @@ pub(super) fn is_linear_weight(stored: &str) -> bool {
     is_in_block && layer.is_some_and(|layer| LINEAR_LAYERS.contains(&layer))
 }
 
-/// The one of [`SEEING`] that a tensor belongs to.
+/// What a model sees images with, if a tensor belongs to that: `model.vision_tower` or `model.multi_modal_projector`.
 pub fn part_that_sees(stored: &str) -> Option<&'static str> {
     let path = path_of(stored);
     let mut parts = SEEING.into_iter();

@@ -37,6 +37,8 @@ fn within(mut fields: Fields, families: &[&str]) -> Result<DecoderConfig> {
         return Err(text.unsupported("model_type", hint));
     }
     let decoder = language_model(text, model_type)?;
+    // transformers goes by the whole model's; a file with a head of its own has it say no.
+    let is_tied = fields.optional("tie_word_embeddings")?.unwrap_or(true);
     fields.ignore(&[
         "vision_config",
         "vision_feature_layer",
@@ -49,13 +51,13 @@ fn within(mut fields: Fields, families: &[&str]) -> Result<DecoderConfig> {
         "projector_hidden_act",
         "spatial_merge_size",
         // The language model has its own.
-        "tie_word_embeddings",
         "pad_token_id",
     ]);
     fields.check_architectures("ForConditionalGeneration")?;
     fields.finish()?;
     Ok(DecoderConfig {
         decoder_path: WITHIN,
+        tie_word_embeddings: is_tied,
         ..decoder
     })
 }
