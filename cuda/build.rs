@@ -117,10 +117,7 @@ fn compile_kernel(toolkit: &Path, file: &Path, out: &Path) {
         return;
     }
     let mut nvcc = Command::new(toolkit.join("bin/nvcc"));
-    // Flags of the environment are for candle's kernels: those of this crate are compiled as they were measured.
-    nvcc.env_remove("NVCC_APPEND_FLAGS")
-        .env_remove("NVCC_PREPEND_FLAGS")
-        .args(["-std=c++17", "-O3", "-fatbin", "-Xptxas=-v", "-o"])
+    nvcc.args(["-std=c++17", "-O3", "-fatbin", "-Xptxas=-v", "-o"])
         .arg(&fatbin)
         .arg(file);
     if stem.ends_with("_hopper") {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use qlora::model::{Activation, DecoderConfig, LayerRope, QueryGrowth, RopeConfig, RopeScaling};
+use qlora::model::{Activation, DecoderConfig, LayerRope, QueryScaling, RopeConfig, RopeScaling};
 use serde_json::{Value, json};
 
 fn read(config: &Value) -> qlora::Result<DecoderConfig> {
@@ -85,7 +85,7 @@ fn rope_scaling_is_read_from_either_key() {
     let linear = RopeConfig {
         theta: 1e4,
         scaling: RopeScaling::Linear { factor: 2.0 },
-        query_growth: None,
+        query_scaling: None,
     };
     assert_eq!(
         scaling(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})),
@@ -98,7 +98,7 @@ fn rope_scaling_is_read_from_either_key() {
     let plain = RopeConfig {
         theta: 1e4,
         scaling: RopeScaling::None,
-        query_growth: None,
+        query_scaling: None,
     };
     assert_eq!(scaling(json!({"rope_scaling": null})), plain);
     assert_eq!(scaling(json!({})), plain);
@@ -235,7 +235,7 @@ fn both_generations_of_gemma3_give_the_same_config() {
 }
 
 #[test]
-fn the_queries_of_ministral3_grow_with_their_positions() {
+fn the_queries_of_ministral3_are_scaled_by_their_positions() {
     let rope = json!({
         "type": "yarn", "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0,
         "original_max_position_embeddings": 64, "max_position_embeddings": 1024, "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -245,20 +245,37 @@ fn the_queries_of_ministral3_grow_with_their_positions() {
         small("ministral3"),
         json!({"rope_parameters": rope, "sliding_window": null}),
     );
-    let read = read(&config).unwrap();
-    let growth = read.rope.query_growth.unwrap();
+    let found = read(&config).unwrap();
+    let scaling = found.rope.query_scaling.unwrap();
     assert_eq!(
-        growth,
-        QueryGrowth {
+        scaling,
+        QueryScaling {
             beta: 0.1,
             length: 64
         }
     );
-    assert_eq!([0, 63].map(|position| growth.factor(position)), [1.0; 2]);
-    assert_eq!(growth.factor(64), (1.0 + 0.1 * 2f64.ln()) as f32);
-    assert_eq!(growth.factor(64 * 8 + 5), (1.0 + 0.1 * 9f64.ln()) as f32);
-    assert_eq!(read.rope.amplitude(), 1.0);
-    assert_eq!((read.head_dim, read.sliding_window), (128, vec![None; 4]));
+    assert_eq!([0, 63].map(|position| scaling.factor(position)), [1.0; 2]);
+    assert_eq!(scaling.factor(64), (1.0 + 0.1 * 2f64.ln()) as f32);
+    assert_eq!(scaling.factor(64 * 8 + 5), (1.0 + 0.1 * 9f64.ln()) as f32);
+    assert_eq!(found.rope.amplitude(), 1.0);
+    assert_eq!((found.head_dim, found.sliding_window), (128, vec![None; 4]));
+    assert_eq!((found.rope.theta, found.padding_id), (1e6, Some(11)));
+    let bare = without(
+        with(
+            config.clone(),
+            json!({"rope_parameters": with(without(rope.clone(), "rope_theta"), json!({"llama_4_scaling_beta": 0}))}),
+        ),
+        "rms_norm_eps",
+    );
+    let bare = read(&bare).unwrap();
+    assert_eq!((bare.rope.theta, bare.rms_norm_eps), (1e4, 1e-5));
+    assert_eq!(bare.rope.query_scaling.unwrap().factor(1000), 1.0);
+    let beside = with(
+        config.clone(),
+        json!({"rope_parameters": without(rope.clone(), "rope_theta"), "rope_theta": 5e5, "head_dim": null}),
+    );
+    let beside = read(&beside).unwrap();
+    assert_eq!((beside.rope.theta, beside.head_dim), (5e5, 16));
     let silent = with(small("ministral3"), json!({"rope_parameters": null}));
     assert_says(&error(&silent), &["rope_parameters", "is missing"]);
     let without_beta = with(
@@ -321,6 +338,9 @@ fn the_config_of_a_language_model_is_found_in_that_of_a_model_that_also_sees_ima
     assert_eq!(within.decoder_path, "model.language_model");
     // Whatever its language model says by itself.
     assert!(within.tie_word_embeddings);
+    let mut of_text = with(mistral.clone(), json!({"tie_word_embeddings": false}));
+    of_text["text_config"]["tie_word_embeddings"] = true.into();
+    assert!(read(&of_text).unwrap().tie_word_embeddings);
     let untied = with(mistral, json!({"tie_word_embeddings": false}));
     assert!(!read(&untied).unwrap().tie_word_embeddings);
 

@@ -12,15 +12,16 @@ use candle_core::DType;
 use qlora::IGNORE_INDEX;
 use qlora::device::Placement;
 use qlora::export::{Merged, MergedQuantizer};
-use qlora::model::{ActivationPolicy, Decoder, DecoderConfig, InitLoraWeights};
+use qlora::model::{ActivationPolicy, Decoder, DecoderConfig, InitLoraWeights, ModelTensor};
 use qlora::quant::{FrozenWeight, QuantizeOptions};
 use qlora::store::{
     Adapter, AdapterConfig, Checkpoint, Existing, INITIAL_ADAPTER, Quantization, QuantizeJob,
-    TargetModules, part_that_sees, quantize,
+    TargetModules, TensorSource, quantize, vision_part,
 };
 use reference_case::{
     ReferenceCase, largest_difference, micro_batch, relative_error, sequences, values,
 };
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
 /// One with what it sees with in 16 bits, and files with the names that transformers writes; one all in 4 bits, with the names
@@ -60,9 +61,7 @@ fn weight_names(model: &Checkpoint) -> BTreeSet<String> {
 /// The names of what a model sees with.
 fn seeing(model: &Checkpoint) -> Vec<String> {
     let names = model.weight_names().map(str::to_string);
-    let seeing: Vec<_> = names
-        .filter(|name| part_that_sees(name).is_some())
-        .collect();
+    let seeing: Vec<_> = names.filter(|name| vision_part(name).is_some()).collect();
     assert!(seeing.len() > 10, "{seeing:?}");
     seeing
 }
@@ -152,7 +151,8 @@ fn a_merged_model_has_all_parts_under_their_names_and_the_logits_of_peft() {
         let case = ReferenceCase::read(name);
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("merged");
-        write(&merged(&case, DType::F32), false, &out);
+        let merged_model = merged(&case, DType::F32);
+        write(&merged_model, false, &out);
         let difference = largest_difference(&logits(&out, &case), &case.logits.concat());
         assert!(difference < 1e-4, "{name}: {difference}");
         let config = config(&out);
@@ -162,6 +162,11 @@ fn a_merged_model_has_all_parts_under_their_names_and_the_logits_of_peft() {
             Checkpoint::open(&out).unwrap(),
         );
         assert_eq!(weight_names(&merged), weight_names(&base), "{name}");
+        for part in ModelTensor::all(merged_model.config()) {
+            let path = part.name(merged_model.config());
+            let expected = merged.tensor(&path).unwrap().to_f32_vec();
+            assert_eq!(merged_model.tensor(&path).unwrap().to_f32_vec(), expected);
+        }
         for tensor in seeing(&base) {
             let expected = exact_values(&base.weight(&tensor).unwrap());
             let found = merged.tensor(&tensor).unwrap();
@@ -216,6 +221,82 @@ fn an_initialization_makes_base_and_adapter_together() {
     }
 }
 
+/// The names of its tensors and paths changed with transformers 4.52.
+#[test]
+fn an_adapter_of_an_older_transformers_is_read_and_one_on_the_vision_tower_is_told() {
+    let case = ReferenceCase::read("gemma3_vision");
+    let adapter = Adapter::read(&case.adapter).unwrap();
+    let renamed = |old: &str, new: &str| {
+        Adapter {
+        tensors: adapter
+            .tensors
+            .iter()
+            .map(|(name, tensor)| (name.replace(old, new), tensor.clone()))
+            .collect(),
+        config: AdapterConfig {
+            target_modules: TargetModules::parse(
+                "language_model.model.layers.0.self_attn.q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,q_proj",
+            )
+            .unwrap(),
+            ..adapter.config.clone()
+        },
+    }
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let old = renamed("model.language_model.", "language_model.model.");
+    assert!(
+        old.tensors
+            .keys()
+            .all(|name| name.contains(".language_model.model.layers."))
+    );
+    old.write(dir.path()).unwrap();
+    let mut decoder = case.decoder();
+    decoder
+        .load_adapter(&Adapter::read(dir.path()).unwrap())
+        .unwrap();
+    let found = values(&decoder.logits(sequences(&case.batch())).unwrap());
+    assert!(largest_difference(&found, &case.logits.concat()) < 1e-4);
+    let on_vision = renamed(
+        "model.language_model.layers.1.",
+        "model.vision_tower.encoder.layers.1.",
+    );
+    let only_first = AdapterConfig {
+        target_modules: TargetModules::parse(r".*language_model\.layers\.0\..*_proj").unwrap(),
+        ..on_vision.config.clone()
+    };
+    let on_vision = Adapter {
+        config: only_first,
+        ..on_vision
+    };
+    let error = decoder.load_adapter(&on_vision).unwrap_err().to_string();
+    assert!(
+        error.contains("vision_tower") && error.contains("sees images"),
+        "{error}"
+    );
+}
+
+#[test]
+fn integers_beside_the_decoder_are_kept_as_they_are() {
+    let case = ReferenceCase::read("mistral3");
+    let dir = tempfile::tempdir().unwrap();
+    let [model, out] = ["model", "out"].map(|name| dir.path().join(name));
+    fs::create_dir(&model).unwrap();
+    let base = fs::read(case.dir.join("model.safetensors")).unwrap();
+    let base = SafeTensors::deserialize(&base).unwrap();
+    let positions: Vec<u8> = (0..4i64).flat_map(i64::to_le_bytes).collect();
+    let positions = TensorView::new(Dtype::I64, vec![1, 4], &positions).unwrap();
+    let name = "model.vision_tower.embeddings.position_ids";
+    let tensors = base.tensors().into_iter();
+    let tensors = tensors.chain([(name.to_string(), positions.clone())]);
+    safetensors::serialize_to_file(tensors, None, &model.join("model.safetensors")).unwrap();
+    fs::copy(case.dir.join("config.json"), model.join("config.json")).unwrap();
+    let merged = Merged::new(Checkpoint::open(&model).unwrap(), None, None, None).unwrap();
+    write(&merged, false, &out);
+    let written = fs::read(out.join("model.safetensors")).unwrap();
+    let written = SafeTensors::deserialize(&written).unwrap();
+    assert_eq!(written.tensor(name).unwrap(), positions);
+}
+
 #[test]
 fn in_four_bits_only_the_decoder_is_and_transformers_is_told() {
     for name in CASES {
@@ -250,6 +331,8 @@ fn in_four_bits_only_the_decoder_is_and_transformers_is_told() {
             let parts = [
                 "model.multi_modal_projector",
                 "model.vision_tower",
+                "multi_modal_projector",
+                "vision_tower",
                 "lm_head",
             ];
             assert_eq!(*skipped, json!(parts), "{name}");

@@ -15,7 +15,7 @@ use qlora::export::{
 use qlora::quant::QuantType;
 use qlora::store::{
     Adapter, AtomicDir, AtomicFile, Checkpoint, Existing, GENERATION_CONFIG_FILE, Initialization,
-    Quantization, expect_replaceable,
+    Quantization, expect_replaceable, text_config,
 };
 use serde_json::{Value, json};
 
@@ -208,20 +208,26 @@ impl Source {
         };
         let ends = tokenizer.answer_end_ids()?;
         let mut generation = generation_config(&self.base)?;
-        // What transformers goes by.
-        let named = match &generation["eos_token_id"] {
-            Value::Null => &config["eos_token_id"],
-            named => named,
+        // What transformers goes by: the first that is there.
+        let key = "eos_token_id";
+        let named = [&generation[key], &config[key], &text_config(config)[key]];
+        let named = named.into_iter().find(|named| !named.is_null());
+        let id = |id: &Value| u32::try_from(id.as_u64()?).ok();
+        let mut all: Vec<u32> = match named {
+            Some(Value::Array(ids)) => ids.iter().filter_map(id).collect(),
+            named => named.and_then(id).into_iter().collect(),
         };
-        let is_named = |id: &u32| match named {
-            Value::Array(ids) => ids.contains(&json!(id)),
-            named => *named == json!(id),
-        };
-        if ends.iter().all(is_named) {
+        let known = all.len();
+        for end in ends {
+            if !all.contains(&end) {
+                all.push(end);
+            }
+        }
+        if all.len() == known {
             return Ok(None);
         }
-        generation["eos_token_id"] = json!(ends);
-        Ok(Some((ends, generation)))
+        generation[key] = json!(all);
+        Ok(Some((all, generation)))
     }
 
     fn merge(&self, args: &Args, dtype: Option<DType>) -> anyhow::Result<Merged> {

@@ -15,7 +15,7 @@ use crate::model::{Decoder, DecoderConfig, ModelTensor, ModuleToSave};
 use crate::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 use crate::store::{
     Adapter, Checkpoint, Existing, ModelDir, TensorSource, TensorSpec, WeightQuantizer, dtype_name,
-    part_that_sees, untie,
+    untie, vision_part,
 };
 
 /// A model whose adapter is merged into it, weight by weight as they are asked for.
@@ -73,7 +73,7 @@ impl Merged {
         let parts = parts.map(named).collect();
         let names = checkpoint.weight_names();
         let others = names
-            .filter(|name| part_that_sees(name).is_some())
+            .filter(|name| vision_part(name).is_some())
             .map(str::to_string);
         Ok(Self {
             parts,
@@ -219,14 +219,26 @@ impl TensorSource for Merged {
             TensorSpec::of_floats(name, self.dtype, part.shape(&self.config))
         };
         let other = |name: &String| {
-            let weight = self.checkpoint.weight(name)?;
-            TensorSpec::of_floats(name, self.dtype, weight.shape().to_vec())
+            let info = self.checkpoint.file(name)?.info(name)?;
+            let stored = TensorSpec::new(name, info.dtype, info.shape.clone());
+            let weight = self.checkpoint.weight(name);
+            match (stored.float_type(), weight) {
+                (Ok(_), _) => TensorSpec::of_floats(name, self.dtype, stored.shape),
+                (Err(_), Ok(FrozenWeight::Quantized(weight))) => {
+                    TensorSpec::of_floats(name, self.dtype, weight.shape)
+                }
+                // Such as positions, which are integers.
+                (Err(_), _) => Ok(stored),
+            }
         };
         let parts = self.parts.iter().map(spec);
         parts.chain(self.others.iter().map(other)).collect()
     }
 
     fn bytes(&self, spec: &TensorSpec) -> Result<Bytes> {
+        if spec.float_type().is_err() {
+            return self.checkpoint.bytes(spec);
+        }
         let tensor = self.tensor(&spec.name)?;
         let stored = tensor.to_dtype(&spec.name, self.dtype)?;
         let cols = tensor.shape.last().copied().unwrap_or(1);

@@ -17,7 +17,8 @@ use crate::ops::linear::dora;
 use crate::ops::philox::{Normal, Uniform};
 use crate::quant::{DenseTensor, FrozenWeight};
 use crate::store::{
-    Adapter, AdapterConfig, LORA_A, LORA_B, MAGNITUDE, WEIGHT, adapter_tensor_name,
+    ADAPTER_PREFIX, Adapter, AdapterConfig, LORA_A, LORA_B, MAGNITUDE, WEIGHT, adapter_tensor_name,
+    vision_part,
 };
 use crate::{Error, Result};
 
@@ -291,9 +292,17 @@ impl Decoder {
             }
         }
         if let Some((name, tensor)) = rest.first_key_value() {
+            let path = name.strip_prefix(ADAPTER_PREFIX);
+            let sees = path.and_then(vision_part);
+            let expected = match sees {
+                None => "an adapter for this model and of its own config",
+                Some(_) => {
+                    "an adapter on the language model alone: what a model sees images with is not computed"
+                }
+            };
             return Err(Error::TensorMismatch {
                 tensor: name.to_string(),
-                expected: "an adapter for this model and of its own config".into(),
+                expected: expected.into(),
                 found: format!("{:?} for a layer that they do not have", tensor.shape),
             });
         }

@@ -52,12 +52,12 @@ pub enum RopeScaling {
 pub struct RopeConfig {
     pub theta: f64,
     pub scaling: RopeScaling,
-    pub query_growth: Option<QueryGrowth>,
+    pub query_scaling: Option<QueryScaling>,
 }
 
 /// What the query at position p is multiplied by: `1 + beta ln(1 + floor(p / length))`, which is 1 in the first `length`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct QueryGrowth {
+pub struct QueryScaling {
     pub beta: f64,
     pub length: usize,
 }

@@ -22,7 +22,7 @@ use crate::ops::low_rank::{
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
 use crate::store::{
     AdapterConfig, AdapterWriter, INITIAL_ADAPTER, Initialization, LoraShape, RelativeTo,
-    TensorSpec, WeightQuantizer, path_of,
+    TensorSpec, WeightQuantizer, module_path,
 };
 use crate::{Error, Result};
 
@@ -107,7 +107,7 @@ impl InitializingQuantizer {
 
     /// The path of the layer with the weight `name` if it gets an adapter.
     fn target<'n>(&self, name: &'n str) -> Option<Cow<'n, str>> {
-        let path = path_of(name.strip_suffix(".weight")?);
+        let path = module_path(name.strip_suffix(".weight")?);
         self.options.adapter.targets(&path).then_some(path)
     }
 

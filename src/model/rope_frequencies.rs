@@ -2,9 +2,9 @@
 //!
 //! Source: arXiv:2104.09864; scaling as in transformers' `modeling_rope_utils.py` 5.23.
 
-use super::config::{QueryGrowth, RopeConfig, RopeScaling};
+use super::config::{QueryScaling, RopeConfig, RopeScaling};
 
-impl QueryGrowth {
+impl QueryScaling {
     /// Of the query at `position`.
     pub fn factor(&self, position: usize) -> f32 {
         let lengths = (position / self.length) as f64;

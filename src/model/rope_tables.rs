@@ -22,8 +22,8 @@ impl RopeTables {
         let table = |rope: &RopeConfig| {
             let inv_freq = rope.inv_freq(config.head_dim);
             let mut table = RopeTable::new(&inv_freq, rope.amplitude(), positions);
-            if let Some(growth) = rope.query_growth {
-                table = table.with_queries_times(|position| growth.factor(position));
+            if let Some(scaling) = rope.query_scaling {
+                table = table.with_scaled_queries(|position| scaling.factor(position));
             }
             match placement.uses_kernels() {
                 true => table.on(&placement.device),

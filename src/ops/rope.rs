@@ -54,7 +54,7 @@ impl RopeTable {
     }
 
     /// The table for models that multiply the query at position p by `factor(p)` as well.
-    pub fn with_queries_times(mut self, factor: impl Fn(usize) -> f32) -> Self {
+    pub fn with_scaled_queries(mut self, factor: impl Fn(usize) -> f32) -> Self {
         let scaled = |table: &[f32]| {
             let rows = table.chunks(self.half).enumerate();
             rows.flat_map(|(p, row)| {

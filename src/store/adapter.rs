@@ -14,12 +14,14 @@ use super::checkpoint::{read_json, refuse_file};
 use super::manifest::ManifestWriter;
 use super::mapped_file::MappedFile;
 use super::safetensors_writer::{SafetensorsWriter, write_tensors};
+use super::tensor_names::module_path;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
 pub(super) const CONFIG_FILE: &str = "adapter_config.json";
 pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-pub(super) const PREFIX: &str = "base_model.model.";
+/// How the names of an adapter's tensors begin, before the path of the module.
+pub const PREFIX: &str = "base_model.model.";
 /// How the names of A, B and the magnitude of a layer end, and that of the weight of a module that is trained whole.
 pub const LORA_A: &str = ".lora_A.weight";
 pub const LORA_B: &str = ".lora_B.weight";
@@ -54,7 +56,13 @@ impl Adapter {
             let reason = "is missing; adapter_model.bin is not read, save the adapter as safetensors with PEFT";
             return Err(Error::malformed(path, reason));
         }
-        let tensors = MappedFile::open(&path)?.tensors()?;
+        let tensors = MappedFile::open(&path)?.tensors()?.into_iter();
+        // Of a model that also sees images, from before transformers 4.52.
+        let renamed = |(name, tensor): (String, DenseTensor)| match name.strip_prefix(PREFIX) {
+            Some(module) => (format!("{PREFIX}{}", module_path(module)), tensor),
+            None => (name, tensor),
+        };
+        let tensors = tensors.map(renamed).collect();
         let adapter = Self { config, tensors };
         adapter.check(&path)?;
         Ok(adapter)

@@ -30,7 +30,8 @@ const HEAD: &str = "lm_head.weight";
 
 /// The config of the language model in that of a model: a part of it where the model also sees images.
 pub fn text_config(config: &Value) -> &Value {
-    config.get(TEXT_CONFIG).unwrap_or(config)
+    let text = config.get(TEXT_CONFIG).filter(|text| text.is_object());
+    text.unwrap_or(config)
 }
 
 /// Has the config of a model, and that of the language model in it, say that the head is not the embedding.

@@ -29,7 +29,9 @@ mod safetensors_writer;
 mod target_modules;
 mod tensor_names;
 
-pub use adapter::{Adapter, LORA_A, LORA_B, MAGNITUDE, WEIGHT, adapter_tensor_name};
+pub use adapter::{
+    Adapter, LORA_A, LORA_B, MAGNITUDE, PREFIX as ADAPTER_PREFIX, WEIGHT, adapter_tensor_name,
+};
 pub use adapter_config::AdapterConfig;
 pub use adapter_writer::{AdapterWriter, LoraShape};
 pub use atomic::AtomicFile;
@@ -56,4 +58,4 @@ pub use modules_to_save::ModulesToSave;
 pub use quantize::{QuantizeJob, quantize, quantize_with};
 pub use safetensors_writer::{SafetensorsWriter, TensorSpec, write_tensors};
 pub use target_modules::TargetModules;
-pub use tensor_names::{part_that_sees, path_of};
+pub use tensor_names::{module_path, vision_part};

@@ -18,7 +18,7 @@ use super::atomic_dir::{AtomicDir, Existing, expect_replaceable};
 use super::bitsandbytes::{self, dtype_name};
 use super::checkpoint::{Checkpoint, INDEX_FILE, SINGLE_FILE};
 use super::safetensors_writer::{SafetensorsWriter, TensorSpec};
-use super::tensor_names::part_that_sees;
+use super::tensor_names::vision_part;
 use crate::quant::{DenseTensor, DoubleQuant, Params4bit, QuantizeOptions};
 use crate::{Error, Result};
 use plan::{PlannedTensor, plan};
@@ -331,12 +331,17 @@ impl Run<'_> {
 /// What transformers is to leave in 16 bits beside what it would anyway; `null` where the model is a decoder alone.
 fn skipped_modules(shards: &[Vec<PlannedTensor>]) -> Value {
     let tensors = shards.iter().flatten();
-    let parts = tensors.filter_map(|tensor| part_that_sees(&tensor.source.name));
+    let parts = tensors.filter_map(|tensor| vision_part(&tensor.source.name));
     let parts: BTreeSet<&str> = parts.collect();
     match parts.is_empty() {
         true => Value::Null,
         // A list takes the place of what it would leave by itself.
-        false => parts.into_iter().chain(["lm_head"]).collect(),
+        false => {
+            // Some programs have the parts without the model around them.
+            let bare = parts.iter().filter_map(|part| part.strip_prefix("model."));
+            let bare = bare.chain(["lm_head"]);
+            parts.iter().copied().chain(bare).collect()
+        }
     }
 }
 

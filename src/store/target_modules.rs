@@ -6,6 +6,8 @@ use regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Value, json};
 
+use super::tensor_names::module_path;
+
 /// What a decoder has in PEFT's eyes beside the linear layers of its blocks; `N` is a block.
 const OTHER_MODULES: [&str; 17] = [
     "model",
@@ -100,7 +102,7 @@ impl TargetModules {
     pub fn matches(&self, path: &str) -> bool {
         match self {
             Self::AllLinear => path.rsplit('.').next() != Some("lm_head"),
-            Self::Names(names) => names.iter().any(|name| ends_in(path, name)),
+            Self::Names(names) => names.iter().any(|name| ends_in(path, &module_path(name))),
             Self::Pattern { regex, .. } => regex.is_match(path),
         }
     }

@@ -14,7 +14,7 @@ const RENAMED: [(&str, &str); 4] = [
 ];
 
 /// What a model sees images with.
-const SEEING: [&str; 2] = ["model.multi_modal_projector", "model.vision_tower"];
+const VISION_PARTS: [&str; 2] = ["model.multi_modal_projector", "model.vision_tower"];
 
 /// Where a decoder stands in its model.
 const DECODERS: [&str; 2] = ["model.layers.", "model.language_model.layers."];
@@ -31,7 +31,7 @@ pub(super) const LINEAR_LAYERS: [&str; 7] = [
 ];
 
 /// The name in transformers of a tensor that is `stored` under this one, or of a module.
-pub fn path_of(stored: &str) -> Cow<'_, str> {
+pub fn module_path(stored: &str) -> Cow<'_, str> {
     let mut renamed = RENAMED.iter();
     let path =
         renamed.find_map(|(file, path)| Some(format!("{path}{}", stored.strip_prefix(file)?)));
@@ -46,7 +46,7 @@ pub(super) fn name_in_files(path: &str) -> Option<String> {
 
 /// Whether this is the weight of a linear layer of a decoder.
 pub(super) fn is_linear_weight(stored: &str) -> bool {
-    let name = path_of(stored);
+    let name = module_path(stored);
     let is_in_block = DECODERS.iter().any(|decoder| name.starts_with(decoder));
     let layer = name.strip_suffix(".weight");
     let layer = layer.and_then(|path| path.rsplit('.').next());
@@ -54,9 +54,9 @@ pub(super) fn is_linear_weight(stored: &str) -> bool {
 }
 
 /// What a model sees images with, if a tensor belongs to that: `model.vision_tower` or `model.multi_modal_projector`.
-pub fn part_that_sees(stored: &str) -> Option<&'static str> {
-    let path = path_of(stored);
-    let mut parts = SEEING.into_iter();
+pub fn vision_part(stored: &str) -> Option<&'static str> {
+    let path = module_path(stored);
+    let mut parts = VISION_PARTS.into_iter();
     parts.find(|part| {
         path.strip_prefix(part)
             .is_some_and(|rest| rest.starts_with('.'))
@@ -80,12 +80,12 @@ mod tests {
                 "model.vision_tower.ln_pre.weight",
             ),
         ] {
-            assert_eq!(path_of(stored), path);
-            assert_eq!(path_of(path), path);
+            assert_eq!(module_path(stored), path);
+            assert_eq!(module_path(path), path);
             assert_eq!(name_in_files(path).as_deref(), Some(stored));
         }
         assert_eq!(
-            path_of("model.layers.0.mlp.up_proj.weight"),
+            module_path("model.layers.0.mlp.up_proj.weight"),
             "model.layers.0.mlp.up_proj.weight"
         );
         assert_eq!(name_in_files("model.layers.0.mlp.up_proj.weight"), None);
@@ -115,11 +115,11 @@ mod tests {
     #[test]
     fn what_a_model_sees_with_is_told_from_its_decoder() {
         assert_eq!(
-            part_that_sees("vision_tower.ln_pre.weight"),
+            vision_part("vision_tower.ln_pre.weight"),
             Some("model.vision_tower")
         );
         assert_eq!(
-            part_that_sees("model.multi_modal_projector.norm.weight"),
+            vision_part("model.multi_modal_projector.norm.weight"),
             Some("model.multi_modal_projector")
         );
         for name in [
@@ -128,7 +128,7 @@ mod tests {
             "language_model.model.norm.weight",
             "vision_towers.a",
         ] {
-            assert_eq!(part_that_sees(name), None, "{name}");
+            assert_eq!(vision_part(name), None, "{name}");
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use qlora::model::{ApproximationError, LoraFactors};
 use qlora::quant::FrozenWeight;
-use qlora::store::{Adapter, Checkpoint, LORA_A, LORA_B, adapter_tensor_name, path_of};
+use qlora::store::{Adapter, Checkpoint, LORA_A, LORA_B, adapter_tensor_name, module_path};
 use serde_json::{Value, json};
 
 /// The error of each quantized weight, by its name.
@@ -23,9 +23,15 @@ impl Approximation {
         let mut layers = Vec::new();
         // Names of both: those of a quantized weight's parts are of one alone.
         let names = base.names().filter(|name| name.ends_with(".weight"));
-        for name in names.filter(|name| original.contains(name)) {
+        for name in names {
+            let path = module_path(name);
+            // The two may have other names for the layers of a model that also sees images.
+            let original_name = original.stored_name(&path);
+            if !original.contains(&original_name) {
+                continue;
+            }
             let weight = base.weight(name)?;
-            let source = original.weight(name)?;
+            let source = original.weight(&original_name)?;
             if matches!(source, FrozenWeight::Quantized(_)) {
                 bail!(
                     "{}: is quantized itself, give the model that {} was made of",
@@ -40,7 +46,7 @@ impl Approximation {
                 name.to_string(),
                 layer_error(name, &source, &weight, adapter.as_ref())?,
             ));
-            original.file(name)?.release(name)?;
+            original.file(&original_name)?.release(&original_name)?;
             base.file(name)?.release(name)?;
         }
         if layers.is_empty() {
@@ -101,7 +107,7 @@ fn layer_error(
     base: &FrozenWeight,
     adapter: Option<&Adapter>,
 ) -> anyhow::Result<ApproximationError> {
-    let path = &path_of(name.trim_end_matches(".weight"));
+    let path = &module_path(name.trim_end_matches(".weight"));
     let factor = |adapter: &Adapter, factor: &str| {
         let tensor = adapter_tensor_name(path, factor);
         let tensor = adapter.tensors.get(&tensor)?;

@@ -1,13 +1,13 @@
 //! What is in a model directory, an adapter directory or a GGUF file: tensors, types, sizes, quantization, settings.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use qlora::quant::{Absmax, FrozenWeight};
 use qlora::store::{
-    Adapter, AdapterConfig, Checkpoint, GgufFile, MatrixDropoutSettings, text_config,
+    Adapter, AdapterConfig, Checkpoint, GgufFile, MatrixDropoutSettings, TargetModules, text_config,
 };
 use serde_json::{Value, json};
 
@@ -171,7 +171,7 @@ impl Contents {
                 patterns(config),
                 config.lora_dropout,
                 matrix_dropout.as_ref().map(masks).unwrap_or_default(),
-                json!(config.target_modules),
+                targets(&config.target_modules),
                 config
                     .base_model_name_or_path
                     .as_deref()
@@ -179,6 +179,20 @@ impl Contents {
             ),
             Kind::Gguf(metadata) => gguf_headline(metadata),
         }
+    }
+}
+
+/// The modules with an adapter; of many, such as paths of layers, how many and how they end.
+fn targets(modules: &TargetModules) -> String {
+    const MANY: usize = 12;
+    match modules {
+        TargetModules::Names(names) if names.len() > MANY => {
+            let last = names.iter().filter_map(|name| name.rsplit('.').next());
+            let last: BTreeSet<&str> = last.collect();
+            let last: Vec<&str> = last.into_iter().take(MANY).collect();
+            format!("{} that end in {}", names.len(), last.join(", "))
+        }
+        modules => json!(modules).to_string(),
     }
 }
 

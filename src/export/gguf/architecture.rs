@@ -8,7 +8,7 @@ use crate::Result;
 use crate::model::{Activation, DecoderConfig, LayerRope, ModelTensor, Module, RopeScaling};
 
 /// The values of `model_type` of which files are written.
-const FAMILIES: &str = "use llama, mistral, qwen2, qwen3, smollm3 or gemma3_text";
+const FAMILIES: &str = "use llama, mistral, mistral3, qwen2, qwen3, smollm3, gemma3 or gemma3_text";
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,11 +26,11 @@ impl Architecture {
     /// [`Error::UnsupportedModel`](crate::Error::UnsupportedModel) for what the architecture does not compute.
     pub(super) fn of(base: &GgufBase, config: &DecoderConfig) -> Result<Self> {
         let architecture = match base.field("model_type").as_str() {
-            Some("llama" | "mistral") => Self::Llama,
+            Some("llama" | "mistral" | "mistral3") => Self::Llama,
             Some("qwen2") => Self::Qwen2,
             Some("qwen3") => Self::Qwen3,
             Some("smollm3") => Self::Smollm3,
-            Some("gemma3_text") => Self::Gemma3,
+            Some("gemma3_text" | "gemma3") => Self::Gemma3,
             _ => return Err(base.unsupported("model_type", FAMILIES)),
         };
         architecture.check(base, config)?;

@@ -37,8 +37,9 @@ fn within(mut fields: Fields, families: &[&str]) -> Result<DecoderConfig> {
         return Err(text.unsupported("model_type", hint));
     }
     let decoder = language_model(text, model_type)?;
-    // transformers goes by the whole model's; a file with a head of its own has it say no.
-    let is_tied = fields.optional("tie_word_embeddings")?.unwrap_or(true);
+    // transformers 5 goes by the whole model's, 4 by the text's; where files have a head of its own, both say no.
+    let of_whole = fields.optional("tie_word_embeddings")?.unwrap_or(true);
+    let is_tied = of_whole || decoder.tie_word_embeddings;
     fields.ignore(&[
         "vision_config",
         "vision_feature_layer",
@@ -103,9 +104,11 @@ fn mistral(fields: &mut Fields) -> Result<DecoderConfig> {
 fn ministral3(fields: &mut Fields) -> Result<DecoderConfig> {
     let mut defaults = Defaults::new(262_144);
     defaults.num_kv_heads = Some(8);
-    defaults.head_dim = Some(128);
-    defaults.rope_theta = 1_000_000.0;
-    defaults.queries_grow = true;
+    // An explicit `null` is hidden size / heads.
+    defaults.head_dim = (!fields.is_null("head_dim")).then_some(128);
+    defaults.rms_norm_eps = 1e-5;
+    defaults.pad_token_id = Some(11);
+    defaults.scales_queries = true;
     let mut decoder = decoder(fields, defaults)?;
     let window = fields.optional_size("sliding_window")?;
     decoder.sliding_window = vec![window; decoder.num_layers];
@@ -136,6 +139,7 @@ fn qwen3(fields: &mut Fields) -> Result<DecoderConfig> {
 fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
     let mut defaults = Defaults::new(32768);
     defaults.num_kv_heads = Some(4);
+    defaults.pad_token_id = Some(128_004);
     defaults.tie_word_embeddings = true;
     defaults.rope_theta = 2_000_000.0;
     let mut decoder = decoder(fields, defaults)?;
@@ -183,6 +187,7 @@ fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
     defaults.num_heads = Some(8);
     defaults.num_kv_heads = Some(4);
     defaults.head_dim = Some(256);
+    defaults.pad_token_id = Some(0);
     defaults.tie_word_embeddings = true;
     defaults.rope_theta = 1_000_000.0;
     defaults.local_rope_theta = Some(10_000.0);
@@ -228,12 +233,14 @@ struct Defaults {
     num_kv_heads: Option<usize>,
     /// `None` = hidden size / heads.
     head_dim: Option<usize>,
+    rms_norm_eps: f64,
+    pad_token_id: Option<i64>,
     tie_word_embeddings: bool,
     rope_theta: f64,
     /// `Some` = layers with a window have a rotary embedding of their own.
     local_rope_theta: Option<f64>,
     /// The rotary parameters say how queries are scaled by their positions.
-    queries_grow: bool,
+    scales_queries: bool,
 }
 
 impl Defaults {
@@ -244,10 +251,12 @@ impl Defaults {
             num_heads: None,
             num_kv_heads: None,
             head_dim: None,
+            rms_norm_eps: 1e-6,
+            pad_token_id: None,
             tie_word_embeddings: false,
             rope_theta: 10_000.0,
             local_rope_theta: None,
-            queries_grow: false,
+            scales_queries: false,
         }
     }
 }
@@ -282,7 +291,10 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
     let activation = activation(fields, "hidden_act")?;
     let (positions, theta) = (max_position_embeddings, defaults.rope_theta);
     let (rope, local_rope) = match defaults.local_rope_theta {
-        None if defaults.queries_grow => (rope::read_growing(fields, positions, theta)?, None),
+        None if defaults.scales_queries => (
+            rope::read_with_query_scaling(fields, positions, theta)?,
+            None,
+        ),
         None => (rope::read(fields, positions, theta)?, None),
         Some(local_theta) => {
             let (rope, local) = rope::read_both(fields, positions, [theta, local_theta])?;
@@ -299,7 +311,9 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         num_kv_heads: num_kv_heads.unwrap_or(num_heads),
         head_dim,
         vocab_size,
-        rms_norm_eps: fields.optional("rms_norm_eps")?.unwrap_or(1e-6),
+        rms_norm_eps: fields
+            .optional("rms_norm_eps")?
+            .unwrap_or(defaults.rms_norm_eps),
         rope,
         local_rope,
         layer_rope: vec![LayerRope::Model; num_layers],
@@ -316,14 +330,17 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         attention_scale: 1.0 / (head_dim as f64).sqrt(),
         embedding_scale: 1.0,
         activation: activation.unwrap_or(Activation::Silu),
-        padding_id: padding_id(fields, vocab_size)?,
+        padding_id: padding_id(fields, defaults.pad_token_id, vocab_size)?,
         sliding_window: vec![None; num_layers],
     })
 }
 
 /// `pad_token_id`, which torch counts from the end where it is negative.
-fn padding_id(fields: &mut Fields, vocab_size: usize) -> Result<Option<u32>> {
-    let id = fields.optional::<i64>("pad_token_id")?;
+fn padding_id(fields: &mut Fields, default: Option<i64>, vocab_size: usize) -> Result<Option<u32>> {
+    let id = match fields.is_null("pad_token_id") {
+        true => None,
+        false => fields.optional::<i64>("pad_token_id")?.or(default),
+    };
     let id = id.map(|id| if id < 0 { id + vocab_size as i64 } else { id });
     let known = id.filter(|id| (0..vocab_size as i64).contains(id));
     Ok(known.map(|id| id as u32))

@@ -207,7 +207,7 @@ impl<'a> Fields<'a> {
             true => Ok(()),
             false => Err(self.unsupported(
                 "quantization_config",
-                "only bitsandbytes' 4-bit weights are",
+                "only bitsandbytes' 4-bit weights are: take the model in 16 bits and `qlora quantize` it",
             )),
         }
     }

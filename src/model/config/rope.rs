@@ -3,7 +3,7 @@
 //! Source: `PreTrainedConfig.convert_rope_params_to_dict` and `modeling_rope_utils.py` of transformers 5.23.
 
 use super::fields::Fields;
-use super::{QueryGrowth, RopeConfig, RopeScaling};
+use super::{QueryScaling, RopeConfig, RopeScaling};
 use crate::Result;
 
 /// The thetas' names in the older generation.
@@ -19,36 +19,43 @@ pub(super) fn read(
     max_position_embeddings: usize,
     default_theta: f64,
 ) -> Result<RopeConfig> {
-    let theta = fields.optional_positive(THETA)?.unwrap_or(default_theta);
-    let parameters = parameters(fields)?;
+    let (parameters, theta) = parameters(fields, default_theta)?;
     one(parameters, max_position_embeddings, theta)
 }
 
-fn parameters<'a>(fields: &mut Fields<'a>) -> Result<Option<Fields<'a>>> {
-    let old = fields.object("rope_scaling")?;
-    let new = fields.object("rope_parameters")?;
-    Ok(old.or(new))
-}
-
-/// The same of a model whose queries grow with their positions.
-pub(super) fn read_growing(
+/// Reads the same of a model whose queries are scaled by their positions.
+pub(super) fn read_with_query_scaling(
     fields: &mut Fields,
     max_position_embeddings: usize,
     default_theta: f64,
 ) -> Result<RopeConfig> {
-    let Some(mut rope) = parameters(fields)? else {
+    let (parameters, theta) = parameters(fields, default_theta)?;
+    let Some(mut rope) = parameters else {
         return Err(fields.malformed("rope_parameters", "is missing"));
     };
-    let beta = rope.optional_positive(QUERY_BETA)?;
-    let beta = beta.ok_or_else(|| rope.malformed(QUERY_BETA, "is missing"))?;
+    let beta: f64 = rope.required(QUERY_BETA)?;
+    if !(beta.is_finite() && beta >= 0.0) {
+        return Err(rope.malformed(QUERY_BETA, format!("{beta} is not a number from 0 on")));
+    }
     let length = rope.size(ORIGINAL_LENGTH)?;
     // That of the model once more.
     rope.ignore(&["max_position_embeddings"]);
-    let read = one(Some(rope), max_position_embeddings, default_theta)?;
+    let read = one(Some(rope), max_position_embeddings, theta)?;
     Ok(RopeConfig {
-        query_growth: Some(QueryGrowth { beta, length }),
+        query_scaling: Some(QueryScaling { beta, length }),
         ..read
     })
+}
+
+/// The rotary parameters, and the theta that stands beside them.
+fn parameters<'a>(
+    fields: &mut Fields<'a>,
+    default_theta: f64,
+) -> Result<(Option<Fields<'a>>, f64)> {
+    let theta = fields.optional_positive(THETA)?.unwrap_or(default_theta);
+    let old = fields.object("rope_scaling")?;
+    let new = fields.object("rope_parameters")?;
+    Ok((old.or(new), theta))
 }
 
 /// The embedding of layers with full attention and that of layers with a window, where these are two.
@@ -82,7 +89,7 @@ fn one(
         return Ok(RopeConfig {
             theta,
             scaling: RopeScaling::None,
-            query_growth: None,
+            query_scaling: None,
         });
     };
     let theta = rope.optional_positive(THETA)?.unwrap_or(theta);
@@ -91,7 +98,7 @@ fn one(
     Ok(RopeConfig {
         theta,
         scaling,
-        query_growth: None,
+        query_scaling: None,
     })
 }
 

@@ -133,7 +133,7 @@ impl Workload {
         let block = norms * model.hidden_size + head_norms + biases;
         let vectors = model.num_layers * block + model.hidden_size;
         // Cosines and sines of head_dim / 2 frequencies.
-        let has_one_for_queries = model.rope.query_growth.is_some();
+        let has_one_for_queries = model.rope.query_scaling.is_some();
         let tables = 1 + usize::from(model.local_rope.is_some()) + usize::from(has_one_for_queries);
         let rotary = tables * self.positions.next_power_of_two() * model.head_dim;
         4 * (vectors + rotary) as u64
