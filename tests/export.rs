@@ -50,12 +50,6 @@ fn write(
     dir.write(merged, quantization, |_| ()).unwrap()
 }
 
-fn logits(model: &Path, case: &ReferenceCase) -> Vec<f32> {
-    let checkpoint = Checkpoint::open(model).unwrap();
-    let decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
-    values(&decoder.logits(sequences(&case.batch())).unwrap())
-}
-
 fn config(model: &Path) -> Value {
     serde_json::from_slice(&fs::read(model.join("config.json")).unwrap()).unwrap()
 }
@@ -71,7 +65,7 @@ fn a_merged_model_has_the_logits_of_peft() {
         write(&merged, false, &out, u64::MAX);
         let name = case.adapter.display();
         assert_eq!(merged.rounding_error(), Some(0.0), "{name}");
-        let difference = largest_difference(&logits(&out, &case), &case.logits.concat());
+        let difference = largest_difference(&case.logits_of(&out), &case.logits.concat());
         assert!(difference < 1e-4, "{name}: {difference}");
         let config = config(&out);
         assert!(config.get("quantization_config").is_none(), "{name}");
@@ -236,7 +230,7 @@ fn shards_hold_what_one_file_holds() {
         write(&merged(&case, None), in_4_bits, &whole, u64::MAX);
         let report = write(&merged(&case, None), in_4_bits, &parts, max_shard_bytes);
         assert!(report.shards > 1, "{report:?}");
-        assert_eq!(logits(&whole, &case), logits(&parts, &case));
+        assert_eq!(case.logits_of(&whole), case.logits_of(&parts));
     }
 }
 
@@ -573,7 +567,7 @@ fn a_model_alone_is_exported_as_its_own_weights() {
     assert_eq!(merged.rounding_error(), None);
     let decoder = Decoder::load(&checkpoint(), None, &Placement::cpu()).unwrap();
     let expected = values(&decoder.logits(sequences(&case.batch())).unwrap());
-    let difference = largest_difference(&logits(&out, &case), &expected);
+    let difference = largest_difference(&case.logits_of(&out), &expected);
     assert!(difference < 1e-5, "{difference}");
 }
 

@@ -3,20 +3,19 @@
 
 mod reference_case;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use candle_core::DType;
 use qlora::IGNORE_INDEX;
-use qlora::device::Placement;
 use qlora::export::{Merged, MergedQuantizer};
-use qlora::model::{ActivationPolicy, Decoder, DecoderConfig, InitLoraWeights, ModelTensor};
+use qlora::model::{ActivationPolicy, DecoderConfig, InitLoraWeights, ModelTensor};
 use qlora::quant::{FrozenWeight, QuantizeOptions};
 use qlora::store::{
     Adapter, AdapterConfig, Checkpoint, Existing, INITIAL_ADAPTER, Quantization, QuantizeJob,
-    TargetModules, TensorSource, quantize, vision_part,
+    SafetensorsWriter, TargetModules, TensorSource, quantize, vision_part,
 };
 use reference_case::{
     ReferenceCase, largest_difference, micro_batch, relative_error, sequences, values,
@@ -42,12 +41,6 @@ fn write(merged: &Merged, in_4_bits: bool, destination: &Path) {
         quantizer: &mut quantizer,
     });
     dir.write(merged, quantization, |_| ()).unwrap();
-}
-
-fn logits(model: &Path, case: &ReferenceCase) -> Vec<f32> {
-    let checkpoint = Checkpoint::open(model).unwrap();
-    let decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
-    values(&decoder.logits(sequences(&case.batch())).unwrap())
 }
 
 fn config(model: &Path) -> Value {
@@ -153,7 +146,7 @@ fn a_merged_model_has_all_parts_under_their_names_and_the_logits_of_peft() {
         let out = dir.path().join("merged");
         let merged_model = merged(&case, DType::F32);
         write(&merged_model, false, &out);
-        let difference = largest_difference(&logits(&out, &case), &case.logits.concat());
+        let difference = largest_difference(&case.logits_of(&out), &case.logits.concat());
         assert!(difference < 1e-4, "{name}: {difference}");
         let config = config(&out);
         assert!(config.get("quantization_config").is_none(), "{name}");
@@ -227,29 +220,24 @@ fn an_adapter_of_an_older_transformers_is_read_and_one_on_the_vision_tower_is_to
     let case = ReferenceCase::read("gemma3_vision");
     let adapter = Adapter::read(&case.adapter).unwrap();
     let renamed = |old: &str, new: &str| {
-        Adapter {
-        tensors: adapter
-            .tensors
-            .iter()
-            .map(|(name, tensor)| (name.replace(old, new), tensor.clone()))
-            .collect(),
-        config: AdapterConfig {
-            target_modules: TargetModules::parse(
-                "language_model.model.layers.0.self_attn.q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,q_proj",
-            )
-            .unwrap(),
-            ..adapter.config.clone()
-        },
-    }
+        let tensors = adapter.tensors.iter();
+        let tensors = tensors.map(|(name, tensor)| (name.replace(old, new), tensor.clone()));
+        tensors.collect::<BTreeMap<_, _>>()
     };
     let dir = tempfile::tempdir().unwrap();
     let old = renamed("model.language_model.", "language_model.model.");
-    assert!(
-        old.tensors
-            .keys()
-            .all(|name| name.contains(".language_model.model.layers."))
-    );
-    old.write(dir.path()).unwrap();
+    let paths = old.keys().filter_map(|name| {
+        let path = name.strip_prefix("base_model.model.")?;
+        path.strip_suffix(".lora_A.weight")
+    });
+    let paths: Vec<&str> = paths.collect();
+    let is_old = |path: &&str| path.starts_with("language_model.model.layers.");
+    assert!(paths.len() == 14 && paths.iter().all(is_old));
+    // Written as it is: the config's paths are not made new.
+    let config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": paths});
+    fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+    let weights = dir.path().join("adapter_model.safetensors");
+    SafetensorsWriter::write_f32(&weights, &old, BTreeMap::new()).unwrap();
     let mut decoder = case.decoder();
     decoder
         .load_adapter(&Adapter::read(dir.path()).unwrap())
@@ -260,13 +248,12 @@ fn an_adapter_of_an_older_transformers_is_read_and_one_on_the_vision_tower_is_to
         "model.language_model.layers.1.",
         "model.vision_tower.encoder.layers.1.",
     );
-    let only_first = AdapterConfig {
-        target_modules: TargetModules::parse(r".*language_model\.layers\.0\..*_proj").unwrap(),
-        ..on_vision.config.clone()
-    };
     let on_vision = Adapter {
-        config: only_first,
-        ..on_vision
+        config: AdapterConfig {
+            target_modules: TargetModules::parse(r".*language_model\.layers\.0\..*_proj").unwrap(),
+            ..adapter.config.clone()
+        },
+        tensors: on_vision,
     };
     let error = decoder.load_adapter(&on_vision).unwrap_err().to_string();
     assert!(
@@ -339,7 +326,7 @@ fn in_four_bits_only_the_decoder_is_and_transformers_is_told() {
             let config = DecoderConfig::from_json(checkpoint.config(), model).unwrap();
             assert_eq!(config.num_layers, 2);
         }
-        let difference = relative_error(&logits(&quantized, &case), &case.logits.concat());
+        let difference = relative_error(&case.logits_of(&quantized), &case.logits.concat());
         assert!(difference < 0.2, "{name}: {difference}");
     }
 }

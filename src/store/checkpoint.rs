@@ -147,8 +147,8 @@ impl Checkpoint {
     /// The names of tensors, without what stands beside a quantized weight.
     pub fn weight_names(&self) -> impl Iterator<Item = &str> {
         self.names().filter(|name| {
-            let beside = name.rsplit_once(".weight.");
-            !beside.is_some_and(|(path, _)| self.contains(&format!("{path}.weight")))
+            let mut parents = name.match_indices('.').map(|(dot, _)| &name[..dot]);
+            !parents.any(|parent| self.contains(parent))
         })
     }
 

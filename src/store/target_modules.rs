@@ -95,14 +95,20 @@ impl TargetModules {
         {
             return Ok(Self::AllLinear);
         }
-        Ok(Self::Names(names))
+        Ok(Self::named(&names))
+    }
+
+    /// Layers with these names, or paths, which may be from before transformers 4.52.
+    pub(super) fn named(names: &[String]) -> Self {
+        let names = names.iter().map(|name| module_path(name).into_owned());
+        Self::Names(names.collect())
     }
 
     /// Whether the linear layer at `path`, for example `model.layers.0.self_attn.q_proj`, gets an adapter.
     pub fn matches(&self, path: &str) -> bool {
         match self {
             Self::AllLinear => path.rsplit('.').next() != Some("lm_head"),
-            Self::Names(names) => names.iter().any(|name| ends_in(path, &module_path(name))),
+            Self::Names(names) => names.iter().any(|name| ends_in(path, name)),
             Self::Pattern { regex, .. } => regex.is_match(path),
         }
     }

@@ -142,6 +142,13 @@ impl ReferenceCase {
     pub fn batch(&self) -> Batch {
         Batch::from_examples(&self.examples.iter().collect::<Vec<_>>())
     }
+
+    /// The logits of the batch by the model in `dir`, without an adapter.
+    pub fn logits_of(&self, dir: &Path) -> Vec<f32> {
+        let checkpoint = Checkpoint::open(dir).unwrap();
+        let decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
+        values(&decoder.logits(sequences(&self.batch())).unwrap())
+    }
 }
 
 fn fixtures() -> PathBuf {

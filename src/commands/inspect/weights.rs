@@ -304,14 +304,7 @@ fn adapter_groups(adapter: &Adapter) -> BTreeMap<String, Group> {
 /// A 4-bit weight counts as one tensor: its scales, `NAME.absmax` and so on, belong to it.
 fn model_groups(checkpoint: &Checkpoint) -> qlora::Result<BTreeMap<String, Group>> {
     let mut groups: BTreeMap<String, Group> = BTreeMap::new();
-    for name in checkpoint.names() {
-        let parents = name.match_indices('.').map(|(dot, _)| &name[..dot]);
-        if parents
-            .into_iter()
-            .any(|parent| checkpoint.contains(parent))
-        {
-            continue;
-        }
+    for name in checkpoint.weight_names() {
         let file = checkpoint.file(name)?;
         let info = file.info(name)?;
         let stored = format!("{:?}", info.dtype).to_lowercase();

@@ -104,7 +104,7 @@ impl<'a> Keys<'a> {
             Value::String(regex) => {
                 TargetModules::pattern(regex).map_err(|reason| self.malformed(key, &reason))
             }
-            Value::Array(_) => Ok(TargetModules::Names(self.names(key, value)?)),
+            Value::Array(_) => Ok(TargetModules::named(&self.names(key, value)?)),
             _ => Err(self.malformed(key, "is neither a list of names nor a string")),
         }
     }
