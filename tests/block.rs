@@ -24,11 +24,16 @@ const LENGTHS: [usize; 2] = [25, 17];
 struct Frozen {
     weights: Vec<Tensor>,
     biases: Vec<Option<Tensor>>,
-    input_norm: Tensor,
-    mlp_norm: Tensor,
+    input_norm: Option<Tensor>,
+    mlp_norm: Option<Tensor>,
     /// After the attention and after the MLP, in units of the residual stream.
     branch_norms: Option<[Tensor; 2]>,
     qk_norm: Option<(Tensor, Tensor)>,
+}
+
+/// To the norms on it the stream is as large as that of transformers, which is so many times it.
+fn stream_unit(config: &DecoderConfig) -> f64 {
+    config.embedding_scale * config.residual_multiplier
 }
 
 fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
@@ -44,7 +49,7 @@ fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
     let config = decoder.config();
     let offset = if config.norms_less_one { 1.0 } else { 0.0 };
     let norm = |name: &str| (vector(&format!("model.layers.0.{name}.weight")) + offset).unwrap();
-    let branch_norm = |name: &str| (norm(name) / config.embedding_scale).unwrap();
+    let branch_norm = |name: &str| (norm(name) / stream_unit(config)).unwrap();
     let weight = |module| {
         let weight = &decoder.linear(0, module).weight;
         let (rows, cols) = (weight.out_features(), weight.in_features());
@@ -65,17 +70,19 @@ fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
     Frozen {
         weights: Module::ALL.map(weight).to_vec(),
         biases: Module::ALL.map(bias).to_vec(),
-        input_norm: norm("input_layernorm"),
-        mlp_norm: norm(match config.branch_norms {
-            true => "pre_feedforward_layernorm",
-            false => "post_attention_layernorm",
+        input_norm: config.input_norms.then(|| norm("input_layernorm")),
+        mlp_norm: config.input_norms.then(|| {
+            norm(match config.branch_norms {
+                true => "pre_feedforward_layernorm",
+                false => "post_attention_layernorm",
+            })
         }),
         branch_norms: config
             .branch_norms
             .then(|| ["post_attention_layernorm", "post_feedforward_layernorm"].map(branch_norm)),
         qk_norm: config
             .qk_norm
-            .then(|| (norm("self_attn.q_norm"), norm("self_attn.k_norm"))),
+            .map(|_| (norm("self_attn.q_norm"), norm("self_attn.k_norm"))),
     }
 }
 
@@ -106,23 +113,28 @@ fn reference(
         linear::reference(x, &frozen.weights[i], frozen.biases[i].as_ref(), Some(lora)).unwrap()
     };
     let by_head = |t: Tensor| t.reshape((t.dim(0).unwrap(), (), heads.head_dim)).unwrap();
-    // To the norms on it the stream is as large as that of transformers, which is so many times it.
     let eps = config.rms_norm_eps;
-    let stream_eps = eps / config.embedding_scale.powi(2);
+    let stream_eps = eps / stream_unit(config).powi(2);
+    let read = |x: &Tensor, norm: Option<&Tensor>| match norm {
+        Some(norm) => rms_norm::reference(x, norm, stream_eps).unwrap(),
+        None => x.clone(),
+    };
     let added = |out: Tensor, branch: usize| match &frozen.branch_norms {
         Some(norms) => rms_norm::reference(&out, &norms[branch], eps).unwrap(),
         None => out,
     };
     let x = &inputs[0];
-    let h = rms_norm::reference(x, &frozen.input_norm, stream_eps).unwrap();
-    let (mut q, mut k) = (
-        by_head(project(&h, Module::Q)),
-        by_head(project(&h, Module::K)),
-    );
+    let h = read(x, frozen.input_norm.as_ref());
+    let (mut q, mut k) = (project(&h, Module::Q), project(&h, Module::K));
     if let Some((q_norm, k_norm)) = &frozen.qk_norm {
-        q = rms_norm::reference(&q, q_norm, eps).unwrap();
-        k = rms_norm::reference(&k, k_norm, eps).unwrap();
+        let normed = |t: &Tensor, norm: &Tensor| {
+            let rows = t.reshape(((), norm.dims1().unwrap())).unwrap();
+            let rows = rms_norm::reference(&rows, norm, eps).unwrap();
+            rows.reshape(t.shape()).unwrap()
+        };
+        (q, k) = (normed(&q, q_norm), normed(&k, k_norm));
     }
+    let (q, k) = (by_head(q), by_head(k));
     let (q, k) = (
         rope::reference(&q, cos, sin).unwrap(),
         rope::reference(&k, cos, sin).unwrap(),
@@ -131,7 +143,7 @@ fn reference(
     let out = attention::reference(&q, &k, &v, segments, heads).unwrap();
     let attended = project(&out.flatten_from(1).unwrap(), Module::O);
     let mid = residual::reference(x, &added(attended, 0)).unwrap();
-    let h = rms_norm::reference(&mid, &frozen.mlp_norm, stream_eps).unwrap();
+    let h = read(&mid, frozen.mlp_norm.as_ref());
     let (gate, up) = (project(&h, Module::Gate), project(&h, Module::Up));
     let act = gated_act::reference(&gate, &up, config.activation).unwrap();
     residual::reference(&mid, &added(project(&act, Module::Down), 1)).unwrap()
@@ -267,7 +279,7 @@ fn a_block_with_query_and_key_norm_equals_its_reference() {
 #[test]
 fn a_block_with_dropout_equals_its_reference() {
     let inputs = Dropout::new(0.3, 5, 6, 7);
-    for case in ["llama_odd", "qwen3", "qwen2", "gemma3"] {
+    for case in ["llama_odd", "qwen3", "qwen2", "gemma3", "olmo2"] {
         let matrices = None;
         check(case, LoraDropout { inputs, matrices });
     }
@@ -281,6 +293,7 @@ fn a_block_with_dropout_on_matrices_equals_its_reference() {
         ("qwen3", Dropout::new(0.3, 5, 6, 7)),
         ("qwen2", None),
         ("gemma3", None),
+        ("olmo2", None),
     ] {
         check(case, LoraDropout { inputs, matrices });
     }
@@ -289,6 +302,17 @@ fn a_block_with_dropout_on_matrices_equals_its_reference() {
 #[test]
 fn a_block_with_norms_on_its_branches_equals_its_reference() {
     check("gemma3", LoraDropout::default());
+}
+
+#[test]
+fn a_block_with_norms_on_its_branches_alone_equals_its_reference() {
+    check("olmo2", LoraDropout::default());
+    check("olmo3", LoraDropout::default());
+}
+
+#[test]
+fn a_block_whose_stream_has_a_unit_equals_its_reference() {
+    check("granite", LoraDropout::default());
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use qlora::model::{Activation, DecoderConfig, LayerRope, QueryScaling, RopeConfig, RopeScaling};
+use qlora::model::{
+    Activation, DecoderConfig, LayerRope, QkNorm, QueryScaling, RopeConfig, RopeScaling,
+};
 use serde_json::{Value, json};
 
 fn read(config: &Value) -> qlora::Result<DecoderConfig> {
@@ -213,7 +215,8 @@ fn both_generations_of_gemma3_give_the_same_config() {
     assert_eq!(gemma.sliding_window, [Some(12), None, Some(12), None]);
     let (local, model) = (LayerRope::Local, LayerRope::Model);
     assert_eq!(gemma.layer_rope, [local, model, local, model]);
-    assert!(gemma.qk_norm && gemma.branch_norms && gemma.norms_less_one);
+    assert_eq!(gemma.qk_norm, Some(QkNorm::Head));
+    assert!(gemma.input_norms && gemma.branch_norms && gemma.norms_less_one);
     assert_eq!(gemma.activation, Activation::GeluTanh);
     assert_eq!(gemma.attention_scale, 1.0 / 12.0);
     assert_eq!(gemma.embedding_scale, 128f64.sqrt());
@@ -232,6 +235,101 @@ fn both_generations_of_gemma3_give_the_same_config() {
         let message = error(&with(small("gemma3_text"), change));
         assert_says(&message, &["is not supported"]);
     }
+}
+
+#[test]
+fn granite_has_a_factor_for_embeddings_branches_scores_and_logits() {
+    let config = with(
+        small("granite"),
+        json!({"embedding_multiplier": 12, "residual_multiplier": 0.22, "attention_multiplier": 0.015625, "logits_scaling": 8.0}),
+    );
+    let granite = read(&config).unwrap();
+    let factors = |config: &DecoderConfig| {
+        let of_stream = (config.embedding_multiplier, config.residual_multiplier);
+        (of_stream, config.attention_scale, config.logits_scaling)
+    };
+    assert_eq!(factors(&granite), ((12.0, 0.22), 1.0 / 64.0, 8.0));
+    // Scores too, where the config does not say.
+    assert_eq!(
+        factors(&read(&small("granite")).unwrap()),
+        ((1.0, 1.0), 1.0, 1.0)
+    );
+    for (field, value) in [
+        ("residual_multiplier", json!(0.0)),
+        ("logits_scaling", json!(-8.0)),
+    ] {
+        let message = error(&with(small("granite"), json!({ field: value })));
+        assert_says(&message, &[field, "is not a positive number"]);
+        let message = error(&with(small("llama"), json!({ field: 2.0 })));
+        assert_says(&message, &[field, "is not supported", "only 1.0 is"]);
+    }
+}
+
+#[test]
+fn olmo_has_norms_after_its_branches_and_over_all_heads() {
+    let olmo2 = read(&small("olmo2")).unwrap();
+    assert!(!olmo2.input_norms && olmo2.branch_norms && !olmo2.norms_less_one);
+    assert_eq!(olmo2.qk_norm, Some(QkNorm::Token));
+    assert_eq!((olmo2.local_rope, olmo2.padding_id), (None, Some(1)));
+    assert_eq!(olmo2.sliding_window, [None; 4]);
+    // As OLMo 3 was published: YaRN is for the layers with full attention alone.
+    let olmo3 = json!({
+        "rope_theta": 500000, "sliding_window": 64,
+        "rope_scaling": {
+            "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+            "original_max_position_embeddings": 32, "rope_type": "yarn",
+        },
+    });
+    let olmo3 = read(&with(small("olmo3"), olmo3)).unwrap();
+    assert!(matches!(
+        olmo3.rope.scaling,
+        RopeScaling::Yarn { factor: 8.0, .. }
+    ));
+    let local = olmo3.local_rope.unwrap();
+    assert_eq!((local.theta, local.scaling), (5e5, RopeScaling::None));
+    assert_eq!(olmo3.sliding_window, [Some(64), Some(64), Some(64), None]);
+    let (local, model) = (LayerRope::Local, LayerRope::Model);
+    assert_eq!(olmo3.layer_rope, [local, local, local, model]);
+    let defaults = DecoderConfig {
+        local_rope: None,
+        sliding_window: vec![None; 4],
+        layer_rope: vec![model; 4],
+        rope: olmo2.rope,
+        ..read(&small("olmo3")).unwrap()
+    };
+    assert_eq!(defaults, olmo2);
+}
+
+/// As Qwen3-VL 4B was published, with an image's axes in the rotary parameters.
+#[test]
+fn the_language_model_of_qwen3_vl_is_qwen3() {
+    let rope =
+        json!({"mrope_interleaved": true, "mrope_section": [24, 20, 20], "rope_type": "default"});
+    let text = with(
+        small("qwen3_vl_text"),
+        json!({"rope_scaling": rope, "rope_theta": 5e6, "attention_bias": false}),
+    );
+    let config = json!({
+        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "text_config": text,
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "tie_word_embeddings": true, "transformers_version": "4.57.0.dev0",
+        "vision_config": {"depth": 24, "model_type": "qwen3_vl"},
+    });
+    let qwen3 = with(small("qwen3"), json!({"rope_theta": 5e6}));
+    let expected = DecoderConfig {
+        decoder_path: "model.language_model",
+        tie_word_embeddings: true,
+        ..read(&qwen3).unwrap()
+    };
+    assert_eq!(read(&config).unwrap(), expected);
+    let untied = read(&without(config.clone(), "tie_word_embeddings")).unwrap();
+    assert!(!untied.tie_word_embeddings);
+    assert_eq!(read(&text).unwrap().decoder_path, "model");
+    let elsewhere = with(small("qwen3"), json!({"rope_scaling": rope}));
+    assert_says(
+        &error(&elsewhere),
+        &["rope_scaling.mrope_", "is not supported"],
+    );
 }
 
 #[test]
@@ -395,7 +493,7 @@ fn llama_has_the_biases_its_config_says() {
         !plain.qkv_bias
             && !plain.o_bias
             && !plain.mlp_bias
-            && !plain.qk_norm
+            && plain.qk_norm.is_none()
             && !plain.tie_word_embeddings
     );
     assert_eq!(plain.sliding_window, [None; 4]);
@@ -460,9 +558,9 @@ fn qwen_windows_are_on_the_layers_the_config_names() {
 #[test]
 fn qwen_generations_differ_in_bias_and_norm() {
     let qwen2 = read(&small("qwen2")).unwrap();
-    assert!(qwen2.qkv_bias && !qwen2.o_bias && !qwen2.qk_norm);
+    assert!(qwen2.qkv_bias && !qwen2.o_bias && qwen2.qk_norm.is_none());
     let qwen3 = read(&small("qwen3")).unwrap();
-    assert!(!qwen3.qkv_bias && !qwen3.o_bias && qwen3.qk_norm);
+    assert!(!qwen3.qkv_bias && !qwen3.o_bias && qwen3.qk_norm == Some(QkNorm::Head));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
 use qlora::ops::table::Table;
 use qlora::ops::weight::Weight;
-use qlora::ops::{embedding, gated_act, residual, rms_norm};
+use qlora::ops::{embedding, gated_act, residual, rms_norm, scale};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 
 /// A sum of some hundred products in f32.
@@ -172,6 +172,14 @@ fn residual_equals_its_reference() {
         &want,
         TOLERANCE,
     );
+}
+
+#[test]
+fn scale_multiplies_in_place() {
+    let x = Random::new("scale").tensor(&[300, 130]);
+    let found = f32(&x);
+    scale::in_place(&found, 54.5).unwrap();
+    assert_close("x", &found, &(x * 54.5).unwrap(), TOLERANCE);
 }
 
 #[test]

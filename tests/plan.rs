@@ -169,12 +169,11 @@ const SHAPE: Shape = Shape {
     tie_word_embeddings: false,
 };
 
-/// A model as large as [`SHAPE`] with all that Gemma has beside a llama: norms after the attention and the MLP and on queries
-/// and keys, and two rotary embeddings. The weights `in_16_bits` are not quantized.
-fn write_gemma(destination: &Path, in_16_bits: &[&str]) {
+/// A model as large as [`SHAPE`] of another family. The weights `in_16_bits` are not quantized.
+fn write_model(destination: &Path, model_type: &str, in_16_bits: &[&str]) {
     let config = json!({
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
+        "architectures": ["SomeForCausalLM"],
+        "model_type": model_type,
         "hidden_size": SHAPE.hidden_size,
         "intermediate_size": SHAPE.intermediate_size,
         "num_hidden_layers": SHAPE.num_hidden_layers,
@@ -184,7 +183,7 @@ fn write_gemma(destination: &Path, in_16_bits: &[&str]) {
         "vocab_size": SHAPE.vocab_size,
         "tie_word_embeddings": false,
         "sliding_window": 64,
-        "sliding_window_pattern": 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     });
     let decoder = DecoderConfig::from_json(&config, Path::new("config.json")).unwrap();
     let source = weight_files::model_dir();
@@ -404,18 +403,25 @@ fn through_kernels() {
         "model.layers.0.mlp.down_proj",
         "model.layers.2.self_attn.q_proj",
     ];
-    for (checkpointing, in_16_bits) in [("false", &[][..]), ("true", &dense)] {
-        let gemma = tempfile::tempdir().unwrap();
-        let gemma = gemma.path().join("gemma");
-        write_gemma(&gemma, in_16_bits);
+    // Gemma has norms after the attention and the MLP beside those before, and on queries and keys, and two rotary embeddings;
+    // OLMo has no norms before, and larger ones on queries and keys.
+    for (family, checkpointing, in_16_bits) in [
+        ("gemma3_text", "false", &[][..]),
+        ("gemma3_text", "true", &dense),
+        ("olmo3", "false", &[]),
+        ("olmo3", "true", &dense),
+    ] {
+        let model = tempfile::tempdir().unwrap();
+        let model = model.path().join("model");
+        write_model(&model, family, in_16_bits);
         let keys = [("gradient_checkpointing", checkpointing)];
         let config = TrainConfig {
-            model_name_or_path: gemma,
+            model_name_or_path: model,
             ..config(&synthetic, &keys)
         };
         let (trainer, measured) = measure(config, &placement);
         let plan = trainer.plan();
-        let what = format!("{keys:?} of Gemma with {in_16_bits:?}");
+        let what = format!("{keys:?} of {family} with {in_16_bits:?}");
         assert_within_3_percent(&what, measured.peak, tensors(plan));
         // Of 352 * 128 and 128 * 128 values.
         let in_bf16 = if in_16_bits.is_empty() {

@@ -5,7 +5,7 @@
 //! y   = mid + down_proj(act(gate_proj(h2)) up_proj(h2))                       h2 = rms_norm(mid)
 //! ```
 //!
-//! Some models have a norm after `o_proj` and `down_proj` too, on `q` and `k`, or no `rope` in some blocks.
+//! Some models have a norm after `o_proj` and `down_proj` too, or instead, on `q` and `k`, or no `rope` in some blocks.
 
 mod mlp;
 mod order;
@@ -17,7 +17,7 @@ use candle_core::Tensor;
 
 pub use mlp::MLP_TILE_ROWS;
 
-use super::branches::Branches;
+use super::branches::{Branches, InputGradient};
 use super::config::{Activation, LayerRope};
 use super::kv_cache::CachedRows;
 use super::lora_dropout::LoraDropout;
@@ -28,6 +28,7 @@ use crate::Result;
 use crate::ops::attention::{self, Heads, Segments};
 use crate::ops::host_memory::Parked;
 use crate::ops::matrix_dropout::MatrixDropout;
+use crate::ops::residual;
 use crate::ops::rms_norm;
 use crate::ops::rope::{self, Positions};
 
@@ -127,14 +128,16 @@ enum Branch {
 /// One layer of the decoder.
 #[derive(Debug, Clone)]
 pub struct Block {
-    pub(super) input_norm: Tensor,
+    /// Weight `[D]` of the norm on the input of the attention.
+    pub(super) input_norm: Option<Tensor>,
     pub(super) q: LoraLinear,
     pub(super) k: LoraLinear,
     pub(super) v: LoraLinear,
     pub(super) o: LoraLinear,
-    /// Weights `[E]` of the norms on queries and keys.
+    /// Weights of the norms on queries and keys: `[E]` each, or `[H * E]` and `[K * E]`.
     pub(super) qk_norm: Option<(Tensor, Tensor)>,
-    pub(super) mlp_norm: Tensor,
+    /// Weight `[D]` of the norm on the input of the MLP.
+    pub(super) mlp_norm: Option<Tensor>,
     /// Weights `[D]` of the norms on what the attention and the MLP add to the residual stream.
     pub(super) branch_norms: Option<[Tensor; 2]>,
     pub(super) gate: LoraLinear,
@@ -232,13 +235,13 @@ impl Block {
         }
     }
 
-    /// The first half of forward, up to the norm of `mid`.
+    /// The first half of forward, up to the input of the MLP.
     fn attend(&self, x: &Tensor, layout: &Layout<'_>) -> Result<(Activations, Tensor)> {
         let qkv = self.attention_inputs(x, layout)?;
         let attention = attention::forward(&qkv.q, &qkv.k, &qkv.v, layout.segments, self.heads)?;
         let (attended, u_o) = self.o.forward(&attention.out, layout.dropout)?;
         let (branch, attended) = self.normed(attended, Branch::Attention)?;
-        let (mid, h) = rms_norm::forward_residual(x, branch, &self.mlp_norm, self.stream_eps)?;
+        let (mid, h) = self.add_attended(x, branch)?;
         let activations = Activations {
             x: x.clone(),
             qkv,
@@ -264,8 +267,41 @@ impl Block {
         let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
         let attended = self.o.forward(&attention.out, layout.dropout)?.0;
         let (branch, _) = self.normed(attended, Branch::Attention)?;
-        let (mid, h) = rms_norm::forward_residual(x, branch, &self.mlp_norm, self.stream_eps)?;
+        let (mid, h) = self.add_attended(x, branch)?;
         self.mlp(&mid, &h, layout.dropout, drop)
+    }
+
+    /// `x + branch`, and the input of the MLP.
+    fn add_attended(&self, x: &Tensor, branch: Tensor) -> Result<(Tensor, Tensor)> {
+        match &self.mlp_norm {
+            Some(norm) => rms_norm::forward_residual(x, branch, norm, self.stream_eps),
+            None => {
+                let mid = residual::forward(x, branch)?;
+                Ok((mid.clone(), mid))
+            }
+        }
+    }
+
+    /// What the attention or the MLP reads of the residual stream, by the norm on its input.
+    fn read_stream(&self, x: &Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
+        match norm {
+            Some(norm) => rms_norm::forward(x, norm, self.stream_eps),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// Adds to `d_x` the gradient through `read_stream`, which without a norm is there already.
+    fn read_stream_backward(
+        &self,
+        d_h: &Tensor,
+        x: &Tensor,
+        norm: Option<&Tensor>,
+        d_x: &Tensor,
+    ) -> Result<()> {
+        match norm {
+            Some(norm) => rms_norm::backward(d_h, x, norm, self.stream_eps, d_x),
+            None => Ok(()),
+        }
     }
 
     /// What a branch adds to the residual stream, and its output where that is something else.
@@ -288,12 +324,12 @@ impl Block {
     }
 
     fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
-        let h = rms_norm::forward(x, &self.input_norm, self.stream_eps)?;
+        let h = self.read_stream(x, self.input_norm.as_ref())?;
         let [(q, u_q), (k, u_k), (v, u_v)] = self.qkv().forward(&h, layout.dropout)?;
         let (q, k, raw) = match &self.qk_norm {
             None => (q, k, None),
             Some((q_norm, k_norm)) => {
-                let (raw_q, raw_k) = (self.by_head(&q)?, self.by_head(&k)?);
+                let (raw_q, raw_k) = (by_norm(&q, q_norm)?, by_norm(&k, k_norm)?);
                 let normed_q = rms_norm::forward(&raw_q, q_norm, self.eps)?.reshape(q.shape())?;
                 let normed_k = rms_norm::forward(&raw_k, k_norm, self.eps)?.reshape(k.shape())?;
                 (normed_q, normed_k, Some((raw_q, raw_k)))
@@ -304,11 +340,6 @@ impl Block {
         }
         let u = [u_q, u_k, u_v];
         Ok(Qkv { q, k, v, raw, u })
-    }
-
-    /// `[N, heads * E]` as `[N * heads, E]`.
-    fn by_head(&self, t: &Tensor) -> Result<Tensor> {
-        Ok(t.reshape(((), self.heads.head_dim))?)
     }
 
     /// Adds to the adapters' gradients; gives the gradient of the block's input if it is needed.
@@ -351,13 +382,18 @@ impl Block {
         let operands = (&qkv.q, &qkv.k, &qkv.v);
         let d_qkv = attention::backward(&d_out, operands, &attention, layout.segments, self.heads)?;
         drop((d_out, attention));
-        let h = rms_norm::forward(&x, &self.input_norm, self.stream_eps)?;
+        let norm = self.input_norm.as_ref();
+        let h = self.read_stream(&x, norm)?;
         let d_qkv = self.rotary_backward(d_qkv, &qkv, layout)?;
         let u = qkv.u.each_ref().map(Option::as_ref);
-        let Some(d_h) = self.qkv().backward(d_qkv, &h, u, dropout, input)? else {
+        let d_h = match input {
+            InputGrad::Needed => input_gradient(norm, &d_residual),
+            InputGrad::Skip => InputGradient::Skip,
+        };
+        let Some(d_h) = self.qkv().backward(d_qkv, &h, u, dropout, d_h)? else {
             return Ok(None);
         };
-        rms_norm::backward(&d_h, &x, &self.input_norm, self.stream_eps, &d_residual)?;
+        self.read_stream_backward(&d_h, &x, norm, &d_residual)?;
         Ok(Some(d_residual))
     }
 
@@ -375,7 +411,7 @@ impl Block {
             return Ok([dq, dk, dv]);
         };
         let through_norm = |dy: &Tensor, raw: &Tensor, weight: &Tensor| -> Result<Tensor> {
-            let d_raw = rms_norm::gradient(&self.by_head(dy)?, raw, weight, self.eps)?;
+            let d_raw = rms_norm::gradient(&by_norm(dy, weight)?, raw, weight, self.eps)?;
             Ok(d_raw.reshape(dy.shape())?)
         };
         Ok([
@@ -384,4 +420,17 @@ impl Block {
             dv,
         ])
     }
+}
+
+/// Where the gradient of what is read of the residual stream goes: without a norm it is one of the stream itself, `d_x`.
+fn input_gradient(norm: Option<&Tensor>, d_x: &Tensor) -> InputGradient {
+    match norm {
+        Some(_) => InputGradient::New,
+        None => InputGradient::AddTo(d_x.clone()),
+    }
+}
+
+/// `[N, heads * E]` in rows of the norm with this weight.
+fn by_norm(t: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    Ok(t.reshape(((), weight.dims1()?))?)
 }

@@ -5,7 +5,6 @@
 
 use candle_core::Tensor;
 
-use super::block::InputGrad;
 use super::lora_dropout::LoraDropout;
 use super::lora_linear::{Factors, LoraLinear, StackedA};
 use crate::Result;
@@ -13,6 +12,16 @@ use crate::ops::dropout::Mask;
 use crate::ops::linear::{self, Stack};
 
 pub(super) struct Branches<'a, const J: usize>(pub(super) [&'a LoraLinear; J]);
+
+/// What becomes of the gradient of the input.
+pub(super) enum InputGradient {
+    /// It is not needed.
+    Skip,
+    /// A tensor of its own.
+    New,
+    /// It is added to this one.
+    AddTo(Tensor),
+}
 
 /// The adapters of all branches.
 struct Together<'a> {
@@ -54,7 +63,7 @@ impl<'a, const J: usize> Branches<'a, J> {
         })
     }
 
-    /// Adds to the adapters' gradients; gives the sum of the gradients of the input if it is needed.
+    /// Adds to the adapters' gradients; gives the sum of the gradients of the input, with what it is added to, if it is needed.
     ///
     /// # Shapes
     /// `d_outs: [N, out]`, each dropped after its last use, `x: [N, in]`.
@@ -64,14 +73,18 @@ impl<'a, const J: usize> Branches<'a, J> {
         x: &Tensor,
         us: [Option<&Tensor>; J],
         dropout: LoraDropout,
-        input: InputGrad,
+        input: InputGradient,
     ) -> Result<Option<Tensor>> {
-        let mut dx = None;
+        let (is_needed, mut dx) = match input {
+            InputGradient::Skip => (false, None),
+            InputGradient::New => (true, None),
+            InputGradient::AddTo(sum) => (true, Some(sum)),
+        };
         let Some(together) = self.together(dropout)? else {
             for ((layer, d_out), u) in self.0.into_iter().zip(d_outs).zip(us) {
-                match input {
-                    InputGrad::Needed => dx = Some(layer.backward(&d_out, x, u, dropout, dx)?),
-                    InputGrad::Skip => layer.backward_adapter(&d_out, x, u, dropout)?,
+                match is_needed {
+                    true => dx = Some(layer.backward(&d_out, x, u, dropout, dx)?),
+                    false => layer.backward_adapter(&d_out, x, u, dropout)?,
                 }
             }
             return Ok(dx);
@@ -81,7 +94,7 @@ impl<'a, const J: usize> Branches<'a, J> {
             .map(|((factors, dy), u)| factors.branch(dy, u.expect("each branch has an adapter")))
             .collect();
         let du = together.stack().backward(&branches, x, &together.a.grad)?;
-        if input == InputGrad::Skip {
+        if !is_needed {
             return Ok(None);
         }
         for (layer, d_out) in self.0.into_iter().zip(d_outs) {

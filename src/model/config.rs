@@ -73,6 +73,15 @@ pub enum LayerRope {
     None,
 }
 
+/// What the norm of queries and that of keys are over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Each head by itself, with one weight `[head_dim]` for all.
+    Head,
+    /// All heads together.
+    Token,
+}
+
 /// A decoder-only transformer with grouped-query attention, RMSNorm, RoPE and a gated MLP.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
@@ -101,16 +110,24 @@ pub struct DecoderConfig {
     pub o_bias: bool,
     /// `gate_proj`, `up_proj` and `down_proj` have a bias.
     pub mlp_bias: bool,
-    /// RMSNorm over `head_dim` on queries and keys, before RoPE.
-    pub qk_norm: bool,
+    /// RMSNorm on queries and keys, before RoPE.
+    pub qk_norm: Option<QkNorm>,
+    /// RMSNorm on the inputs of the attention and of the MLP.
+    pub input_norms: bool,
     /// RMSNorm on the outputs of the attention and of the MLP, before they are added to the residual stream.
     pub branch_norms: bool,
     /// The norms' weights are stored less 1.
     pub norms_less_one: bool,
     /// What scores are multiplied by before the softmax.
     pub attention_scale: f64,
-    /// What token embeddings are multiplied by: 1, but in models with `branch_norms`.
+    /// What the rows of the embedding are multiplied by where they are looked up: 1, but in models with `branch_norms`.
     pub embedding_scale: f64,
+    /// What token embeddings are multiplied by after that.
+    pub embedding_multiplier: f64,
+    /// What the outputs of the attention and of the MLP are multiplied by before they are added to the residual stream.
+    pub residual_multiplier: f64,
+    /// What logits are divided by.
+    pub logits_scaling: f64,
     pub activation: Activation,
     /// The token whose row of a trained embedding gets no gradient, as in torch.
     pub padding_id: Option<u32>,
@@ -128,12 +145,22 @@ impl DecoderConfig {
         families::read(Fields::new(config, path)?)
     }
 
-    /// `eps` of the norms that read the residual stream.
+    /// The unit that the residual stream is held in: to the norms that read it, it makes no difference but by their eps.
     ///
-    /// The stream is held in units of `embedding_scale`, so that it begins with the embeddings as they are stored. To such a
-    /// norm that makes no difference but by its eps. What is added to the stream has a norm whose weight is divided.
+    /// That of `embedding_scale` has the stream begin with the embeddings as they are stored; what is added to it has a norm
+    /// whose weight is divided. That of `residual_multiplier` has branches added as they are; the embeddings are divided.
+    pub(super) fn stream_unit(&self) -> f64 {
+        self.embedding_scale * self.residual_multiplier
+    }
+
+    /// `eps` of the norms that read the residual stream.
     pub(super) fn stream_eps(&self) -> f64 {
-        self.rms_norm_eps / (self.embedding_scale * self.embedding_scale)
+        self.rms_norm_eps / (self.stream_unit() * self.stream_unit())
+    }
+
+    /// What the embeddings are multiplied by to be in that unit, once they are looked up.
+    pub(super) fn embedding_factor(&self) -> f64 {
+        self.embedding_scale * self.embedding_multiplier / self.stream_unit()
     }
 
     fn check_numbers(&self, fields: &Fields) -> Result<()> {

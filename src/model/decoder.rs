@@ -20,10 +20,11 @@ use crate::ops::attention::{Segment, Segments};
 use crate::ops::host_memory::HostMemory;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::matrix_dropout::MatrixDropout;
+use crate::ops::neftune::{self, Noise};
 use crate::ops::rope::Positions;
 use crate::ops::table::{PagedTable, Table};
 use crate::ops::weight::{BlockStream, Direction, Entered};
-use crate::ops::{embedding, rms_norm};
+use crate::ops::{embedding, rms_norm, scale};
 use crate::quant::QuantizeOptions;
 use crate::store::Checkpoint;
 use crate::{Error, Result};
@@ -107,7 +108,7 @@ impl Decoder {
         let blocks = (0..config.num_layers)
             .map(|layer| loader.block(layer))
             .collect::<Result<_>>()?;
-        let norm = loader.norm(ModelTensor::FinalNorm, 1.0)?;
+        let norm = loader.norm(ModelTensor::FinalNorm, config.logits_scaling)?;
         let stream = loader.stream()?.map(Arc::new);
         Ok(Self {
             norm,
@@ -230,7 +231,7 @@ impl Decoder {
         let rope = self.rope_tables(rows.end)?;
         let rows = Rows::new(self, &positions, vec![segment], rope)?;
         let layout = rows.layout().masked(cache.masks);
-        let mut x = self.embed(ids)?;
+        let mut x = self.embed(ids, None)?;
         for (layer, LayerCache { block, rows }) in cache.layers.iter_mut().enumerate() {
             let _weights = self.enter(layer, Direction::Up)?;
             x = block.decode(&x, &layout, rows)?;
@@ -244,7 +245,7 @@ impl Decoder {
         let _pass = self.begin_pass()?;
         let rows = self.rows(sequences)?;
         let layout = rows.layout().masked(masks);
-        let mut x = self.embed(sequences.input_ids)?;
+        let mut x = self.embed(sequences.input_ids, None)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let _weights = self.enter(layer, Direction::Up)?;
             x = block.forward(&x, &layout, ActivationPolicy::Recompute)?.0;
@@ -282,13 +283,26 @@ impl Decoder {
         self.host_memory.as_ref()
     }
 
-    pub(super) fn embed(&self, ids: &[u32]) -> Result<Tensor> {
-        match (&self.host_memory, self.embedding.table()) {
+    /// What the first block is given, `[N, D]`; `noise` is what training adds to the embeddings, with where sequences begin.
+    pub(super) fn embed(&self, ids: &[u32], noise: Option<(Noise, &[usize])>) -> Result<Tensor> {
+        let x = match (&self.host_memory, self.embedding.table()) {
             (Some(host), Table::Frozen(table)) if !table.is_on_device() => {
-                embedding::forward_from_host(ids, table, host, &self.placement.device)
+                embedding::forward_from_host(ids, table, host, &self.placement.device)?
             }
-            (_, table) => embedding::forward(ids, table),
+            (_, table) => embedding::forward(ids, table)?,
+        };
+        if let Some((noise, cu_seqlens)) = noise {
+            let noise = noise.in_units_of(self.config.embedding_scale);
+            neftune::forward(&x, noise, cu_seqlens)?;
         }
+        scale::in_place(&x, self.config.embedding_factor() as f32)?;
+        Ok(x)
+    }
+
+    /// Adds to `d_table` the gradient of the embedding; `dx: [N, D]` is that of what [`embed`](Self::embed) gave.
+    pub(super) fn embed_backward(&self, dx: &Tensor, ids: &[u32], d_table: &Tensor) -> Result<()> {
+        scale::in_place(dx, self.config.embedding_factor() as f32)?;
+        embedding::backward(dx, ids, self.config.padding_id, d_table)
     }
 
     /// The embedding or the head.

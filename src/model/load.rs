@@ -164,12 +164,13 @@ impl<'a> Loader<'a> {
         }
         let norm = |norm, unit| self.norm(ModelTensor::Norm(layer, norm), unit);
         let qk_norm = match config.qk_norm {
-            false => None,
-            true => Some((norm(Norm::Query, 1.0)?, norm(Norm::Key, 1.0)?)),
+            None => None,
+            Some(_) => Some((norm(Norm::Query, 1.0)?, norm(Norm::Key, 1.0)?)),
         };
-        let input_norm = norm(Norm::Input, 1.0)?;
-        let mlp_norm = norm(Norm::of_mlp(config), 1.0)?;
-        let branch_norm = |of| norm(of, config.embedding_scale);
+        let on_input = |of: Option<Norm>| of.map(|of| norm(of, 1.0)).transpose();
+        let input_norm = on_input(config.input_norms.then_some(Norm::Input))?;
+        let mlp_norm = on_input(Norm::of_mlp(config))?;
+        let branch_norm = |of| norm(of, config.stream_unit());
         let branch_norms = match config.branch_norms {
             false => None,
             true => Some([

@@ -1,6 +1,6 @@
 //! The tensors that a decoder is stored as, each with its name and shape in a Hugging Face checkpoint.
 
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, QkNorm};
 use super::names::Module;
 use super::vocabulary::ModuleToSave;
 
@@ -37,12 +37,13 @@ impl Norm {
         Self::Key,
     ];
 
-    /// The norm on the input of the MLP.
-    pub fn of_mlp(config: &DecoderConfig) -> Self {
-        match config.branch_norms {
+    /// The norm on the input of the MLP, in models that have one.
+    pub fn of_mlp(config: &DecoderConfig) -> Option<Self> {
+        let norm = match config.branch_norms {
             true => Self::PreFeedforward,
             false => Self::PostAttention,
-        }
+        };
+        config.input_norms.then_some(norm)
     }
 
     fn name(self) -> &'static str {
@@ -58,15 +59,22 @@ impl Norm {
 
     fn is_in(self, config: &DecoderConfig) -> bool {
         match self {
-            Self::Input | Self::PostAttention => true,
-            Self::PreFeedforward | Self::PostFeedforward => config.branch_norms,
-            Self::Query | Self::Key => config.qk_norm,
+            Self::Input => config.input_norms,
+            Self::PostAttention => config.input_norms || config.branch_norms,
+            Self::PreFeedforward => config.input_norms && config.branch_norms,
+            Self::PostFeedforward => config.branch_norms,
+            Self::Query | Self::Key => config.qk_norm.is_some(),
         }
     }
 
-    /// Whether it is over `head_dim`.
-    fn is_of_heads(self) -> bool {
-        matches!(self, Self::Query | Self::Key)
+    fn size(self, config: &DecoderConfig) -> usize {
+        let heads = match (self, config.qk_norm) {
+            (Self::Query, Some(QkNorm::Token)) => config.num_heads,
+            (Self::Key, Some(QkNorm::Token)) => config.num_kv_heads,
+            (Self::Query | Self::Key, _) => 1,
+            _ => return config.hidden_size,
+        };
+        heads * config.head_dim
     }
 }
 
@@ -108,8 +116,8 @@ impl ModelTensor {
     pub fn shape(self, config: &DecoderConfig) -> Vec<usize> {
         match self {
             Self::Embedding | Self::Head => vec![config.vocab_size, config.hidden_size],
-            Self::Norm(_, norm) if norm.is_of_heads() => vec![config.head_dim],
-            Self::FinalNorm | Self::Norm(..) => vec![config.hidden_size],
+            Self::FinalNorm => vec![config.hidden_size],
+            Self::Norm(_, norm) => vec![norm.size(config)],
             Self::Weight(_, module) => {
                 let (d_out, d_in) = config.linear_shape(module);
                 vec![d_out, d_in]

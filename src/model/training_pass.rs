@@ -13,10 +13,9 @@ use super::lora_dropout::{LoraDropout, repeat, repeat_sequences};
 use super::vocabulary::ModuleToSave;
 use crate::Result;
 use crate::ops::dropout::Dropout;
-use crate::ops::embedding;
 use crate::ops::linear_cross_entropy::{self, Losses};
 use crate::ops::matrix_dropout::MatrixDropout;
-use crate::ops::neftune::{self, Noise};
+use crate::ops::neftune::Noise;
 use crate::ops::weight::Direction;
 
 /// What training changes at random in the forward pass of a micro-batch.
@@ -132,11 +131,8 @@ impl<'a> Pass<'a> {
             positions: &positions,
             cu_seqlens: &cu_seqlens,
         })?;
-        let x = decoder.embed(&input_ids)?;
-        if let Some(noise) = batch.regularization.noise {
-            let noise = noise.in_units_of(decoder.config().embedding_scale);
-            neftune::forward(&x, noise, &cu_seqlens)?;
-        }
+        let noise = batch.regularization.noise;
+        let x = decoder.embed(&input_ids, noise.map(|noise| (noise, &*cu_seqlens)))?;
         Ok(Self {
             rows,
             input_ids,
@@ -204,7 +200,7 @@ impl<'a> Pass<'a> {
 
     fn embedding_backward(mut self, d_embedding: &Tensor) -> Result<()> {
         let dx = self.take_hidden();
-        let padding_id = self.decoder.config().padding_id;
-        embedding::backward(&dx, &self.input_ids, padding_id, d_embedding)
+        self.decoder
+            .embed_backward(&dx, &self.input_ids, d_embedding)
     }
 }

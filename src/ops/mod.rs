@@ -22,6 +22,7 @@ pub mod philox;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
+pub mod scale;
 pub mod table;
 pub mod weight;
 

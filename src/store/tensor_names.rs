@@ -14,7 +14,11 @@ const RENAMED: [(&str, &str); 4] = [
 ];
 
 /// What a model sees images with.
-const VISION_PARTS: [&str; 2] = ["model.multi_modal_projector", "model.vision_tower"];
+const VISION_PARTS: [&str; 3] = [
+    "model.multi_modal_projector",
+    "model.vision_tower",
+    "model.visual",
+];
 
 /// Where a decoder stands in its model.
 const DECODERS: [&str; 2] = ["model.layers.", "model.language_model.layers."];
@@ -53,7 +57,7 @@ pub(super) fn is_linear_weight(stored: &str) -> bool {
     is_in_block && layer.is_some_and(|layer| LINEAR_LAYERS.contains(&layer))
 }
 
-/// What a model sees images with, if a tensor belongs to that: `model.vision_tower` or `model.multi_modal_projector`.
+/// What a model sees images with, if a tensor belongs to that: `model.vision_tower`, for one.
 pub fn vision_part(stored: &str) -> Option<&'static str> {
     let path = module_path(stored);
     let mut parts = VISION_PARTS.into_iter();
@@ -107,6 +111,7 @@ mod tests {
             "model.layers.0.self_attn.q_norm.weight",
             "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
             "model.vision_tower.transformer.layers.0.feed_forward.up_proj.weight",
+            "model.visual.blocks.0.mlp.up_proj.weight",
         ] {
             assert!(!is_linear_weight(name), "{name}");
         }
@@ -121,6 +126,10 @@ mod tests {
         assert_eq!(
             vision_part("model.multi_modal_projector.norm.weight"),
             Some("model.multi_modal_projector")
+        );
+        assert_eq!(
+            vision_part("model.visual.blocks.0.attn.qkv.weight"),
+            Some("model.visual")
         );
         for name in [
             "model.norm.weight",

@@ -68,7 +68,7 @@ const NAMES: [(&str, &str); 21] = [
     ("model.layers.0.mlp.down_proj.bias", "blk.0.ffn_down.bias"),
 ];
 
-/// The names of Gemma's norms on what it adds to the residual stream, and before its MLP.
+/// The names of norms on what is added to the residual stream, and of one before the MLP beside them.
 const NORMS_OF_BRANCHES: [(&str, &str); 3] = [
     (
         "model.layers.0.post_attention_layernorm.weight",
@@ -88,10 +88,10 @@ fn file_name(name: &str, architecture: &str) -> String {
     let layer = name.split('.').nth(2).filter(|_| name.contains(".layers."));
     let layer = layer.unwrap_or("0");
     let any = name.replace(&format!(".layers.{layer}."), ".layers.0.");
-    let of_gemma = NORMS_OF_BRANCHES
+    let of_branches = NORMS_OF_BRANCHES
         .iter()
-        .filter(|_| architecture == "gemma3");
-    let mut names = of_gemma.chain(&NAMES);
+        .filter(|_| ["gemma3", "olmo2"].contains(&architecture));
+    let mut names = of_branches.chain(&NAMES);
     let (_, file) = names.find(|(name, _)| *name == any).unwrap();
     file.replace("blk.0.", &format!("blk.{layer}."))
 }
@@ -152,6 +152,7 @@ pub fn configs() -> Vec<Value> {
     let mut gemma3 = config_with_vocabulary("gemma3");
     gemma3["query_pre_attn_scalar"] = gemma3["head_dim"].clone();
     configs.push(gemma3);
+    configs.extend(["granite", "olmo2", "olmo3"].map(config_with_vocabulary));
     configs
 }
 
@@ -161,7 +162,7 @@ fn every_tensor_has_its_name_shape_and_values_in_the_order_of_llama_cpp() {
         let (model, gguf, _) = written(&config, GgufType::F32);
         let decoder = decoder(&config);
         let architecture = gguf.text("general.architecture");
-        let is_reordered = ["llama", "smollm3"].contains(&architecture);
+        let is_reordered = ["llama", "smollm3", "granite"].contains(&architecture);
         let mut names: Vec<String> = model
             .0
             .keys()
@@ -217,7 +218,8 @@ fn the_first_rows_of_a_head_are_those_that_turn_together() {
 #[test]
 fn the_config_is_told_in_the_keys_of_its_architecture() {
     let architectures = [
-        "llama", "llama", "llama", "llama", "qwen2", "qwen3", "qwen2", "llama", "smollm3", "gemma3",
+        "llama", "llama", "llama", "llama", "qwen2", "qwen3", "qwen2", "llama", "smollm3",
+        "gemma3", "granite", "olmo2", "olmo2",
     ];
     for (config, architecture) in configs().into_iter().zip(architectures) {
         let (_, gguf, report) = written(&config, GgufType::Bf16);
@@ -258,7 +260,7 @@ fn the_config_is_told_in_the_keys_of_its_architecture() {
             gguf.has(&format!("{architecture}.rope.scaling.type")),
             is_scaled
         );
-        let has_windows = architecture == "gemma3";
+        let has_windows = decoder.local_rope.is_some();
         for key in ["attention.sliding_window", "rope.freq_base_swa"] {
             assert_eq!(gguf.has(&format!("{architecture}.{key}")), has_windows);
         }
@@ -496,6 +498,19 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         ("gemma3", "query_pre_attn_scalar", 24.into()),
         ("gemma3", "hidden_activation", "silu".into()),
         ("smollm3", "mlp_bias", true.into()),
+        ("olmo2", "attention_bias", true.into()),
+        ("olmo2", "tie_word_embeddings", true.into()),
+        ("olmo2", "head_dim", 32.into()),
+        (
+            "olmo3",
+            "layer_types",
+            json!(["full_attention", "sliding_attention"]),
+        ),
+        (
+            "olmo3",
+            "rope_parameters",
+            json!({"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}),
+        ),
         (
             "qwen2",
             "rope_parameters",

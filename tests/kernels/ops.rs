@@ -17,7 +17,7 @@ use qlora::ops::linear_cross_entropy as lce;
 use qlora::ops::rope::{self, Positions, RopeTable};
 use qlora::ops::table::{PagedTable, Table};
 use qlora::ops::weight::{DenseCache, Weight};
-use qlora::ops::{embedding, gated_act, residual, rms_norm};
+use qlora::ops::{embedding, gated_act, residual, rms_norm, scale};
 use qlora::quant::{DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 
 use crate::device_under_test::assert_kernel_close;
@@ -212,6 +212,17 @@ placement_test!(in_every_order residual_is_rounded_once, |at| {
         let want = (x + branch).unwrap().to_dtype(DType::BF16).unwrap();
         assert!(f64s(&sum) == f64s(&want), "{shape:?}");
         assert!(f64s(&whole) == f64s(&want), "{shape:?}");
+    }
+});
+
+placement_test!(in_every_order scale_is_rounded_once, |at| {
+    let mut numbers = Random::new("scale");
+    for shape in [[30, 130], [1, 7]] {
+        let x = random(&mut numbers, &shape);
+        let found = place(&x, at);
+        scale::in_place(&found, 54.5).unwrap();
+        let want = (x * 54.5).unwrap().to_dtype(DType::BF16).unwrap();
+        assert!(f64s(&found) == f64s(&want), "{shape:?}");
     }
 });
 

@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 11] = [
+pub const CASES: [&str; 14] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -26,13 +26,16 @@ pub const CASES: [&str; 11] = [
     "smollm3",
     "gemma3",
     "ministral3",
+    "granite",
+    "olmo2",
+    "olmo3",
 ];
 
 /// The cases that have a training run.
 pub const TRAINED_CASES: [&str; 3] = ["llama_gqa", "qwen3", "gemma3"];
 
 /// PEFT adapters of other kinds than plain LoRA, by `tests/fixtures/make_adapters.py`.
-pub const ADAPTER_CASES: [&str; 8] = [
+pub const ADAPTER_CASES: [&str; 9] = [
     "rslora_q_v",
     "patterns",
     "one_layer",
@@ -41,6 +44,7 @@ pub const ADAPTER_CASES: [&str; 8] = [
     "modules_to_save",
     "tied_embedding",
     "tied_head",
+    "scaled_embedding",
 ];
 
 /// One of [`CASES`] or of [`ADAPTER_CASES`].

@@ -1,6 +1,6 @@
 //! The architecture of llama.cpp that computes a model, and what it cannot.
 //!
-//! Source: `src/models/{llama,qwen2,qwen3,smollm3,gemma3}.cpp` of llama.cpp.
+//! Source: `src/models/{llama,qwen2,qwen3,qwen3vl,smollm3,gemma3,granite,olmo2}.cpp` of llama.cpp.
 
 use super::GgufBase;
 use super::writer::Change;
@@ -8,7 +8,7 @@ use crate::Result;
 use crate::model::{Activation, DecoderConfig, LayerRope, ModelTensor, Module, RopeScaling};
 
 /// The values of `model_type` of which files are written.
-const FAMILIES: &str = "use llama, mistral, mistral3, qwen2, qwen3, smollm3, gemma3 or gemma3_text";
+const FAMILIES: &str = "use llama, mistral, mistral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, granite, olmo2 or olmo3";
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,8 +17,12 @@ pub(super) enum Architecture {
     Llama,
     Qwen2,
     Qwen3,
+    Qwen3Vl,
     Smollm3,
     Gemma3,
+    Granite,
+    /// OLMo 3's models too.
+    Olmo2,
 }
 
 impl Architecture {
@@ -29,8 +33,11 @@ impl Architecture {
             Some("llama" | "mistral" | "mistral3") => Self::Llama,
             Some("qwen2") => Self::Qwen2,
             Some("qwen3") => Self::Qwen3,
+            Some("qwen3_vl_text" | "qwen3_vl") => Self::Qwen3Vl,
             Some("smollm3") => Self::Smollm3,
             Some("gemma3_text" | "gemma3") => Self::Gemma3,
+            Some("granite") => Self::Granite,
+            Some("olmo2" | "olmo3") => Self::Olmo2,
             _ => return Err(base.unsupported("model_type", FAMILIES)),
         };
         architecture.check(base, config)?;
@@ -42,8 +49,11 @@ impl Architecture {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Qwen3Vl => "qwen3vl",
             Self::Smollm3 => "smollm3",
             Self::Gemma3 => "gemma3",
+            Self::Granite => "granite",
+            Self::Olmo2 => "olmo2",
         }
     }
 
@@ -54,7 +64,8 @@ impl Architecture {
             ModelTensor::Weight(_, Module::Q | Module::K)
                 | ModelTensor::Bias(_, Module::Q | Module::K)
         );
-        let is_reordered = matches!(self, Self::Llama | Self::Smollm3) && is_rotated;
+        let turns_neighbours = matches!(self, Self::Llama | Self::Smollm3 | Self::Granite);
+        let is_reordered = turns_neighbours && is_rotated;
         let is_norm = matches!(tensor, ModelTensor::FinalNorm | ModelTensor::Norm(..));
         let is_less_one = is_norm && config.norms_less_one;
         Change {
@@ -71,11 +82,11 @@ impl Architecture {
 
     fn check(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
         let refuse = |field, reason| self.refuse(base, field, reason);
-        let is_llama = self == Self::Llama;
-        if !is_llama && config.o_bias {
+        let has_biases = self.is_like_llama();
+        if !has_biases && config.o_bias {
             return refuse("attention_bias", "has no bias after the attention");
         }
-        if !is_llama && config.mlp_bias {
+        if !has_biases && config.mlp_bias {
             return refuse("mlp_bias", "has no bias in the MLP");
         }
         let is_gelu = config.activation == Activation::GeluTanh;
@@ -85,20 +96,26 @@ impl Architecture {
         }
         self.check_rope(base, config)?;
         match self {
-            Self::Llama | Self::Qwen2 | Self::Qwen3 => Ok(()),
+            Self::Llama | Self::Qwen2 | Self::Qwen3 | Self::Qwen3Vl | Self::Granite => Ok(()),
             Self::Smollm3 => self.check_smollm3(base, config),
             Self::Gemma3 => self.check_gemma3(base, config),
+            Self::Olmo2 => self.check_olmo2(base, config),
         }
+    }
+
+    /// Whether there is a place for every bias, and for a divisor of every rotary frequency.
+    fn is_like_llama(self) -> bool {
+        matches!(self, Self::Llama | Self::Granite)
     }
 
     fn check_rope(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
         let field = base.present(["rope_scaling", "rope_parameters"]);
         let refuse = |reason| self.refuse(base, field, reason);
         match config.rope.scaling {
-            RopeScaling::Llama3 { .. } if self != Self::Llama => {
+            RopeScaling::Llama3 { .. } if !self.is_like_llama() => {
                 refuse("does not scale rotary frequencies one by one")
             }
-            RopeScaling::Yarn { .. } if config.local_rope.is_some() => {
+            RopeScaling::Yarn { .. } if config.local_rope.is_some() && self != Self::Olmo2 => {
                 refuse("has YaRN in all layers or none")
             }
             RopeScaling::Yarn {
@@ -138,7 +155,31 @@ impl Architecture {
             let reason = format!("takes it for {scaled} in a model like this");
             return self.refuse(base, "query_pre_attn_scalar", &reason);
         }
-        match window_pattern(config) {
+        self.check_windows(base, config)
+    }
+
+    fn check_olmo2(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
+        let refuse = |field, reason| self.refuse(base, field, reason);
+        if config.tie_word_embeddings {
+            return refuse("tie_word_embeddings", "wants a head of its own");
+        }
+        if config.num_heads * config.head_dim != config.hidden_size {
+            return refuse("head_dim", "takes it for the hidden size / heads");
+        }
+        if config
+            .local_rope
+            .is_some_and(|local| local.theta != config.rope.theta)
+        {
+            return refuse("rope_parameters", "has one theta for all layers");
+        }
+        match config.local_rope {
+            None => Ok(()),
+            Some(_) => self.check_windows(base, config),
+        }
+    }
+
+    fn check_windows(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
+        match self.window_pattern(config) {
             Some(_) => Ok(()),
             None => self.refuse(
                 base,
@@ -148,9 +189,35 @@ impl Architecture {
         }
     }
 
+    /// What llama.cpp takes for the [`window_pattern`](Self::window_pattern) where a file does not say; `None` where layers
+    /// have no windows.
+    pub(super) fn default_window_pattern(self) -> Option<usize> {
+        match self {
+            Self::Gemma3 => Some(6),
+            Self::Olmo2 => Some(4),
+            Self::Llama
+            | Self::Qwen2
+            | Self::Qwen3
+            | Self::Qwen3Vl
+            | Self::Smollm3
+            | Self::Granite => None,
+        }
+    }
+
+    /// `n` where every n-th layer attends to all and the others to a window; 0 where all attend to one.
+    pub(super) fn window_pattern(self, config: &DecoderConfig) -> Option<usize> {
+        let fits = |n: &usize| {
+            let mut windows = config.sliding_window.iter().enumerate();
+            windows.all(|(layer, window)| window.is_none() == (*n != 0 && layer % n == n - 1))
+        };
+        let default = self.default_window_pattern()?;
+        let candidates = std::iter::once(default).chain(0..=config.num_layers);
+        candidates.into_iter().find(fits)
+    }
+
     /// Whether layers may attend to a window.
     pub(super) fn has_windows(self) -> bool {
-        self == Self::Gemma3
+        self.default_window_pattern().is_some()
     }
 
     /// A model of this config as llama.cpp computes it.
@@ -176,19 +243,6 @@ impl Architecture {
         });
         note.into_iter().collect()
     }
-}
-
-/// What llama.cpp takes where a file does not say.
-pub(super) const DEFAULT_WINDOW_PATTERN: usize = 6;
-
-/// `n` where every n-th layer attends to all and the others to a window; 0 where all attend to one.
-pub(super) fn window_pattern(config: &DecoderConfig) -> Option<usize> {
-    let fits = |n: &usize| {
-        let mut windows = config.sliding_window.iter().enumerate();
-        windows.all(|(layer, window)| window.is_none() == (*n != 0 && layer % n == n - 1))
-    };
-    let candidates = std::iter::once(DEFAULT_WINDOW_PATTERN).chain(0..=config.num_layers);
-    candidates.into_iter().find(fits)
 }
 
 pub(super) fn as_u32(size: usize) -> u32 {

@@ -2,7 +2,9 @@
 //!
 //! Source: `TextModel.set_gguf_parameters` of `convert_hf_to_gguf.py`, `gguf-py/gguf/constants.py`.
 
-use super::architecture::{Architecture, DEFAULT_WINDOW_PATTERN, as_u32, window_pattern};
+use serde::Deserialize;
+
+use super::architecture::{Architecture, as_u32};
 use super::writer::{Metadata, Value};
 use super::{GgufBase, GgufType};
 use crate::model::{DecoderConfig, RopeConfig, RopeScaling, yarn_amplitude};
@@ -46,6 +48,12 @@ pub(super) fn add(
     };
     add_f32("attention.layer_norm_rms_epsilon", config.rms_norm_eps);
     add_f32("rope.freq_base", config.rope.theta);
+    if architecture == Architecture::Granite {
+        add_f32("attention.scale", config.attention_scale);
+        add_f32("embedding_scale", config.embedding_multiplier);
+        add_f32("residual_scale", config.residual_multiplier);
+        add_f32("logit_scale", config.logits_scaling);
+    }
     match config.rope.scaling {
         RopeScaling::None | RopeScaling::Llama3 { .. } => {}
         RopeScaling::Linear { factor } => {
@@ -71,6 +79,9 @@ pub(super) fn add(
             metadata.add_u32(key, as_u32(original));
         }
     }
+    if architecture == Architecture::Qwen3Vl {
+        add_what_images_need(metadata, base, name);
+    }
     if let Some(local) = &config.local_rope {
         metadata.add(
             format!("{name}.rope.freq_base_swa"),
@@ -80,23 +91,50 @@ pub(super) fn add(
     let windows = config.sliding_window.iter();
     if let (true, Some(window)) = (architecture.has_windows(), windows.flatten().next()) {
         metadata.add_u32(format!("{name}.attention.sliding_window"), as_u32(*window));
-        let pattern = window_pattern(config).expect("the config has been checked");
+        let pattern = architecture.window_pattern(config);
+        let pattern = pattern.expect("the config has been checked");
         let key = format!("{name}.attention.sliding_window_pattern");
         metadata.add_u32(key, as_u32(pattern));
     }
 }
 
+/// What a file of Qwen3-VL's language model says for the one that sees: how the axes of an image share the rotary
+/// frequencies, and to how many layers' outputs images are added.
+fn add_what_images_need(metadata: &mut Metadata, base: &GgufBase, name: &str) {
+    const SECTIONS: [i32; 3] = [24, 20, 20];
+    let rope = base.field(base.present(["rope_scaling", "rope_parameters"]));
+    let sections: Option<Vec<i32>> = Deserialize::deserialize(&rope["mrope_section"]).ok();
+    let mut sections = sections.unwrap_or_else(|| SECTIONS.into());
+    sections.resize(4, 0);
+    metadata.add(
+        format!("{name}.rope.dimension_sections"),
+        Value::I32s(sections),
+    );
+    let layers = base.field("vision_config")["deepstack_visual_indexes"].as_array();
+    let layers = layers.map_or(0, Vec::len);
+    metadata.add_u32(format!("{name}.n_deepstack_layers"), as_u32(layers));
+}
+
 /// What llama.cpp takes where a file does not have a key, which is told without the architecture's name.
 ///
 /// Source: `llama_model::load_hparams` of llama.cpp.
-pub(super) fn default_of(key: &str, config: &DecoderConfig) -> Option<Value> {
+pub(super) fn default_of(
+    key: &str,
+    architecture: Architecture,
+    config: &DecoderConfig,
+) -> Option<Value> {
     let size = match key {
         "attention.head_count_kv" => config.num_heads,
         "attention.key_length" | "attention.value_length" => config.hidden_size / config.num_heads,
         "rope.dimension_count" => config.head_dim,
         "vocab_size" => config.vocab_size,
-        "attention.sliding_window_pattern" => DEFAULT_WINDOW_PATTERN,
+        "attention.sliding_window_pattern" => architecture.default_window_pattern()?,
+        "rope.freq_base_swa" if architecture == Architecture::Olmo2 => {
+            return Some(Value::F32(config.rope.theta as f32));
+        }
         "rope.freq_base" | "rope.freq_base_swa" => return Some(Value::F32(10_000.0)),
+        "attention.scale" => return Some(Value::F32(1.0 / (config.head_dim as f32).sqrt())),
+        "embedding_scale" | "residual_scale" => return Some(Value::F32(1.0)),
         "rope.scaling.yarn_beta_fast" => return Some(Value::F32(32.0)),
         "rope.scaling.yarn_beta_slow" | "rope.scaling.attn_factor" => {
             return Some(Value::F32(1.0));

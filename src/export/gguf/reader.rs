@@ -83,7 +83,8 @@ impl GgufModel {
         let prefix = format!("{}.", architecture.name());
         let own = |key: &&str| key.starts_with(&prefix);
         let expected: Vec<_> = expected.iter().filter(|(key, _)| own(key)).collect();
-        let default = |key: &str| hyperparameters::default_of(&key[prefix.len()..], config);
+        let default =
+            |key: &str| hyperparameters::default_of(&key[prefix.len()..], architecture, config);
         if let Some(difference) = differences(&self.file, expected.iter().copied(), default).next()
         {
             return Err(self.malformed(difference));

@@ -23,7 +23,7 @@ pub(super) fn tensor_name(tensor: ModelTensor, config: &DecoderConfig) -> String
 fn norm_name(norm: Norm, config: &DecoderConfig) -> &'static str {
     match norm {
         Norm::Input => "attn_norm",
-        norm if norm == Norm::of_mlp(config) => "ffn_norm",
+        norm if Some(norm) == Norm::of_mlp(config) => "ffn_norm",
         Norm::PostAttention => "post_attention_norm",
         Norm::PreFeedforward => "ffn_norm",
         Norm::PostFeedforward => "post_ffw_norm",

@@ -7,11 +7,11 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::{Block, Branch, InputGrad};
+use super::{Block, Branch, input_gradient};
 use crate::Result;
 use crate::model::LoraDropout;
 use crate::model::branches::Branches;
-use crate::ops::{gated_act, residual, rms_norm};
+use crate::ops::{gated_act, residual};
 
 /// Tokens of a tile: enough for its products to run at full speed. A constant, so that the gradients of an adapter, which are
 /// added up by tiles, have the same bits whatever is kept.
@@ -53,7 +53,7 @@ fn part(t: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
 }
 
 impl Block {
-    /// `mid` with the MLP's output for its norm `h` added; each tile is given to `keep` before the next is computed.
+    /// `mid` with the MLP's output for its input `h` added; each tile is given to `keep` before the next is computed.
     ///
     /// # Shapes
     /// `mid`, `h: [N, D]` -> `[N, D]`.
@@ -116,7 +116,7 @@ impl Block {
 
     /// A tile of forward, with the input of `down_proj`.
     fn tile_again(&self, mid: &Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
-        let h = rms_norm::forward(mid, &self.mlp_norm, self.stream_eps)?;
+        let h = self.read_stream(mid, self.mlp_norm.as_ref())?;
         let (mut tile, act) = self.gated(h, dropout)?;
         if self.branch_norms.is_some() {
             let (out, u_down) = self.down.forward(&act, dropout)?;
@@ -160,13 +160,13 @@ impl Block {
         gated_act::backward(&d_act, &tile.gate, &tile.up, self.activation)?;
         drop(d_act);
         let d_gate_up = [tile.gate, tile.up];
-        let h = rms_norm::forward(mid, &self.mlp_norm, self.stream_eps)?;
+        let norm = self.mlp_norm.as_ref();
+        let h = self.read_stream(mid, norm)?;
         let u = [tile.u_gate.as_ref(), tile.u_up.as_ref()];
-        let d_h = self
-            .gate_up()
-            .backward(d_gate_up, &h, u, dropout, InputGrad::Needed)?;
+        let d_h = input_gradient(norm, d_mid);
+        let d_h = self.gate_up().backward(d_gate_up, &h, u, dropout, d_h)?;
         match d_h {
-            Some(d_h) => rms_norm::backward(&d_h, mid, &self.mlp_norm, self.stream_eps, d_mid),
+            Some(d_h) => self.read_stream_backward(&d_h, mid, norm, d_mid),
             None => Ok(()),
         }
     }

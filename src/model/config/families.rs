@@ -1,13 +1,12 @@
 //! The families of models: of each what its `config.json` says, and what its configuration class assumes otherwise.
 
 use super::fields::Fields;
-use super::{Activation, DecoderConfig, LayerRope, rope};
+use super::{Activation, DecoderConfig, LayerRope, QkNorm, rope};
 use crate::Result;
 use crate::store::TEXT_CONFIG;
 
 /// The values of `model_type`.
-const FAMILIES: &str =
-    "use llama, mistral, mistral3, ministral3, qwen2, qwen3, smollm3, gemma3 or gemma3_text";
+const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, granite, olmo2 or olmo3";
 
 /// The path of the decoder in a language model, and in a model that it is one part of.
 const ALONE: &str = "model";
@@ -20,15 +19,16 @@ const MAX_LAYERS: usize = 10_000;
 pub(super) fn read(mut fields: Fields) -> Result<DecoderConfig> {
     let model_type: String = fields.required("model_type")?;
     match model_type.as_str() {
-        "gemma3" => within(fields, &["gemma3_text"]),
-        "mistral3" => within(fields, &["mistral", "ministral3"]),
+        "gemma3" => within(fields, &["gemma3_text"], true),
+        "mistral3" => within(fields, &["mistral", "ministral3"], true),
+        "qwen3_vl" => within(fields, &["qwen3_vl_text"], false),
         _ => language_model(fields, &model_type),
     }
 }
 
-/// A language model of one of these families, the first unless it says which, in a model that also sees images. What it sees
-/// with is not computed.
-fn within(mut fields: Fields, families: &[&str]) -> Result<DecoderConfig> {
+/// A language model of one of these families, the first unless it says which, in a model that also sees images and ties its
+/// head unless its config says whether. What it sees with is not computed.
+fn within(mut fields: Fields, families: &[&str], ties: bool) -> Result<DecoderConfig> {
     let mut text = fields.model(TEXT_CONFIG)?;
     let model_type = text.optional::<String>("model_type")?;
     let model_type = model_type.as_deref().unwrap_or(families[0]);
@@ -38,13 +38,16 @@ fn within(mut fields: Fields, families: &[&str]) -> Result<DecoderConfig> {
     }
     let decoder = language_model(text, model_type)?;
     // transformers 5 goes by the whole model's, 4 by the text's; where files have a head of its own, both say no.
-    let of_whole = fields.optional("tie_word_embeddings")?.unwrap_or(true);
+    let of_whole = fields.optional("tie_word_embeddings")?.unwrap_or(ties);
     let is_tied = of_whole || decoder.tie_word_embeddings;
     fields.ignore(&[
         "vision_config",
         "vision_feature_layer",
         "image_token_index",
         "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
         "boi_token_index",
         "eoi_token_index",
         "mm_tokens_per_image",
@@ -70,8 +73,12 @@ fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig>
         "ministral3" => ministral3(&mut fields)?,
         "qwen2" => qwen2(&mut fields)?,
         "qwen3" => qwen3(&mut fields)?,
+        "qwen3_vl_text" => qwen3_vl(&mut fields)?,
         "smollm3" => smollm3(&mut fields)?,
         "gemma3_text" => gemma3(&mut fields)?,
+        "granite" => granite(&mut fields)?,
+        "olmo2" => olmo2(&mut fields)?,
+        "olmo3" => olmo3(&mut fields)?,
         _ => return Err(fields.unsupported("model_type", FAMILIES)),
     };
     fields.check_architectures("ForCausalLM")?;
@@ -108,7 +115,7 @@ fn ministral3(fields: &mut Fields) -> Result<DecoderConfig> {
     defaults.head_dim = (!fields.is_null("head_dim")).then_some(128);
     defaults.rms_norm_eps = 1e-5;
     defaults.pad_token_id = Some(11);
-    defaults.scales_queries = true;
+    defaults.rotary = Rotary::ScaledQueries;
     let mut decoder = decoder(fields, defaults)?;
     let window = fields.optional_size("sliding_window")?;
     decoder.sliding_window = vec![window; decoder.num_layers];
@@ -125,14 +132,29 @@ fn qwen2(fields: &mut Fields) -> Result<DecoderConfig> {
 }
 
 fn qwen3(fields: &mut Fields) -> Result<DecoderConfig> {
-    let mut defaults = Defaults::new(32768);
+    let decoder = with_head_norms(fields, Defaults::new(32768))?;
+    Ok(DecoderConfig {
+        sliding_window: qwen_windows(fields, decoder.num_layers)?,
+        ..decoder
+    })
+}
+
+/// Qwen 3 without windows.
+fn qwen3_vl(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(128_000);
+    defaults.vocab_size = Some(151_936);
+    defaults.rope_theta = 500_000.0;
+    defaults.rotary = Rotary::Axes;
+    with_head_norms(fields, defaults)
+}
+
+fn with_head_norms(fields: &mut Fields, mut defaults: Defaults) -> Result<DecoderConfig> {
     defaults.num_kv_heads = Some(32);
     defaults.head_dim = Some(128);
     let mut decoder = decoder(fields, defaults)?;
     decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
     decoder.o_bias = decoder.qkv_bias;
-    decoder.qk_norm = true;
-    decoder.sliding_window = qwen_windows(fields, decoder.num_layers)?;
+    decoder.qk_norm = Some(QkNorm::Head);
     Ok(decoder)
 }
 
@@ -190,13 +212,14 @@ fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
     defaults.pad_token_id = Some(0);
     defaults.tie_word_embeddings = true;
     defaults.rope_theta = 1_000_000.0;
-    defaults.local_rope_theta = Some(10_000.0);
+    let local_theta = 10_000.0;
+    defaults.rotary = Rotary::Two { local_theta };
     let mut decoder = decoder(fields, defaults)?;
     let activation = activation(fields, "hidden_activation")?;
     decoder.activation = activation.unwrap_or(Activation::GeluTanh);
     decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
     decoder.o_bias = decoder.qkv_bias;
-    decoder.qk_norm = true;
+    decoder.qk_norm = Some(QkNorm::Head);
     decoder.branch_norms = true;
     decoder.norms_less_one = true;
     let scalar = fields.optional_positive("query_pre_attn_scalar")?;
@@ -212,13 +235,58 @@ fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
     decoder.sliding_window = windows(fields, decoder.num_layers, Some(window), |layer| {
         !(layer + 1).is_multiple_of(pattern)
     })?;
-    let windows = decoder.sliding_window.iter();
-    decoder.layer_rope = windows
-        .map(|window| match window {
-            Some(_) => LayerRope::Local,
-            None => LayerRope::Model,
-        })
-        .collect();
+    decoder.layer_rope = local_where_windows(&decoder.sliding_window);
+    Ok(decoder)
+}
+
+fn granite(fields: &mut Fields) -> Result<DecoderConfig> {
+    let decoder = llama(fields)?;
+    let mut multiplier = |field| -> Result<f64> {
+        let multiplier = fields.optional_positive(field)?;
+        Ok(multiplier.unwrap_or(1.0))
+    };
+    Ok(DecoderConfig {
+        embedding_multiplier: multiplier("embedding_multiplier")?,
+        residual_multiplier: multiplier("residual_multiplier")?,
+        attention_scale: multiplier("attention_multiplier")?,
+        logits_scaling: multiplier("logits_scaling")?,
+        ..decoder
+    })
+}
+
+fn olmo2(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(2048);
+    defaults.vocab_size = Some(50_304);
+    defaults.rms_norm_eps = 1e-5;
+    defaults.pad_token_id = Some(1);
+    olmo(fields, defaults)
+}
+
+fn olmo3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(2048);
+    defaults.vocab_size = Some(50_304);
+    defaults.rms_norm_eps = 1e-5;
+    defaults.pad_token_id = Some(1);
+    defaults.rope_theta = 500_000.0;
+    let local_theta = defaults.rope_theta;
+    defaults.rotary = Rotary::Two { local_theta };
+    let mut decoder = olmo(fields, defaults)?;
+    let window = fields.optional_size("sliding_window")?.unwrap_or(4096);
+    decoder.sliding_window = windows(fields, decoder.num_layers, Some(window), |layer| {
+        !(layer + 1).is_multiple_of(4)
+    })?;
+    decoder.layer_rope = local_where_windows(&decoder.sliding_window);
+    Ok(decoder)
+}
+
+/// Norms after the attention and the MLP in place of those before, and on all heads of a token together.
+fn olmo(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
+    let mut decoder = decoder(fields, defaults)?;
+    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
+    decoder.o_bias = decoder.qkv_bias;
+    decoder.qk_norm = Some(QkNorm::Token);
+    decoder.input_norms = false;
+    decoder.branch_norms = true;
     Ok(decoder)
 }
 
@@ -237,10 +305,20 @@ struct Defaults {
     pad_token_id: Option<i64>,
     tie_word_embeddings: bool,
     rope_theta: f64,
-    /// `Some` = layers with a window have a rotary embedding of their own.
-    local_rope_theta: Option<f64>,
-    /// The rotary parameters say how queries are scaled by their positions.
-    scales_queries: bool,
+    rotary: Rotary,
+}
+
+/// What the rotary parameters of a family are of.
+#[derive(Clone, Copy)]
+enum Rotary {
+    /// One embedding.
+    One,
+    /// Two: layers with a window have one of their own, of this theta unless they say which.
+    Two { local_theta: f64 },
+    /// One, and how queries are scaled by their positions.
+    ScaledQueries,
+    /// One, and how the axes of an image share its frequencies. On all axes a token of text is at its position.
+    Axes,
 }
 
 impl Defaults {
@@ -255,8 +333,7 @@ impl Defaults {
             pad_token_id: None,
             tie_word_embeddings: false,
             rope_theta: 10_000.0,
-            local_rope_theta: None,
-            scales_queries: false,
+            rotary: Rotary::One,
         }
     }
 }
@@ -290,13 +367,14 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         .unwrap_or(defaults.max_position_embeddings);
     let activation = activation(fields, "hidden_act")?;
     let (positions, theta) = (max_position_embeddings, defaults.rope_theta);
-    let (rope, local_rope) = match defaults.local_rope_theta {
-        None if defaults.scales_queries => (
+    let (rope, local_rope) = match defaults.rotary {
+        Rotary::One => (rope::read(fields, positions, theta)?, None),
+        Rotary::Axes => (rope::read_with_axes(fields, positions, theta)?, None),
+        Rotary::ScaledQueries => (
             rope::read_with_query_scaling(fields, positions, theta)?,
             None,
         ),
-        None => (rope::read(fields, positions, theta)?, None),
-        Some(local_theta) => {
+        Rotary::Two { local_theta } => {
             let (rope, local) = rope::read_both(fields, positions, [theta, local_theta])?;
             (rope, Some(local))
         }
@@ -324,11 +402,15 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,
-        qk_norm: false,
+        qk_norm: None,
+        input_norms: true,
         branch_norms: false,
         norms_less_one: false,
         attention_scale: 1.0 / (head_dim as f64).sqrt(),
         embedding_scale: 1.0,
+        embedding_multiplier: 1.0,
+        residual_multiplier: 1.0,
+        logits_scaling: 1.0,
         activation: activation.unwrap_or(Activation::Silu),
         padding_id: padding_id(fields, defaults.pad_token_id, vocab_size)?,
         sliding_window: vec![None; num_layers],
@@ -364,6 +446,15 @@ fn window_in_use(fields: &mut Fields) -> Result<Option<usize>> {
         false => Some(fields.optional_size("sliding_window")?.unwrap_or(4096)),
     };
     Ok(size.filter(|_| enabled))
+}
+
+/// A rotary embedding of their own for layers with a window.
+fn local_where_windows(windows: &[Option<usize>]) -> Vec<LayerRope> {
+    let rope = |window: &Option<usize>| match window {
+        Some(_) => LayerRope::Local,
+        None => LayerRope::Model,
+    };
+    windows.iter().map(rope).collect()
 }
 
 fn qwen_windows(fields: &mut Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {

@@ -23,6 +23,19 @@ pub(super) fn read(
     one(parameters, max_position_embeddings, theta)
 }
 
+/// Reads the same of a model that has positions on several axes, of which those of text are one.
+pub(super) fn read_with_axes(
+    fields: &mut Fields,
+    max_position_embeddings: usize,
+    default_theta: f64,
+) -> Result<RopeConfig> {
+    let (mut parameters, theta) = parameters(fields, default_theta)?;
+    if let Some(rope) = &mut parameters {
+        rope.ignore(&["mrope_section", "mrope_interleaved"]);
+    }
+    one(parameters, max_position_embeddings, theta)
+}
+
 /// Reads the same of a model whose queries are scaled by their positions.
 pub(super) fn read_with_query_scaling(
     fields: &mut Fields,

@@ -3,7 +3,7 @@
 use super::footprint::{Footprint, Item};
 use super::{Engine, Moments, Workload};
 use crate::device::{Residence, Residency, Side};
-use crate::model::{Module, TRAINED_ALIGNMENT};
+use crate::model::{ModelTensor, Module, TRAINED_ALIGNMENT};
 use crate::ops::linear;
 use crate::ops::paged;
 use crate::ops::table::PagedTable;
@@ -122,16 +122,9 @@ impl Workload {
 
     fn vector_bytes(&self) -> u64 {
         let model = &self.model;
-        let has_bias = |module: &Module| model.has_bias(*module);
-        let biases: usize = Module::ALL
-            .into_iter()
-            .filter(has_bias)
-            .map(|module| model.linear_shape(module).0)
-            .sum();
-        let head_norms = if model.qk_norm { 2 * model.head_dim } else { 0 };
-        let norms = if model.branch_norms { 4 } else { 2 };
-        let block = norms * model.hidden_size + head_norms + biases;
-        let vectors = model.num_layers * block + model.hidden_size;
+        let shapes = ModelTensor::all(model).into_iter();
+        let shapes = shapes.map(|tensor| tensor.shape(model));
+        let vectors: usize = shapes.filter(|shape| shape.len() == 1).flatten().sum();
         // Cosines and sines of head_dim / 2 frequencies.
         let has_one_for_queries = model.rope.query_scaling.is_some();
         let tables = 1 + usize::from(model.local_rope.is_some()) + usize::from(has_one_for_queries);

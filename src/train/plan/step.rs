@@ -254,7 +254,7 @@ impl Step<'_> {
             ActivationPolicy::Keep => {
                 let (y, tiles) = self.mlp(layer, policy);
                 activations.mlp = Some(tiles);
-                self.ledger.free([h]);
+                self.ledger.free(h);
                 (y, Some(activations))
             }
             ActivationPolicy::Recompute | ActivationPolicy::Offload => {
@@ -263,31 +263,30 @@ impl Step<'_> {
                 self.ledger.free(activations.attended);
                 self.ledger.free([activations.u_o]);
                 let (y, _) = self.mlp(layer, policy);
-                self.ledger.free([activations.mid, h]);
+                self.ledger.free([activations.mid].into_iter().chain(h));
                 (y, None)
             }
         }
     }
 
-    /// `Block::attend`: its results and the norm of `mid`.
-    fn attend(&mut self, layer: usize) -> (Activations, Held) {
+    /// `Block::attend`: its results, and the input of the MLP where that is another than `mid`.
+    fn attend(&mut self, layer: usize) -> (Activations, Option<Held>) {
         let Workload { model, rows, .. } = self.workload;
-        let d = model.hidden_size;
         let (queries, keys) = self.workload.head_widths();
-        let h = self.values(Item::Working, d);
+        let h = self.read_stream(*rows);
         let [mut qkv, us] = self.branches(layer, Module::Q, *rows);
         qkv.extend(us);
-        if model.qk_norm {
+        if model.qk_norm.is_some() {
             qkv.extend([queries, keys].map(|width| self.values(Item::Working, width)));
         }
-        self.ledger.free([h]);
+        self.ledger.free(h);
         let attention = [
             self.values(Item::Working, queries),
             self.f32_values(model.num_heads),
         ];
         let [out, u_o] = self.linear(layer, Module::O, *rows);
         let (mid, attended) = self.normed(out, *rows);
-        let h = self.values(Item::Working, d);
+        let h = self.read_stream(*rows);
         let activations = Activations {
             qkv,
             attention,
@@ -297,6 +296,13 @@ impl Step<'_> {
             u_o,
         };
         (activations, h)
+    }
+
+    /// `Block::read_stream`: what a norm gives, in models that have one there.
+    fn read_stream(&mut self, rows: usize) -> Option<Held> {
+        let model = &self.workload.model;
+        let (has_one, d) = (model.input_norms, model.hidden_size);
+        has_one.then(|| self.tile_values(rows, Item::Working, d))
     }
 
     /// `Block::normed`: what a branch adds to the residual stream, and its output where that is something else.
@@ -393,7 +399,6 @@ impl Step<'_> {
     /// `Block::backward`; the gradient of the output becomes that of the input in place.
     fn block_backward(&mut self, layer: usize, saved: Saved, skips_input: bool) {
         let Workload { model, rows, .. } = self.workload;
-        let d = model.hidden_size;
         let (queries, keys) = self.workload.head_widths();
         let Activations {
             qkv,
@@ -404,7 +409,7 @@ impl Step<'_> {
             u_o,
         } = saved.activations.unwrap_or_else(|| {
             let (activations, h) = self.attend(layer);
-            self.ledger.free([h]);
+            self.ledger.free(h);
             activations
         });
         self.mlp_backward(layer, mlp);
@@ -417,22 +422,24 @@ impl Step<'_> {
         let mut d_qkv = [queries, keys, keys].map(|width| self.values(Item::Working, width));
         self.ledger.free([delta].into_iter().chain(d_out));
         self.ledger.free(attention);
-        let h = self.values(Item::Working, d);
-        if model.qk_norm {
+        let h = self.read_stream(*rows);
+        if model.qk_norm.is_some() {
             let d_raw = [queries, keys].map(|width| self.values(Item::Working, width));
             self.ledger.free([d_qkv[0], d_qkv[1]]);
             d_qkv = [d_raw[0], d_raw[1], d_qkv[2]];
         }
-        let d_h = self.branches_backward(layer, Module::Q, *rows, d_qkv.to_vec(), skips_input);
+        let makes_input = !skips_input && model.input_norms;
+        let d_h = self.branches_backward(layer, Module::Q, *rows, d_qkv.to_vec(), makes_input);
         self.ledger.free(d_h);
-        self.ledger.free([h, u_o]);
+        self.ledger.free(h);
+        self.ledger.free([u_o]);
         self.ledger.free(saved.x);
         self.ledger.free(qkv);
     }
 
     fn mlp_backward(&mut self, layer: usize, kept: Option<Vec<Tile>>) {
         let model = &self.workload.model;
-        let (d, f) = (model.hidden_size, model.intermediate_size);
+        let (f, makes_input) = (model.intermediate_size, model.input_norms);
         let mut kept = kept.map(Vec::into_iter);
         for rows in self.tiles() {
             let (tile, act) = match kept.as_mut().and_then(Iterator::next) {
@@ -445,18 +452,18 @@ impl Step<'_> {
             let d_act = self.linear_backward(layer, Module::Down, rows, Some(f));
             self.ledger
                 .free([act].into_iter().chain(d_out).chain(d_act));
-            let h = self.tile_values(rows, Item::Working, d);
-            let d_h = self.branches_backward(layer, Module::Gate, rows, d_gate_up, false);
-            self.ledger.free([h].into_iter().chain(d_h).chain(us));
+            let h = self.read_stream(rows);
+            let d_h = self.branches_backward(layer, Module::Gate, rows, d_gate_up, makes_input);
+            self.ledger.free(h.into_iter().chain(d_h).chain(us));
         }
     }
 
     /// `Block::tile_again`: a tile, and the input of `down_proj`.
     fn tile_again(&mut self, layer: usize, rows: usize) -> (Tile, Held) {
         let model = &self.workload.model;
-        let h = self.tile_values(rows, Item::Working, model.hidden_size);
+        let h = self.read_stream(rows);
         let [gate_up, mut us] = self.branches(layer, Module::Gate, rows);
-        self.ledger.free([h]);
+        self.ledger.free(h);
         let act = self.tile_values(rows, Item::Working, model.intermediate_size);
         if !self.workload.model.branch_norms {
             us.push(self.down_project(layer, Module::Down, rows));

@@ -107,21 +107,21 @@ impl Step<'_> {
     }
 
     /// `Branches::backward` of the layers that read the same input as `module`, each of whose `d_outs` is dropped after its last
-    /// use: the gradient of the input, where it is needed.
+    /// use: the gradient of the input, where a new tensor is made for it.
     pub(super) fn branches_backward(
         &mut self,
         layer: usize,
         module: Module,
         rows: usize,
         d_outs: Vec<Held>,
-        skips_input: bool,
+        makes_input: bool,
     ) -> Option<Held> {
         let (_, d_in) = self.workload.model.linear_shape(module);
         let branches = module.with_same_input();
         if !self.is_together(layer, module) {
             let mut dx = None;
             for (&branch, d_out) in branches.iter().zip(d_outs) {
-                let width = (!skips_input && dx.is_none()).then_some(d_in);
+                let width = (makes_input && dx.is_none()).then_some(d_in);
                 dx = self.linear_backward(layer, branch, rows, width).or(dx);
                 self.ledger.free([d_out]);
             }
@@ -129,7 +129,7 @@ impl Step<'_> {
         }
         let du = self.rank_values_of(layer, branches, rows);
         self.dropout_scratch(layer, module, rows, (branches.len(), 1));
-        let dx = (!skips_input).then(|| self.tile_values(rows, Item::Working, d_in));
+        let dx = makes_input.then(|| self.tile_values(rows, Item::Working, d_in));
         self.ledger.free(d_outs.into_iter().chain(du));
         dx
     }
