@@ -31,11 +31,6 @@ struct Frozen {
     qk_norm: Option<(Tensor, Tensor)>,
 }
 
-/// To the norms on it the stream is as large as that of transformers, which is so many times it.
-fn stream_unit(config: &DecoderConfig) -> f64 {
-    config.embedding_scale * config.residual_multiplier
-}
-
 fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
     let vector = |name: &str| {
         let stored = checkpoint.tensor(name).unwrap();
@@ -49,7 +44,7 @@ fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
     let config = decoder.config();
     let offset = if config.norms_less_one { 1.0 } else { 0.0 };
     let norm = |name: &str| (vector(&format!("model.layers.0.{name}.weight")) + offset).unwrap();
-    let branch_norm = |name: &str| (norm(name) / stream_unit(config)).unwrap();
+    let branch_norm = |name: &str| (norm(name) / config.embedding_scale).unwrap();
     let weight = |module| {
         let weight = &decoder.linear(0, module).weight;
         let (rows, cols) = (weight.out_features(), weight.in_features());
@@ -114,7 +109,9 @@ fn reference(
     };
     let by_head = |t: Tensor| t.reshape((t.dim(0).unwrap(), (), heads.head_dim)).unwrap();
     let eps = config.rms_norm_eps;
-    let stream_eps = eps / stream_unit(config).powi(2);
+    // To the norms on it the stream is as large as that of transformers, which is so many times it.
+    let unit = config.embedding_scale * config.residual_multiplier;
+    let stream_eps = eps / unit.powi(2);
     let read = |x: &Tensor, norm: Option<&Tensor>| match norm {
         Some(norm) => rms_norm::reference(x, norm, stream_eps).unwrap(),
         None => x.clone(),

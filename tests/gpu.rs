@@ -66,7 +66,7 @@ placement_test!(also_on_the_cpu logits_are_those_of_the_cpu, |placement| {
 });
 
 placement_test!(also_on_the_cpu loss_and_gradients_are_those_of_the_cpu, |placement| {
-    let of_kinds = ["dora", "modules_to_save", "tied_embedding", "tied_head"];
+    let of_kinds = ["dora", "dora_olmo2", "modules_to_save", "tied_embedding", "tied_head", "scaled_embedding"];
     let of_kinds = of_kinds.map(|name| (name, ReferenceCase::of_adapter(name)));
     let cases = CASES.map(|name| (name, ReferenceCase::read(name)));
     for (name, case) in cases.into_iter().chain(of_kinds) {

@@ -151,6 +151,8 @@ fn yarn_takes_what_is_not_said_from_the_paper() {
         panic!("read as another scaling");
     };
     assert_eq!(attention_factor, 1.0);
+    let without = json!({"mscale": 1.0, "mscale_all_dim": 0});
+    assert_eq!(scaling(without), scaling(json!({})));
     // The length says the factor where that is null.
     let implied = json!({"factor": null, "original_max_position_embeddings": 32});
     let RopeScaling::Yarn { factor, .. } = scaling(implied) else {
@@ -290,12 +292,15 @@ fn olmo_has_norms_after_its_branches_and_over_all_heads() {
     assert_eq!(olmo3.sliding_window, [Some(64), Some(64), Some(64), None]);
     let (local, model) = (LayerRope::Local, LayerRope::Model);
     assert_eq!(olmo3.layer_rope, [local, local, local, model]);
+    let bare = read(&small("olmo3")).unwrap();
+    assert_eq!((bare.rope.theta, bare.local_rope), (5e5, Some(bare.rope)));
+    assert_eq!(bare.sliding_window[0], Some(4096));
     let defaults = DecoderConfig {
         local_rope: None,
         sliding_window: vec![None; 4],
         layer_rope: vec![model; 4],
         rope: olmo2.rope,
-        ..read(&small("olmo3")).unwrap()
+        ..bare
     };
     assert_eq!(defaults, olmo2);
 }
@@ -325,6 +330,8 @@ fn the_language_model_of_qwen3_vl_is_qwen3() {
     let untied = read(&without(config.clone(), "tie_word_embeddings")).unwrap();
     assert!(!untied.tie_word_embeddings);
     assert_eq!(read(&text).unwrap().decoder_path, "model");
+    let bare = read(&small("qwen3_vl_text")).unwrap();
+    assert_eq!((bare.rope.theta, bare.head_dim), (5e5, 128));
     let elsewhere = with(small("qwen3"), json!({"rope_scaling": rope}));
     assert_says(
         &error(&elsewhere),
@@ -612,9 +619,8 @@ fn a_number_that_cannot_be_is_an_error_that_names_its_field() {
 fn a_field_that_changes_the_mathematics_is_an_error_that_names_it() {
     for (model_type, field, value) in [
         ("llama", "hidden_act", json!("gelu")),
-        ("llama", "pretraining_tp", json!(2)),
+        ("llama", "rope_interleaved", json!(true)),
         ("llama", "partial_rotary_factor", json!(0.5)),
-        ("llama", "attention_dropout", json!(0.1)),
         ("llama", "sliding_window", json!(4096)),
         ("llama", "attn_logit_softcapping", json!(50.0)),
         ("llama", "final_logit_softcapping", json!(30.0)),
@@ -703,8 +709,11 @@ fn a_rope_type_that_is_not_understood_is_named() {
 #[test]
 fn fields_known_to_be_harmless_are_accepted() {
     let harmless = json!({
-        "_name_or_path": "somewhere", "attention_bias": false, "mlp_bias": false, "pretraining_tp": 1, "unknown": null,
-        "partial_rotary_factor": 1, "temperature": 0.7, "id2label": {"0": "a"}, "transformers_version": "4.31.0",
+        "_name_or_path": "somewhere", "attention_bias": false, "mlp_bias": false, "pretraining_tp": 2, "unknown": null,
+        // Of SmolLM2 and of Qwen2.5-1M, as they were published.
+        "is_llama_config": true, "rope_interleaved": false, "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
+        "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144},
+        "partial_rotary_factor": 1, "attention_dropout": 0.1, "temperature": 0.7, "id2label": {"0": "a"}, "transformers_version": "4.31.0",
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "nf4"},
     });
     for model_type in ["llama", "mistral", "qwen2", "qwen3"] {

@@ -8,6 +8,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use emulated::placement_test;
 use qlora::Result;
+use qlora::data::Batch;
 use qlora::device::Placement;
 use qlora::infer::{LogProbs, evaluate};
 use qlora::model::{ActivationPolicy, Decoder, DecoderConfig, WeightSource};
@@ -107,20 +108,49 @@ fn a_model_with_scaled_embeddings_has_the_noise_beside_what_they_are_scaled_to()
     };
     let multiplied = Decoder::from_source(&source, config, None, &Placement::cpu()).unwrap();
     let batch = case.batch();
-    let loss = |decoder: &Decoder, alpha: f64| {
-        let mut micro_batch = micro_batch(&batch, None);
-        micro_batch.regularization.noise = Noise::new(alpha, 1, 2, 3);
-        let losses = decoder.backward(&[micro_batch], 1.0, &[ActivationPolicy::Recompute; 2]);
-        let losses = losses.unwrap().remove(0).read().unwrap();
-        losses.iter().map(|l| f64::from(l.loss)).sum::<f64>()
-    };
-    let [clean, noisy] = [0.0, 50.0].map(|alpha| loss(&plain, alpha));
+    let [clean, noisy] = [0.0, 50.0].map(|alpha| loss(&plain, &batch, alpha));
     assert!((noisy - clean).abs() > 1e-3 * clean, "{clean} {noisy}");
     for (alpha, expected) in [(0.0, clean), (50.0, noisy)] {
-        let found = loss(&multiplied, alpha);
+        let found = loss(&multiplied, &batch, alpha);
         let error = (found - expected).abs() / expected;
         assert!(error < 1e-5, "alpha {alpha}: {found} instead of {expected}");
     }
+}
+
+/// Granite multiplies embeddings after they are looked up, and so the noise that has been added to them.
+#[test]
+fn a_model_that_multiplies_embeddings_multiplies_the_noise() {
+    let case = ReferenceCase::read("granite");
+    let checkpoint = Checkpoint::open(&case.dir).unwrap();
+    let plain = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
+    let factor = plain.config().embedding_multiplier;
+    let config = DecoderConfig {
+        embedding_multiplier: 1.0,
+        tie_word_embeddings: false,
+        ..plain.config().clone()
+    };
+    let source = Multiplied {
+        checkpoint: &checkpoint,
+        by: factor as f32,
+    };
+    let multiplied = Decoder::from_source(&source, config, None, &Placement::cpu()).unwrap();
+    let batch = case.batch();
+    let [clean, noisy] = [0.0, 5.0].map(|alpha| loss(&plain, &batch, alpha));
+    assert!((noisy - clean).abs() > 1e-3 * clean, "{clean} {noisy}");
+    for (alpha, expected) in [(0.0, clean), (5.0 * factor, noisy)] {
+        let found = loss(&multiplied, &batch, alpha);
+        let error = (found - expected).abs() / expected;
+        assert!(error < 1e-5, "alpha {alpha}: {found} instead of {expected}");
+    }
+}
+
+/// The loss with the noise of this alpha.
+fn loss(decoder: &Decoder, batch: &Batch, alpha: f64) -> f64 {
+    let mut micro_batch = micro_batch(batch, None);
+    micro_batch.regularization.noise = Noise::new(alpha, 1, 2, 3);
+    let losses = decoder.backward(&[micro_batch], 1.0, &[ActivationPolicy::Recompute; 2]);
+    let losses = losses.unwrap().remove(0).read().unwrap();
+    losses.iter().map(|l| f64::from(l.loss)).sum()
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //!
 //! Some models have a norm after `o_proj` and `down_proj` too, or instead, on `q` and `k`, or no `rope` in some blocks.
 
+mod input_norm;
 mod mlp;
 mod order;
 
@@ -15,6 +16,7 @@ use std::sync::OnceLock;
 
 use candle_core::Tensor;
 
+pub(super) use input_norm::InputNorm;
 pub use mlp::MLP_TILE_ROWS;
 
 use super::branches::{Branches, InputGradient};
@@ -28,7 +30,6 @@ use crate::Result;
 use crate::ops::attention::{self, Heads, Segments};
 use crate::ops::host_memory::Parked;
 use crate::ops::matrix_dropout::MatrixDropout;
-use crate::ops::residual;
 use crate::ops::rms_norm;
 use crate::ops::rope::{self, Positions};
 
@@ -128,16 +129,14 @@ enum Branch {
 /// One layer of the decoder.
 #[derive(Debug, Clone)]
 pub struct Block {
-    /// Weight `[D]` of the norm on the input of the attention.
-    pub(super) input_norm: Option<Tensor>,
+    pub(super) input_norm: InputNorm,
     pub(super) q: LoraLinear,
     pub(super) k: LoraLinear,
     pub(super) v: LoraLinear,
     pub(super) o: LoraLinear,
     /// Weights of the norms on queries and keys: `[E]` each, or `[H * E]` and `[K * E]`.
     pub(super) qk_norm: Option<(Tensor, Tensor)>,
-    /// Weight `[D]` of the norm on the input of the MLP.
-    pub(super) mlp_norm: Option<Tensor>,
+    pub(super) mlp_norm: InputNorm,
     /// Weights `[D]` of the norms on what the attention and the MLP add to the residual stream.
     pub(super) branch_norms: Option<[Tensor; 2]>,
     pub(super) gate: LoraLinear,
@@ -146,10 +145,8 @@ pub struct Block {
     pub(super) heads: Heads,
     pub(super) rope: LayerRope,
     pub(super) activation: Activation,
-    /// Of the norms within the block.
+    /// Of the norms on branches, queries and keys.
     pub(super) eps: f64,
-    /// Of the norms on the residual stream.
-    pub(super) stream_eps: f64,
 }
 
 impl Block {
@@ -241,7 +238,7 @@ impl Block {
         let attention = attention::forward(&qkv.q, &qkv.k, &qkv.v, layout.segments, self.heads)?;
         let (attended, u_o) = self.o.forward(&attention.out, layout.dropout)?;
         let (branch, attended) = self.normed(attended, Branch::Attention)?;
-        let (mid, h) = self.add_attended(x, branch)?;
+        let (mid, h) = self.mlp_norm.forward_residual(x, branch)?;
         let activations = Activations {
             x: x.clone(),
             qkv,
@@ -267,41 +264,8 @@ impl Block {
         let attention = attention::forward(&qkv.q, &k, &v, layout.segments, self.heads)?;
         let attended = self.o.forward(&attention.out, layout.dropout)?.0;
         let (branch, _) = self.normed(attended, Branch::Attention)?;
-        let (mid, h) = self.add_attended(x, branch)?;
+        let (mid, h) = self.mlp_norm.forward_residual(x, branch)?;
         self.mlp(&mid, &h, layout.dropout, drop)
-    }
-
-    /// `x + branch`, and the input of the MLP.
-    fn add_attended(&self, x: &Tensor, branch: Tensor) -> Result<(Tensor, Tensor)> {
-        match &self.mlp_norm {
-            Some(norm) => rms_norm::forward_residual(x, branch, norm, self.stream_eps),
-            None => {
-                let mid = residual::forward(x, branch)?;
-                Ok((mid.clone(), mid))
-            }
-        }
-    }
-
-    /// What the attention or the MLP reads of the residual stream, by the norm on its input.
-    fn read_stream(&self, x: &Tensor, norm: Option<&Tensor>) -> Result<Tensor> {
-        match norm {
-            Some(norm) => rms_norm::forward(x, norm, self.stream_eps),
-            None => Ok(x.clone()),
-        }
-    }
-
-    /// Adds to `d_x` the gradient through `read_stream`, which without a norm is there already.
-    fn read_stream_backward(
-        &self,
-        d_h: &Tensor,
-        x: &Tensor,
-        norm: Option<&Tensor>,
-        d_x: &Tensor,
-    ) -> Result<()> {
-        match norm {
-            Some(norm) => rms_norm::backward(d_h, x, norm, self.stream_eps, d_x),
-            None => Ok(()),
-        }
     }
 
     /// What a branch adds to the residual stream, and its output where that is something else.
@@ -324,7 +288,7 @@ impl Block {
     }
 
     fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
-        let h = self.read_stream(x, self.input_norm.as_ref())?;
+        let h = self.input_norm.forward(x)?;
         let [(q, u_q), (k, u_k), (v, u_v)] = self.qkv().forward(&h, layout.dropout)?;
         let (q, k, raw) = match &self.qk_norm {
             None => (q, k, None),
@@ -382,18 +346,17 @@ impl Block {
         let operands = (&qkv.q, &qkv.k, &qkv.v);
         let d_qkv = attention::backward(&d_out, operands, &attention, layout.segments, self.heads)?;
         drop((d_out, attention));
-        let norm = self.input_norm.as_ref();
-        let h = self.read_stream(&x, norm)?;
+        let h = self.input_norm.forward(&x)?;
         let d_qkv = self.rotary_backward(d_qkv, &qkv, layout)?;
         let u = qkv.u.each_ref().map(Option::as_ref);
         let d_h = match input {
-            InputGrad::Needed => input_gradient(norm, &d_residual),
+            InputGrad::Needed => self.input_norm.gradient(&d_residual),
             InputGrad::Skip => InputGradient::Skip,
         };
         let Some(d_h) = self.qkv().backward(d_qkv, &h, u, dropout, d_h)? else {
             return Ok(None);
         };
-        self.read_stream_backward(&d_h, &x, norm, &d_residual)?;
+        self.input_norm.backward(&d_h, &x, &d_residual)?;
         Ok(Some(d_residual))
     }
 
@@ -419,14 +382,6 @@ impl Block {
             through_norm(&dk, raw_k, k_norm)?,
             dv,
         ])
-    }
-}
-
-/// Where the gradient of what is read of the residual stream goes: without a norm it is one of the stream itself, `d_x`.
-fn input_gradient(norm: Option<&Tensor>, d_x: &Tensor) -> InputGradient {
-    match norm {
-        Some(_) => InputGradient::New,
-        None => InputGradient::AddTo(d_x.clone()),
     }
 }
 

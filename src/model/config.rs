@@ -3,7 +3,7 @@
 //! A family is one function in `families`. A field that changes the mathematics and is not understood is an error, so that a
 //! model is either computed as transformers computes it or refused.
 //!
-//! Source: `transformers/models/*/configuration_*.py` 5.23, and the `config.json` of 4.x (`rope_theta`, `rope_scaling`).
+//! Source: `transformers/models/*/configuration_*.py` 5.24, and the `config.json` of 4.x (`rope_theta`, `rope_scaling`).
 
 mod families;
 mod fields;
@@ -147,8 +147,9 @@ impl DecoderConfig {
 
     /// The unit that the residual stream is held in: to the norms that read it, it makes no difference but by their eps.
     ///
-    /// That of `embedding_scale` has the stream begin with the embeddings as they are stored; what is added to it has a norm
-    /// whose weight is divided. That of `residual_multiplier` has branches added as they are; the embeddings are divided.
+    /// `embedding_scale` is in it, so that the stream begins with embeddings as they are stored; the norms of branches, which
+    /// models with such a scale have, divide their weights by it. `residual_multiplier` is in it, so that branches are added as
+    /// they are; the embeddings are divided by it.
     pub(super) fn stream_unit(&self) -> f64 {
         self.embedding_scale * self.residual_multiplier
     }

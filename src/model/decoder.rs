@@ -299,7 +299,8 @@ impl Decoder {
         Ok(x)
     }
 
-    /// Adds to `d_table` the gradient of the embedding; `dx: [N, D]` is that of what [`embed`](Self::embed) gave.
+    /// Adds to `d_table` the gradient of the embedding; `dx: [N, D]`, whose memory is reused, is that of what
+    /// [`embed`](Self::embed) gave.
     pub(super) fn embed_backward(&self, dx: &Tensor, ids: &[u32], d_table: &Tensor) -> Result<()> {
         scale::in_place(dx, self.config.embedding_factor() as f32)?;
         embedding::backward(dx, ids, self.config.padding_id, d_table)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::block::Block;
+use super::block::{Block, InputNorm};
 use super::config::DecoderConfig;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
@@ -167,10 +167,16 @@ impl<'a> Loader<'a> {
             None => None,
             Some(_) => Some((norm(Norm::Query, 1.0)?, norm(Norm::Key, 1.0)?)),
         };
-        let on_input = |of: Option<Norm>| of.map(|of| norm(of, 1.0)).transpose();
+        let on_input = |of: Option<Norm>| -> Result<InputNorm> {
+            Ok(InputNorm {
+                weight: of.map(|of| norm(of, 1.0)).transpose()?,
+                eps: config.stream_eps(),
+            })
+        };
         let input_norm = on_input(config.input_norms.then_some(Norm::Input))?;
         let mlp_norm = on_input(Norm::of_mlp(config))?;
-        let branch_norm = |of| norm(of, config.stream_unit());
+        // What a branch adds is multiplied by the residual multiplier, and so is the unit of the stream.
+        let branch_norm = |of| norm(of, config.embedding_scale);
         let branch_norms = match config.branch_norms {
             false => None,
             true => Some([
@@ -201,7 +207,6 @@ impl<'a> Loader<'a> {
             rope: config.layer_rope[layer],
             activation: config.activation,
             eps: config.rms_norm_eps,
-            stream_eps: config.stream_eps(),
         })
     }
 

@@ -1,6 +1,6 @@
 //! The rotary frequencies of a config: `theta^(-2i/E)`, stretched for longer contexts where the config says so.
 //!
-//! Source: arXiv:2104.09864; scaling as in transformers' `modeling_rope_utils.py` 5.23.
+//! Source: arXiv:2104.09864; scaling as in transformers' `modeling_rope_utils.py` 5.24.
 
 use super::config::{QueryScaling, RopeConfig, RopeScaling};
 

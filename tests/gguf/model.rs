@@ -152,7 +152,11 @@ pub fn configs() -> Vec<Value> {
     let mut gemma3 = config_with_vocabulary("gemma3");
     gemma3["query_pre_attn_scalar"] = gemma3["head_dim"].clone();
     configs.push(gemma3);
-    configs.extend(["granite", "olmo2", "olmo3"].map(config_with_vocabulary));
+    configs.extend(["granite", "olmo2", "ministral3"].map(config_with_vocabulary));
+    let mut olmo3 = config_with_vocabulary("olmo3");
+    olmo3["rope_parameters"]["sliding_attention"] =
+        json!({"rope_type": "default", "rope_theta": 5e4});
+    configs.push(olmo3);
     configs
 }
 
@@ -162,7 +166,7 @@ fn every_tensor_has_its_name_shape_and_values_in_the_order_of_llama_cpp() {
         let (model, gguf, _) = written(&config, GgufType::F32);
         let decoder = decoder(&config);
         let architecture = gguf.text("general.architecture");
-        let is_reordered = ["llama", "smollm3", "granite"].contains(&architecture);
+        let is_reordered = ["llama", "smollm3", "granite", "mistral3"].contains(&architecture);
         let mut names: Vec<String> = model
             .0
             .keys()
@@ -219,8 +223,9 @@ fn the_first_rows_of_a_head_are_those_that_turn_together() {
 fn the_config_is_told_in_the_keys_of_its_architecture() {
     let architectures = [
         "llama", "llama", "llama", "llama", "qwen2", "qwen3", "qwen2", "llama", "smollm3",
-        "gemma3", "granite", "olmo2", "olmo2",
+        "gemma3", "granite", "olmo2", "mistral3", "olmo2",
     ];
+    assert_eq!(configs().len(), architectures.len());
     for (config, architecture) in configs().into_iter().zip(architectures) {
         let (_, gguf, report) = written(&config, GgufType::Bf16);
         assert_eq!(report.notes, [] as [&str; 0]);
@@ -267,6 +272,59 @@ fn the_config_is_told_in_the_keys_of_its_architecture() {
         let is_tied = config["tie_word_embeddings"] == true;
         assert_eq!(gguf.names().contains(&"output.weight"), !is_tied);
     }
+}
+
+#[test]
+fn what_granite_multiplies_by_is_told_in_keys() {
+    let (_, gguf, _) = written(&config_with_vocabulary("granite"), GgufType::F32);
+    for (key, value) in [
+        ("attention.scale", 0.09),
+        ("embedding_scale", 6.0),
+        ("residual_scale", 0.22),
+        ("logit_scale", 0.7),
+    ] {
+        assert_eq!(gguf.f32(&format!("granite.{key}")), value, "{key}");
+    }
+}
+
+#[test]
+fn how_ministral3_scales_its_queries_is_told_in_keys() {
+    let (_, gguf, _) = written(&config_with_vocabulary("ministral3"), GgufType::F32);
+    for (key, value) in [
+        ("attention.temperature_scale", 0.5),
+        ("rope.scaling.factor", 4.0),
+        ("rope.scaling.yarn_beta_fast", 4.0),
+        // Both of DeepSeek's numbers are 1: nothing is multiplied.
+        ("rope.scaling.yarn_log_multiplier", 1.0),
+        ("rope.scaling.attn_factor", 1.0),
+    ] {
+        assert_eq!(gguf.f32(&format!("mistral3.{key}")), value, "{key}");
+    }
+    let original = "mistral3.rope.scaling.original_context_length";
+    assert_eq!(gguf.u32(original), 8);
+}
+
+#[test]
+fn the_windows_of_olmo3_are_told_in_keys() {
+    let olmo3 = configs().pop().unwrap();
+    let (_, gguf, _) = written(&olmo3, GgufType::F32);
+    assert_eq!(gguf.u32("olmo2.attention.sliding_window"), 12);
+    assert_eq!(gguf.u32("olmo2.attention.sliding_window_pattern"), 2);
+    assert_eq!(gguf.text("olmo2.rope.scaling.type"), "yarn");
+    assert_eq!(gguf.f32("olmo2.rope.freq_base_swa"), 5e4);
+}
+
+/// The one that sees is written by llama.cpp's own converter, and needs them.
+#[test]
+fn a_file_of_qwen3_vl_says_what_images_need() {
+    let config = config_with_vocabulary("qwen3_vl");
+    let (_, gguf, report) = written(&config, GgufType::F32);
+    assert_eq!(gguf.text("general.architecture"), "qwen3vl");
+    assert_eq!(gguf.u32("qwen3vl.n_deepstack_layers"), 1);
+    let sections = gguf.i32s("qwen3vl.rope.dimension_sections");
+    assert_eq!(sections, [6, 5, 5, 0]);
+    assert!(gguf.names().contains(&"blk.1.attn_q_norm.weight"));
+    assert!(report.notes[0].contains("--mmproj"), "{:?}", report.notes);
 }
 
 #[test]
@@ -498,6 +556,13 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         ("gemma3", "query_pre_attn_scalar", 24.into()),
         ("gemma3", "hidden_activation", "silu".into()),
         ("smollm3", "mlp_bias", true.into()),
+        (
+            "ministral3",
+            "rope_parameters",
+            json!({
+                "rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8,
+            }),
+        ),
         ("olmo2", "attention_bias", true.into()),
         ("olmo2", "tie_word_embeddings", true.into()),
         ("olmo2", "head_dim", 32.into()),
@@ -509,7 +574,7 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         (
             "olmo3",
             "rope_parameters",
-            json!({"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}),
+            config("olmo3")["rope_parameters"].clone(),
         ),
         (
             "qwen2",
@@ -531,6 +596,9 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         let mut config = config_with_vocabulary(case);
         if case == "gemma3" {
             config["query_pre_attn_scalar"] = config["head_dim"].clone();
+        }
+        if case == "olmo3" {
+            config["rope_parameters"] = json!({});
         }
         config[field] = value;
         let model = Model(Default::default());

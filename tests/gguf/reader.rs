@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qlora::Error;
-use qlora::export::{GgufBase, GgufModel, GgufType, is_gguf_adapter, read_gguf_adapter};
+use qlora::export::{
+    GgufBase, GgufModel, GgufType, is_gguf_adapter, read_gguf_adapter, write_gguf_model,
+};
 use qlora::model::WeightSource;
 use qlora::quant::FrozenWeight;
 use qlora::store::{Adapter, GgufFile};
@@ -247,6 +249,129 @@ fn a_key_that_is_not_there_stands_for_what_llama_cpp_takes() {
         refusal.contains("llama.block_count is not there, expected 2"),
         "{refusal}"
     );
+}
+
+/// A file with other bytes in the place of some, as many in all.
+fn spliced(path: &Path, changes: &[(Vec<u8>, Vec<u8>)]) {
+    let mut file = fs::read(path).unwrap();
+    let len = file.len();
+    for (found, replacement) in changes {
+        let at = file.windows(found.len()).position(|bytes| bytes == found);
+        let at = at.unwrap();
+        file.splice(at..at + found.len(), replacement.iter().copied());
+    }
+    assert_eq!(file.len(), len);
+    fs::write(path, file).unwrap();
+}
+
+/// A key as it lies in a file.
+fn key(name: &str) -> Vec<u8> {
+    let len = name.len() as u64;
+    [&len.to_le_bytes(), name.as_bytes()].concat()
+}
+
+/// llama.cpp's converter has a list for them, and a key of YaRN that nothing of OLMo's asks for.
+#[test]
+fn the_windows_of_olmo3_may_be_told_layer_by_layer() {
+    let olmo3 = configs().pop().unwrap();
+    let windows = decoder(&olmo3).sliding_window;
+    assert_eq!(windows, [Some(12), None]);
+    const PATTERN: &str = "olmo2.attention.sliding_window_pattern";
+    // The room comes from a key that nothing reads.
+    const ROOM: &str = "general.quantization_version";
+    let number = [4u32, 2].map(u32::to_le_bytes).concat();
+    let list = |layers: [u8; 2]| {
+        let types = [9u32, 7].map(u32::to_le_bytes).concat();
+        [&types[..], &2u64.to_le_bytes(), &layers].concat()
+    };
+    for (layers, is_same) in [([1, 0], true), ([0, 1], false)] {
+        let written = Written::of(&olmo3, GgufType::F16);
+        let room = &ROOM[..ROOM.len() - 10];
+        spliced(
+            &written.path,
+            &[
+                (key(ROOM), key(room)),
+                (
+                    [key(PATTERN), number.clone()].concat(),
+                    [key(PATTERN), list(layers)].concat(),
+                ),
+            ],
+        );
+        match is_same {
+            true => assert_eq!(
+                written.read(&olmo3).unwrap().config().sliding_window,
+                windows
+            ),
+            false => assert!(written.refusal(&olmo3).contains(PATTERN)),
+        }
+    }
+    let written = Written::of(&olmo3, GgufType::F16);
+    spliced(
+        &written.path,
+        &[
+            (key(ROOM), key(&ROOM[..ROOM.len() - 2])),
+            (
+                key("olmo2.rope.scaling.yarn_beta_fast"),
+                key("olmo2.rope.scaling.yarn_attn_factor"),
+            ),
+        ],
+    );
+    written.read(&olmo3).unwrap();
+}
+
+/// Before llama.cpp had an architecture for it, its files were llamas.
+#[test]
+fn a_file_of_mistral_small_may_be_one_of_a_llama() {
+    let text = config_with_vocabulary("mistral");
+    let mistral3 = json!({
+        "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": text,
+        "tie_word_embeddings": false,
+    });
+    let (of_llama, own) = (
+        Written::of(&text, GgufType::F32),
+        Written::of(&mistral3, GgufType::F32),
+    );
+    assert_eq!(
+        Gguf::read(&own.path).text("general.architecture"),
+        "mistral3"
+    );
+    own.read(&mistral3).unwrap();
+    of_llama.read(&mistral3).unwrap();
+    assert!(
+        own.refusal(&text)
+            .contains("general.architecture is mistral3")
+    );
+    let scaled = config_with_vocabulary("ministral3");
+    assert!(
+        of_llama
+            .refusal(&scaled)
+            .contains("general.architecture is llama")
+    );
+}
+
+/// llama.cpp splits alike under both, and its converter calls the way of Granite's tokenizer by the other one.
+#[test]
+fn a_way_to_split_may_have_another_name() {
+    let config = config_with_vocabulary("granite");
+    let files = |name: &str| json(tokenizer_dir().join(name));
+    let (mut tokens, settings) = (files("tokenizer.json"), files("tokenizer_config.json"));
+    tokens["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": true},
+        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+    ]});
+    let dir = tokenizer(&tokens, &settings);
+    let base = base_of(&config, dir.path());
+    let path = dir.path().join("model.gguf");
+    write_gguf_model(&Model::random(&config), base, GgufType::F16, &path, |_| ()).unwrap();
+    let differences = || {
+        let read = GgufModel::new(GgufFile::open(&path).unwrap(), base).unwrap();
+        read.tokenizer_differences(&base).unwrap()
+    };
+    assert_eq!(differences(), [] as [&str; 0]);
+    replaced(&path, b"smollm", b"refact");
+    assert_eq!(differences(), [] as [&str; 0]);
+    replaced(&path, b"refact", b"falcon");
+    assert_eq!(differences().len(), 1);
 }
 
 #[test]

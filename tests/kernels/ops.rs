@@ -324,6 +324,12 @@ placement_test!(in_every_order linear_with_lora_equals_its_reference, |at| {
         want.grads[0].assert_close("dx", &dx);
         want.grads[1].assert_close("dA", &d_a);
         want.grads[2].assert_close("dB", &d_b);
+        // The sum may be some of the rows of a tensor.
+        let (n, d_in) = x.dims2().unwrap();
+        let larger = Tensor::zeros((n + 3, d_in), DType::F64, &Device::Cpu).unwrap();
+        let rows = place(&larger, at).narrow(0, 1, n).unwrap();
+        let rows = linear::backward_input(&dy, &weight, Some((&du, lora)), Some(rows)).unwrap();
+        want.grads[0].assert_close("dx in rows", &rows);
         let twice = linear::backward_input(&dy, &weight, Some((&du, lora)), Some(dx)).unwrap();
         let double = |t: &Tensor| (t * 2.0).unwrap();
         let want = Pair {

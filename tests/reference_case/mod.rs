@@ -35,7 +35,7 @@ pub const CASES: [&str; 14] = [
 pub const TRAINED_CASES: [&str; 3] = ["llama_gqa", "qwen3", "gemma3"];
 
 /// PEFT adapters of other kinds than plain LoRA, by `tests/fixtures/make_adapters.py`.
-pub const ADAPTER_CASES: [&str; 9] = [
+pub const ADAPTER_CASES: [&str; 10] = [
     "rslora_q_v",
     "patterns",
     "one_layer",
@@ -44,6 +44,7 @@ pub const ADAPTER_CASES: [&str; 9] = [
     "modules_to_save",
     "tied_embedding",
     "tied_head",
+    "dora_olmo2",
     "scaled_embedding",
 ];
 

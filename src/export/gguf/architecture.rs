@@ -1,6 +1,6 @@
 //! The architecture of llama.cpp that computes a model, and what it cannot.
 //!
-//! Source: `src/models/{llama,qwen2,qwen3,qwen3vl,smollm3,gemma3,granite,olmo2}.cpp` of llama.cpp.
+//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,smollm3,gemma3,granite,olmo2}.cpp` of llama.cpp.
 
 use super::GgufBase;
 use super::writer::Change;
@@ -8,13 +8,15 @@ use crate::Result;
 use crate::model::{Activation, DecoderConfig, LayerRope, ModelTensor, Module, RopeScaling};
 
 /// The values of `model_type` of which files are written.
-const FAMILIES: &str = "use llama, mistral, mistral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, granite, olmo2 or olmo3";
+const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, granite, olmo2 or olmo3";
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Architecture {
-    /// Mistral's models too.
+    /// Mistral's models too, but for those of the third generation.
     Llama,
+    /// Mistral Small 3's and Ministral 3's.
+    Mistral3,
     Qwen2,
     Qwen3,
     Qwen3Vl,
@@ -30,7 +32,9 @@ impl Architecture {
     /// [`Error::UnsupportedModel`](crate::Error::UnsupportedModel) for what the architecture does not compute.
     pub(super) fn of(base: &GgufBase, config: &DecoderConfig) -> Result<Self> {
         let architecture = match base.field("model_type").as_str() {
-            Some("llama" | "mistral" | "mistral3") => Self::Llama,
+            _ if base.config["model_type"] == "mistral3" => Self::Mistral3,
+            Some("llama" | "mistral") => Self::Llama,
+            Some("ministral3") => Self::Mistral3,
             Some("qwen2") => Self::Qwen2,
             Some("qwen3") => Self::Qwen3,
             Some("qwen3_vl_text" | "qwen3_vl") => Self::Qwen3Vl,
@@ -47,6 +51,7 @@ impl Architecture {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Llama => "llama",
+            Self::Mistral3 => "mistral3",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
             Self::Qwen3Vl => "qwen3vl",
@@ -64,7 +69,7 @@ impl Architecture {
             ModelTensor::Weight(_, Module::Q | Module::K)
                 | ModelTensor::Bias(_, Module::Q | Module::K)
         );
-        let turns_neighbours = matches!(self, Self::Llama | Self::Smollm3 | Self::Granite);
+        let turns_neighbours = self.is_like_llama() || self == Self::Smollm3;
         let is_reordered = turns_neighbours && is_rotated;
         let is_norm = matches!(tensor, ModelTensor::FinalNorm | ModelTensor::Norm(..));
         let is_less_one = is_norm && config.norms_less_one;
@@ -72,6 +77,15 @@ impl Architecture {
             rotary_head_dim: is_reordered.then_some(config.head_dim),
             offset: if is_less_one { 1.0 } else { 0.0 },
             ..Change::NONE
+        }
+    }
+
+    /// The one that a file says, where it may be another: Mistral Small 3 was a llama before llama.cpp had its own for it.
+    pub(super) fn in_file(self, name: Option<&str>, config: &DecoderConfig) -> Self {
+        let is_plain = config.rope.query_scaling.is_none();
+        match self == Self::Mistral3 && is_plain && name == Some(Self::Llama.name()) {
+            true => Self::Llama,
+            false => self,
         }
     }
 
@@ -96,21 +110,30 @@ impl Architecture {
         }
         self.check_rope(base, config)?;
         match self {
-            Self::Llama | Self::Qwen2 | Self::Qwen3 | Self::Qwen3Vl | Self::Granite => Ok(()),
+            Self::Llama
+            | Self::Mistral3
+            | Self::Qwen2
+            | Self::Qwen3
+            | Self::Qwen3Vl
+            | Self::Granite => Ok(()),
             Self::Smollm3 => self.check_smollm3(base, config),
             Self::Gemma3 => self.check_gemma3(base, config),
             Self::Olmo2 => self.check_olmo2(base, config),
         }
     }
 
-    /// Whether there is a place for every bias, and for a divisor of every rotary frequency.
+    /// Whether there is a place for every bias, and for a divisor of every rotary frequency, and neighbouring rows turn together.
     fn is_like_llama(self) -> bool {
-        matches!(self, Self::Llama | Self::Granite)
+        matches!(self, Self::Llama | Self::Mistral3 | Self::Granite)
     }
 
     fn check_rope(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
-        let field = base.present(["rope_scaling", "rope_parameters"]);
+        let field = base.rope_field();
         let refuse = |reason| self.refuse(base, field, reason);
+        let has_yarn = matches!(config.rope.scaling, RopeScaling::Yarn { .. });
+        if config.rope.query_scaling.is_some() && !has_yarn {
+            return refuse("scales queries by the length that YaRN extends");
+        }
         match config.rope.scaling {
             RopeScaling::Llama3 { .. } if !self.is_like_llama() => {
                 refuse("does not scale rotary frequencies one by one")
@@ -122,7 +145,7 @@ impl Architecture {
                 beta_fast,
                 beta_slow,
                 ..
-            } if (beta_fast, beta_slow) != (32.0, 1.0) => {
+            } if (beta_fast, beta_slow) != (32.0, 1.0) && self != Self::Mistral3 => {
                 refuse("has 32 for beta_fast of YaRN and 1 for beta_slow")
             }
             RopeScaling::Yarn {
@@ -196,6 +219,7 @@ impl Architecture {
             Self::Gemma3 => Some(6),
             Self::Olmo2 => Some(4),
             Self::Llama
+            | Self::Mistral3
             | Self::Qwen2
             | Self::Qwen3
             | Self::Qwen3Vl

@@ -1,4 +1,4 @@
-//! A byte-level BPE (GPT-2's kind: Llama 3, Qwen, Mistral NeMo, SmolLM): its merges, and the name that llama.cpp knows its way
+//! A byte-level BPE (GPT-2's kind: Llama 3, Qwen, OLMo, Mistral NeMo, SmolLM, Granite): its merges, and the name that llama.cpp knows its way
 //! to split a text by.
 //!
 //! llama.cpp has each way as code under a name, so a tokenizer is recognized by its pre-tokenizer: the same expression is
@@ -9,6 +9,7 @@
 use serde_json::{Value, json};
 
 use super::tokenizer_file::TokenizerFile;
+use super::vocabulary::PRE_TOKENIZER;
 use super::writer::{self, Metadata};
 use crate::{Error, Result};
 
@@ -72,9 +73,18 @@ pub(super) fn add(
         merges.push(format!("{left} {right}"));
     }
     metadata.add_text("tokenizer.ggml.model", "gpt2");
-    metadata.add_text("tokenizer.ggml.pre", pre);
+    metadata.add_text(PRE_TOKENIZER, pre);
     metadata.add("tokenizer.ggml.merges", writer::Value::Texts(merges));
     Ok(())
+}
+
+/// The name that files get for the way to split of a file with this name: llama.cpp has some ways under two.
+pub(super) fn written_name(name: &str) -> &str {
+    match name {
+        // As its converter calls that of Granite.
+        "refact" => "smollm",
+        name => name,
+    }
 }
 
 /// What llama.cpp calls a way to split; `ignore_merges` goes with the name.

@@ -90,18 +90,14 @@ fn shown(value: &Json) -> String {
 
 /// The differences of a file from what is `expected` of it. A key that is not there stands for its `default`.
 pub(super) fn differences<'a>(
-    file: &GgufFile,
     expected: impl Iterator<Item = (&'a str, &'a Value)>,
-    default: impl Fn(&str) -> Option<Value>,
+    found: impl Fn(&str) -> Option<Json>,
 ) -> impl Iterator<Item = Difference> {
-    expected.filter_map(move |(key, expected)| {
-        let found = file.json(key);
-        let found = found.or_else(|| default(key).as_ref().map(json_of));
-        Difference::between(key, json_of(expected), found)
-    })
+    expected
+        .filter_map(move |(key, expected)| Difference::between(key, json_of(expected), found(key)))
 }
 
-fn json_of(value: &Value) -> Json {
+pub(super) fn json_of(value: &Value) -> Json {
     match value {
         Value::U32(value) => json!(value),
         Value::F32(value) => shortest_json(*value),

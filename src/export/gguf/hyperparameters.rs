@@ -13,6 +13,9 @@ use crate::quant::DenseTensor;
 /// `GGML_QNT_VERSION`.
 const QUANTIZATION_VERSION: u32 = 2;
 
+/// In which layers there is a window, without the architecture's name.
+pub(super) const WINDOW_PATTERN: &str = "attention.sliding_window_pattern";
+
 /// The tensor with the divisors of the rotary frequencies.
 pub(super) const ROPE_FREQS: &str = "rope_freqs.weight";
 
@@ -48,6 +51,9 @@ pub(super) fn add(
     };
     add_f32("attention.layer_norm_rms_epsilon", config.rms_norm_eps);
     add_f32("rope.freq_base", config.rope.theta);
+    if let Some(scaling) = config.rope.query_scaling {
+        add_f32("attention.temperature_scale", scaling.beta);
+    }
     if architecture == Architecture::Granite {
         add_f32("attention.scale", config.attention_scale);
         add_f32("embedding_scale", config.embedding_multiplier);
@@ -71,8 +77,15 @@ pub(super) fn add(
             add_f32("rope.scaling.factor", factor);
             add_f32("rope.scaling.yarn_beta_fast", beta_fast);
             add_f32("rope.scaling.yarn_beta_slow", beta_slow);
-            // llama.cpp has the paper's factor by itself, and multiplies it by this.
-            let own = yarn_amplitude(factor, 1.0);
+            // llama.cpp has the paper's factor by itself, or DeepSeek's ratio, and multiplies it by this.
+            let rope = base.field(base.rope_field());
+            let mscale_all_dim = rope["mscale_all_dim"].as_f64();
+            let divisor = mscale_all_dim.filter(|_| architecture == Architecture::Mistral3);
+            if let Some(mscale) = divisor {
+                add_f32("rope.scaling.yarn_log_multiplier", mscale);
+            }
+            let divisor = divisor.map_or(1.0, |mscale| yarn_amplitude(factor, mscale));
+            let own = yarn_amplitude(factor, 1.0) / divisor;
             add_f32("rope.scaling.attn_factor", attention_factor / own);
             metadata.add_text(format!("{name}.rope.scaling.type"), "yarn");
             let key = format!("{name}.rope.scaling.original_context_length");
@@ -93,7 +106,7 @@ pub(super) fn add(
         metadata.add_u32(format!("{name}.attention.sliding_window"), as_u32(*window));
         let pattern = architecture.window_pattern(config);
         let pattern = pattern.expect("the config has been checked");
-        let key = format!("{name}.attention.sliding_window_pattern");
+        let key = format!("{name}.{WINDOW_PATTERN}");
         metadata.add_u32(key, as_u32(pattern));
     }
 }
@@ -101,8 +114,10 @@ pub(super) fn add(
 /// What a file of Qwen3-VL's language model says for the one that sees: how the axes of an image share the rotary
 /// frequencies, and to how many layers' outputs images are added.
 fn add_what_images_need(metadata: &mut Metadata, base: &GgufBase, name: &str) {
+    // What transformers takes where the config does not say.
     const SECTIONS: [i32; 3] = [24, 20, 20];
-    let rope = base.field(base.present(["rope_scaling", "rope_parameters"]));
+    const DEEPSTACK_LAYERS: usize = 3;
+    let rope = base.field(base.rope_field());
     let sections: Option<Vec<i32>> = Deserialize::deserialize(&rope["mrope_section"]).ok();
     let mut sections = sections.unwrap_or_else(|| SECTIONS.into());
     sections.resize(4, 0);
@@ -111,7 +126,7 @@ fn add_what_images_need(metadata: &mut Metadata, base: &GgufBase, name: &str) {
         Value::I32s(sections),
     );
     let layers = base.field("vision_config")["deepstack_visual_indexes"].as_array();
-    let layers = layers.map_or(0, Vec::len);
+    let layers = layers.map_or(DEEPSTACK_LAYERS, Vec::len);
     metadata.add_u32(format!("{name}.n_deepstack_layers"), as_u32(layers));
 }
 
@@ -128,13 +143,17 @@ pub(super) fn default_of(
         "attention.key_length" | "attention.value_length" => config.hidden_size / config.num_heads,
         "rope.dimension_count" => config.head_dim,
         "vocab_size" => config.vocab_size,
-        "attention.sliding_window_pattern" => architecture.default_window_pattern()?,
+        WINDOW_PATTERN => architecture.default_window_pattern()?,
         "rope.freq_base_swa" if architecture == Architecture::Olmo2 => {
             return Some(Value::F32(config.rope.theta as f32));
         }
         "rope.freq_base" | "rope.freq_base_swa" => return Some(Value::F32(10_000.0)),
         "attention.scale" => return Some(Value::F32(1.0 / (config.head_dim as f32).sqrt())),
         "embedding_scale" | "residual_scale" => return Some(Value::F32(1.0)),
+        "attention.temperature_scale" | "rope.scaling.yarn_log_multiplier" => {
+            return Some(Value::F32(0.0));
+        }
+        "n_deepstack_layers" => 0,
         "rope.scaling.yarn_beta_fast" => return Some(Value::F32(32.0)),
         "rope.scaling.yarn_beta_slow" | "rope.scaling.attn_factor" => {
             return Some(Value::F32(1.0));

@@ -74,6 +74,11 @@ impl GgufBase<'_> {
         present.next().unwrap_or(fields[N - 1])
     }
 
+    /// The field with the rotary parameters; the older one counts where the config has both.
+    fn rope_field(&self) -> &'static str {
+        self.present(["rope_scaling", "rope_parameters"])
+    }
+
     /// A field of the config that llama.cpp cannot follow.
     fn unsupported(&self, field: &str, hint: &str) -> Error {
         Error::UnsupportedModel {

@@ -4,12 +4,15 @@
 
 use std::collections::{BTreeMap, HashSet};
 
+use serde_json::json;
+
 use super::architecture::{self, Architecture};
-use super::difference::{Difference, differences};
-use super::hyperparameters::{self, ROPE_FREQS};
+use super::byte_level;
+use super::difference::{Difference, differences, json_of};
+use super::hyperparameters::{self, ROPE_FREQS, WINDOW_PATTERN};
 use super::tensor_names::tensor_name;
-use super::vocabulary;
-use super::writer::{Metadata, Value};
+use super::vocabulary::{self, PRE_TOKENIZER};
+use super::writer::Metadata;
 use super::{GgufBase, GgufType};
 use crate::model::{DecoderConfig, ModelTensor, Module, WeightSource, expect_stored};
 use crate::quant::{DenseTensor, FrozenWeight};
@@ -21,6 +24,8 @@ use crate::{Error, Result};
 
 /// By how much of itself a divisor of a rotary frequency may be another.
 const DIVISOR_TOLERANCE: f32 = 1e-5;
+
+const ARCHITECTURE: &str = "general.architecture";
 
 /// The model of a GGUF file.
 #[derive(Debug)]
@@ -40,7 +45,8 @@ impl GgufModel {
     /// another number of heads or a scaling of its own.
     pub fn new(file: GgufFile, base: GgufBase) -> Result<Self> {
         let (config, architecture) = architecture::read(&base)?;
-        expect_text(&file, "general.architecture", architecture.name())?;
+        let architecture = architecture.in_file(file.text(ARCHITECTURE), &config);
+        expect_text(&file, ARCHITECTURE, architecture.name())?;
         let mut config = architecture.computed(config);
         // What llama.cpp goes by.
         config.tie_word_embeddings = !file.contains(&tensor_name(ModelTensor::Head, &config));
@@ -69,11 +75,18 @@ impl GgufModel {
     pub fn tokenizer_differences(&self, base: &GgufBase) -> Result<Vec<String>> {
         let mut expected = Metadata::default();
         vocabulary::add(&mut expected, base, self.config.vocab_size, &mut Vec::new())?;
-        let found = differences(&self.file, expected.iter(), |key| match key {
-            "tokenizer.ggml.add_eos_token" => Some(Value::Bool(false)),
-            _ => None,
-        });
-        Ok(found.map(|difference| difference.to_string()).collect())
+        let found = |key: &str| match key {
+            "tokenizer.ggml.add_eos_token" => self.file.json(key).or(Some(json!(false))),
+            PRE_TOKENIZER => self
+                .file
+                .text(key)
+                .map(|name| json!(byte_level::written_name(name))),
+            _ => self.file.json(key),
+        };
+        let differences = differences(expected.iter(), found);
+        Ok(differences
+            .map(|difference| difference.to_string())
+            .collect())
     }
 
     fn expect_hyperparameters(&self, base: &GgufBase) -> Result<()> {
@@ -83,17 +96,29 @@ impl GgufModel {
         let prefix = format!("{}.", architecture.name());
         let own = |key: &&str| key.starts_with(&prefix);
         let expected: Vec<_> = expected.iter().filter(|(key, _)| own(key)).collect();
-        let default =
-            |key: &str| hyperparameters::default_of(&key[prefix.len()..], architecture, config);
-        if let Some(difference) = differences(&self.file, expected.iter().copied(), default).next()
-        {
+        let windows: Vec<bool> = config.sliding_window.iter().map(Option::is_some).collect();
+        let found = |key: &str| {
+            let own_key = &key[prefix.len()..];
+            let default = || hyperparameters::default_of(own_key, architecture, config);
+            match self.file.json(key) {
+                // Said layer by layer.
+                Some(list) if own_key == WINDOW_PATTERN && list == json!(windows) => architecture
+                    .window_pattern(config)
+                    .map(|pattern| json!(pattern)),
+                None => default().as_ref().map(json_of),
+                found => found,
+            }
+        };
+        if let Some(difference) = differences(expected.iter().copied(), found).next() {
             return Err(self.malformed(difference));
         }
         let known: HashSet<&str> = expected.into_iter().map(|(key, _)| key).collect();
         let is_unknown = |key: &&str| {
             let says_none =
                 key.ends_with(".rope.scaling.type") && self.file.text(key) == Some("none");
-            !says_none && !known.contains(key)
+            // llama.cpp's converter writes it, what computes these models does not ask for it.
+            let is_unread = key.ends_with(".rope.scaling.yarn_attn_factor");
+            !says_none && !is_unread && !known.contains(key)
         };
         let mut keys = self.file.keys().into_iter().filter(own);
         match keys.find(is_unknown) {
@@ -163,7 +188,8 @@ pub fn is_gguf_adapter(file: &GgufFile) -> bool {
 /// [`Error::Malformed`] or [`Error::TensorMismatch`] for what does not fit the base.
 pub fn read_gguf_adapter(file: &GgufFile, base: GgufBase) -> Result<Adapter> {
     let (config, architecture) = architecture::read(&base)?;
-    expect_text(file, "general.architecture", architecture.name())?;
+    let architecture = architecture.in_file(file.text(ARCHITECTURE), &config);
+    expect_text(file, ARCHITECTURE, architecture.name())?;
     expect_text(file, "adapter.type", "lora")?;
     let malformed = |reason: String| Error::malformed(file.path(), reason);
     let alpha = file.json("adapter.lora.alpha");

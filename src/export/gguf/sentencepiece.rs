@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 use serde_json::{Value, json};
 
 use super::tokenizer_file::TokenizerFile;
-use super::vocabulary::{TokenType, Tokens};
+use super::vocabulary::{PRE_TOKENIZER, TokenType, Tokens};
 use super::writer::{self, Metadata};
 use crate::Result;
 
@@ -68,7 +68,7 @@ pub(super) fn add(
     let merges = file.merges()?;
     expect_all_merges(file, tokens, &merges, notes)?;
     metadata.add_text("tokenizer.ggml.model", "llama");
-    metadata.add_text("tokenizer.ggml.pre", "default");
+    metadata.add_text(PRE_TOKENIZER, "default");
     metadata.add(
         "tokenizer.ggml.scores",
         writer::Value::F32s(scores(tokens, &merges)),

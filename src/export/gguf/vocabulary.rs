@@ -12,6 +12,9 @@ use super::{GgufBase, byte_level, sentencepiece};
 use crate::data::{ChatTemplate, Tokenizer};
 use crate::{Error, Result};
 
+/// The key with the name of the way that a text is split.
+pub(super) const PRE_TOKENIZER: &str = "tokenizer.ggml.pre";
+
 /// What llama.cpp takes a token for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TokenType {

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::{Block, Branch, input_gradient};
+use super::{Block, Branch};
 use crate::Result;
 use crate::model::LoraDropout;
 use crate::model::branches::Branches;
@@ -116,7 +116,7 @@ impl Block {
 
     /// A tile of forward, with the input of `down_proj`.
     fn tile_again(&self, mid: &Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
-        let h = self.read_stream(mid, self.mlp_norm.as_ref())?;
+        let h = self.mlp_norm.forward(mid)?;
         let (mut tile, act) = self.gated(h, dropout)?;
         if self.branch_norms.is_some() {
             let (out, u_down) = self.down.forward(&act, dropout)?;
@@ -160,13 +160,12 @@ impl Block {
         gated_act::backward(&d_act, &tile.gate, &tile.up, self.activation)?;
         drop(d_act);
         let d_gate_up = [tile.gate, tile.up];
-        let norm = self.mlp_norm.as_ref();
-        let h = self.read_stream(mid, norm)?;
+        let h = self.mlp_norm.forward(mid)?;
         let u = [tile.u_gate.as_ref(), tile.u_up.as_ref()];
-        let d_h = input_gradient(norm, d_mid);
+        let d_h = self.mlp_norm.gradient(d_mid);
         let d_h = self.gate_up().backward(d_gate_up, &h, u, dropout, d_h)?;
         match d_h {
-            Some(d_h) => self.read_stream_backward(&d_h, mid, norm, d_mid),
+            Some(d_h) => self.mlp_norm.backward(&d_h, mid, d_mid),
             None => Ok(()),
         }
     }

@@ -6,7 +6,8 @@ use crate::Result;
 use crate::store::TEXT_CONFIG;
 
 /// The values of `model_type`.
-const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, granite, olmo2 or olmo3";
+const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, \
+                        granite, olmo2 or olmo3";
 
 /// The path of the decoder in a language model, and in a model that it is one part of.
 const ALONE: &str = "model";
@@ -26,8 +27,8 @@ pub(super) fn read(mut fields: Fields) -> Result<DecoderConfig> {
     }
 }
 
-/// A language model of one of these families, the first unless it says which, in a model that also sees images and ties its
-/// head unless its config says whether. What it sees with is not computed.
+/// A language model of one of these families, the first unless it says which, in a model that also sees images. What it sees
+/// with is not computed. Where the model's config does not say whether its head is tied, that is `ties`.
 fn within(mut fields: Fields, families: &[&str], ties: bool) -> Result<DecoderConfig> {
     let mut text = fields.model(TEXT_CONFIG)?;
     let model_type = text.optional::<String>("model_type")?;
@@ -99,11 +100,7 @@ fn mistral(fields: &mut Fields) -> Result<DecoderConfig> {
     let mut defaults = Defaults::new(4096 * 32);
     defaults.num_kv_heads = Some(8);
     let mut decoder = decoder(fields, defaults)?;
-    // An absent window is 4096 (the class's default); `null` is none.
-    let window = match fields.is_null("sliding_window") {
-        true => None,
-        false => Some(fields.optional_size("sliding_window")?.unwrap_or(4096)),
-    };
+    let window = window(fields)?;
     decoder.sliding_window = vec![window; decoder.num_layers];
     Ok(decoder)
 }
@@ -168,9 +165,8 @@ fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
     decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
     decoder.o_bias = decoder.qkv_bias;
     decoder.mlp_bias = fields.optional("mlp_bias")?.unwrap_or(false);
-    // The family's configs have these two, its models do not ask for them.
-    fields.optional::<usize>("pretraining_tp")?;
-    fields.optional::<usize>("max_window_layers")?;
+    // The family's configs have it, its models do not ask for it.
+    fields.ignore(&["max_window_layers"]);
     let interval = fields.optional_size("no_rope_layer_interval")?;
     let interval = interval.unwrap_or(4);
     let rotated = match fields.optional::<Vec<u8>>("no_rope_layers")? {
@@ -255,24 +251,21 @@ fn granite(fields: &mut Fields) -> Result<DecoderConfig> {
 }
 
 fn olmo2(fields: &mut Fields) -> Result<DecoderConfig> {
-    let mut defaults = Defaults::new(2048);
-    defaults.vocab_size = Some(50_304);
-    defaults.rms_norm_eps = 1e-5;
-    defaults.pad_token_id = Some(1);
-    olmo(fields, defaults)
+    olmo(fields, Defaults::of_olmo())
 }
 
 fn olmo3(fields: &mut Fields) -> Result<DecoderConfig> {
-    let mut defaults = Defaults::new(2048);
-    defaults.vocab_size = Some(50_304);
-    defaults.rms_norm_eps = 1e-5;
-    defaults.pad_token_id = Some(1);
-    defaults.rope_theta = 500_000.0;
-    let local_theta = defaults.rope_theta;
-    defaults.rotary = Rotary::Two { local_theta };
-    let mut decoder = olmo(fields, defaults)?;
-    let window = fields.optional_size("sliding_window")?.unwrap_or(4096);
-    decoder.sliding_window = windows(fields, decoder.num_layers, Some(window), |layer| {
+    let theta = 500_000.0;
+    let mut decoder = olmo(
+        fields,
+        Defaults {
+            rope_theta: theta,
+            rotary: Rotary::Two { local_theta: theta },
+            ..Defaults::of_olmo()
+        },
+    )?;
+    let window = window(fields)?;
+    decoder.sliding_window = windows(fields, decoder.num_layers, window, |layer| {
         !(layer + 1).is_multiple_of(4)
     })?;
     decoder.layer_rope = local_where_windows(&decoder.sliding_window);
@@ -334,6 +327,16 @@ impl Defaults {
             tie_word_embeddings: false,
             rope_theta: 10_000.0,
             rotary: Rotary::One,
+        }
+    }
+
+    /// Of OLMo 2 and 3.
+    fn of_olmo() -> Self {
+        Self {
+            vocab_size: Some(50_304),
+            rms_norm_eps: 1e-5,
+            pad_token_id: Some(1),
+            ..Self::new(2048)
         }
     }
 }
@@ -438,14 +441,20 @@ fn activation(fields: &mut Fields, field: &'static str) -> Result<Option<Activat
     }
 }
 
+/// `sliding_window`: an absent one is 4096, `null` is none.
+fn window(fields: &mut Fields) -> Result<Option<usize>> {
+    match fields.is_null("sliding_window") {
+        true => Ok(None),
+        false => Ok(Some(
+            fields.optional_size("sliding_window")?.unwrap_or(4096),
+        )),
+    }
+}
+
 /// `sliding_window` where `use_sliding_window` says so.
 fn window_in_use(fields: &mut Fields) -> Result<Option<usize>> {
     let enabled = fields.optional("use_sliding_window")?.unwrap_or(false);
-    let size = match fields.is_null("sliding_window") {
-        true => None,
-        false => Some(fields.optional_size("sliding_window")?.unwrap_or(4096)),
-    };
-    Ok(size.filter(|_| enabled))
+    Ok(window(fields)?.filter(|_| enabled))
 }
 
 /// A rotary embedding of their own for layers with a window.

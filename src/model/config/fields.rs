@@ -11,7 +11,8 @@ use crate::{Error, Result};
 /// Larger sizes would overflow products of two of them.
 const MAX_SIZE: usize = 1 << 31;
 
-/// Fields that say nothing about the forward pass: provenance, special tokens, generation defaults, classifier labels.
+/// Fields that say nothing about the forward pass: provenance, special tokens, generation defaults, classifier labels, what
+/// other programs put there for themselves, and dropout in pretraining.
 #[rustfmt::skip]
 const HARMLESS: &[&str] = &[
     "_attn_implementation_autoset", "_name_or_path", "attn_implementation", "auto_map", "cache_implementation", "dtype",
@@ -25,18 +26,20 @@ const HARMLESS: &[&str] = &[
     "num_return_sequences", "output_scores", "prefix", "remove_invalid_values", "repetition_penalty",
     "return_dict_in_generate", "suppress_tokens", "task_specific_params", "temperature", "top_k", "top_p", "typical_p",
     "finetuning_task", "id2label", "label2id", "num_labels", "problem_type", "tf_legacy_loss",
+    "_commit_hash", "_flash_attn_2_enabled", "dual_chunk_attention_config", "is_llama_config", "max_new_tokens",
+    "model_max_length", "neftune_noise_alpha", "pretraining_tp", "transformers.js_config",
+    "attention_dropout",
 ];
 
 /// Fields that change the mathematics unless they have this value.
 fn neutral(field: &str) -> Option<Value> {
     Some(match field {
-        "pretraining_tp" => json!(1),
         "partial_rotary_factor"
         | "residual_multiplier"
         | "embedding_multiplier"
         | "logits_scaling"
         | "attention_multiplier" => json!(1.0),
-        "attention_dropout" | "chunk_size_feed_forward" => json!(0.0),
+        "chunk_size_feed_forward" => json!(0.0),
         "attention_bias"
         | "mlp_bias"
         | "use_sliding_window"
@@ -175,7 +178,7 @@ impl<'a> Fields<'a> {
                 let hint = match neutral(field) {
                     Some(neutral) => format!("only {neutral} is"),
                     None => {
-                        "the field is not known and could change what the model computes".into()
+                        "the field is not known and could change what the model computes; if it does not, take it out".into()
                     }
                 };
                 return Err(self.unsupported(field, hint));

@@ -1,6 +1,6 @@
 //! Rotary embedding parameters, in both generations of `config.json`.
 //!
-//! Source: `PreTrainedConfig.convert_rope_params_to_dict` and `modeling_rope_utils.py` of transformers 5.23.
+//! Source: `PreTrainedConfig.convert_rope_params_to_dict` and `modeling_rope_utils.py` of transformers 5.24.
 
 use super::fields::Fields;
 use super::{QueryScaling, RopeConfig, RopeScaling};
@@ -166,9 +166,18 @@ fn yarn(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScaling
     let original = original.unwrap_or(max_position_embeddings);
     let factor = rope.optional_positive("factor")?;
     let factor = factor.unwrap_or(max_position_embeddings as f64 / original as f64);
-    let mscale = rope.optional_positive("mscale")?;
-    let mscale_all_dim = rope.optional_positive("mscale_all_dim")?;
-    // DeepSeek's two numbers make a ratio of the paper's.
+    // DeepSeek's two numbers make a ratio of the paper's; 0 is none.
+    let mut of_deepseek = |field| -> Result<Option<f64>> {
+        match rope.optional::<f64>(field)? {
+            Some(number) if !(number.is_finite() && number >= 0.0) => {
+                let reason = format!("{number} is not a number from 0 on");
+                Err(rope.malformed(field, reason))
+            }
+            number => Ok(number.filter(|number| *number > 0.0)),
+        }
+    };
+    let mscale = of_deepseek("mscale")?;
+    let mscale_all_dim = of_deepseek("mscale_all_dim")?;
     let implied = match (mscale, mscale_all_dim) {
         (Some(mscale), Some(all)) => yarn_amplitude(factor, mscale) / yarn_amplitude(factor, all),
         _ => yarn_amplitude(factor, 1.0),

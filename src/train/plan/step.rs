@@ -273,7 +273,7 @@ impl Step<'_> {
     fn attend(&mut self, layer: usize) -> (Activations, Option<Held>) {
         let Workload { model, rows, .. } = self.workload;
         let (queries, keys) = self.workload.head_widths();
-        let h = self.read_stream(*rows);
+        let h = self.input_norm(*rows);
         let [mut qkv, us] = self.branches(layer, Module::Q, *rows);
         qkv.extend(us);
         if model.qk_norm.is_some() {
@@ -286,7 +286,7 @@ impl Step<'_> {
         ];
         let [out, u_o] = self.linear(layer, Module::O, *rows);
         let (mid, attended) = self.normed(out, *rows);
-        let h = self.read_stream(*rows);
+        let h = self.input_norm(*rows);
         let activations = Activations {
             qkv,
             attention,
@@ -298,8 +298,8 @@ impl Step<'_> {
         (activations, h)
     }
 
-    /// `Block::read_stream`: what a norm gives, in models that have one there.
-    fn read_stream(&mut self, rows: usize) -> Option<Held> {
+    /// `InputNorm::forward`: what the norm gives, in models that have one there.
+    fn input_norm(&mut self, rows: usize) -> Option<Held> {
         let model = &self.workload.model;
         let (has_one, d) = (model.input_norms, model.hidden_size);
         has_one.then(|| self.tile_values(rows, Item::Working, d))
@@ -422,7 +422,7 @@ impl Step<'_> {
         let mut d_qkv = [queries, keys, keys].map(|width| self.values(Item::Working, width));
         self.ledger.free([delta].into_iter().chain(d_out));
         self.ledger.free(attention);
-        let h = self.read_stream(*rows);
+        let h = self.input_norm(*rows);
         if model.qk_norm.is_some() {
             let d_raw = [queries, keys].map(|width| self.values(Item::Working, width));
             self.ledger.free([d_qkv[0], d_qkv[1]]);
@@ -452,7 +452,7 @@ impl Step<'_> {
             let d_act = self.linear_backward(layer, Module::Down, rows, Some(f));
             self.ledger
                 .free([act].into_iter().chain(d_out).chain(d_act));
-            let h = self.read_stream(rows);
+            let h = self.input_norm(rows);
             let d_h = self.branches_backward(layer, Module::Gate, rows, d_gate_up, makes_input);
             self.ledger.free(h.into_iter().chain(d_h).chain(us));
         }
@@ -461,7 +461,7 @@ impl Step<'_> {
     /// `Block::tile_again`: a tile, and the input of `down_proj`.
     fn tile_again(&mut self, layer: usize, rows: usize) -> (Tile, Held) {
         let model = &self.workload.model;
-        let h = self.read_stream(rows);
+        let h = self.input_norm(rows);
         let [gate_up, mut us] = self.branches(layer, Module::Gate, rows);
         self.ledger.free(h);
         let act = self.tile_values(rows, Item::Working, model.intermediate_size);
