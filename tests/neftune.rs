@@ -93,51 +93,43 @@ impl WeightSource for Multiplied<'_> {
 /// first.
 #[test]
 fn a_model_with_scaled_embeddings_has_the_noise_beside_what_they_are_scaled_to() {
-    let case = ReferenceCase::read("gemma3");
-    let checkpoint = Checkpoint::open(&case.dir).unwrap();
-    let plain = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
-    let scale = plain.config().embedding_scale;
-    let config = DecoderConfig {
-        embedding_scale: 1.0,
-        tie_word_embeddings: false,
-        ..plain.config().clone()
-    };
-    let source = Multiplied {
-        checkpoint: &checkpoint,
-        by: scale as f32,
-    };
-    let multiplied = Decoder::from_source(&source, config, None, &Placement::cpu()).unwrap();
-    let batch = case.batch();
-    let [clean, noisy] = [0.0, 50.0].map(|alpha| loss(&plain, &batch, alpha));
-    assert!((noisy - clean).abs() > 1e-3 * clean, "{clean} {noisy}");
-    for (alpha, expected) in [(0.0, clean), (50.0, noisy)] {
-        let found = loss(&multiplied, &batch, alpha);
-        let error = (found - expected).abs() / expected;
-        assert!(error < 1e-5, "alpha {alpha}: {found} instead of {expected}");
-    }
+    let otherwise =
+        |config: &mut DecoderConfig| std::mem::replace(&mut config.embedding_scale, 1.0);
+    assert_noise_of_multiplied("gemma3", otherwise, |_| 50.0, 50.0);
 }
 
 /// Granite multiplies embeddings after they are looked up, and so the noise that has been added to them.
 #[test]
 fn a_model_that_multiplies_embeddings_multiplies_the_noise() {
-    let case = ReferenceCase::read("granite");
+    let otherwise =
+        |config: &mut DecoderConfig| std::mem::replace(&mut config.embedding_multiplier, 1.0);
+    assert_noise_of_multiplied("granite", otherwise, |factor| 5.0 * factor, 5.0);
+}
+
+/// Holds the losses of a case, without noise and with that of `alpha`, against those of a model whose table is multiplied when
+/// it is read, by the factor that `otherwise` takes out of its config, with noise of `alpha_of_multiplied` that factor.
+fn assert_noise_of_multiplied(
+    case: &str,
+    otherwise: impl Fn(&mut DecoderConfig) -> f64,
+    alpha_of_multiplied: impl Fn(f64) -> f64,
+    alpha: f64,
+) {
+    let case = ReferenceCase::read(case);
     let checkpoint = Checkpoint::open(&case.dir).unwrap();
     let plain = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
-    let factor = plain.config().embedding_multiplier;
-    let config = DecoderConfig {
-        embedding_multiplier: 1.0,
-        tie_word_embeddings: false,
-        ..plain.config().clone()
-    };
+    let mut config = plain.config().clone();
+    let factor = otherwise(&mut config);
+    assert_ne!(factor, 1.0);
+    config.tie_word_embeddings = false;
     let source = Multiplied {
         checkpoint: &checkpoint,
         by: factor as f32,
     };
     let multiplied = Decoder::from_source(&source, config, None, &Placement::cpu()).unwrap();
     let batch = case.batch();
-    let [clean, noisy] = [0.0, 5.0].map(|alpha| loss(&plain, &batch, alpha));
+    let [clean, noisy] = [0.0, alpha].map(|alpha| loss(&plain, &batch, alpha));
     assert!((noisy - clean).abs() > 1e-3 * clean, "{clean} {noisy}");
-    for (alpha, expected) in [(0.0, clean), (5.0 * factor, noisy)] {
+    for (alpha, expected) in [(0.0, clean), (alpha_of_multiplied(factor), noisy)] {
         let found = loss(&multiplied, &batch, alpha);
         let error = (found - expected).abs() / expected;
         assert!(error < 1e-5, "alpha {alpha}: {found} instead of {expected}");

@@ -160,6 +160,13 @@ pub fn configs() -> Vec<Value> {
     configs
 }
 
+/// The last of those that is of this family.
+pub fn config_of(model_type: &str) -> Value {
+    let mut of_family = configs();
+    of_family.retain(|config| config["model_type"] == model_type);
+    of_family.pop().unwrap()
+}
+
 #[test]
 fn every_tensor_has_its_name_shape_and_values_in_the_order_of_llama_cpp() {
     for config in configs() {
@@ -306,8 +313,7 @@ fn how_ministral3_scales_its_queries_is_told_in_keys() {
 
 #[test]
 fn the_windows_of_olmo3_are_told_in_keys() {
-    let olmo3 = configs().pop().unwrap();
-    let (_, gguf, _) = written(&olmo3, GgufType::F32);
+    let (_, gguf, _) = written(&config_of("olmo3"), GgufType::F32);
     assert_eq!(gguf.u32("olmo2.attention.sliding_window"), 12);
     assert_eq!(gguf.u32("olmo2.attention.sliding_window_pattern"), 2);
     assert_eq!(gguf.text("olmo2.rope.scaling.type"), "yarn");
@@ -367,7 +373,7 @@ fn yarn_is_told_in_keys() {
 
 #[test]
 fn windows_of_gemma_are_told_in_keys() {
-    let mut config = configs().pop().unwrap();
+    let mut config = config_of("gemma3_text");
     let keys = |config: &Value| {
         let (_, gguf, report) = written(config, GgufType::F32);
         assert_eq!(report.notes, [] as [&str; 0]);
@@ -388,26 +394,22 @@ fn windows_of_gemma_are_told_in_keys() {
 
 #[test]
 fn of_a_model_that_also_sees_images_the_language_model_is_written_as_if_it_were_alone() {
-    for case in ["gemma3_vision", "mistral3"] {
-        let mut whole = config_with_vocabulary(case);
-        if case == "gemma3_vision" {
-            // What llama.cpp takes it for.
-            let text = &mut whole["text_config"];
-            text["query_pre_attn_scalar"] = text["head_dim"].clone();
-        }
-        let alone = whole["text_config"].clone();
-        let dir = tempfile::tempdir().unwrap();
-        let [of_whole, of_alone] = ["whole", "alone"].map(|name| dir.path().join(name));
-        let model = Model::random(&whole);
-        let report = write(&model, &whole, GgufType::F32, &of_whole).unwrap();
-        assert!(report.notes.len() == 1 && report.notes[0].contains("--mmproj"));
-        let named = |(name, tensor): (String, DenseTensor)| {
-            (name.replace("model.language_model.", "model."), tensor)
-        };
-        let model = Model(model.0.into_iter().map(named).collect());
-        write(&model, &alone, GgufType::F32, &of_alone).unwrap();
-        assert_eq!(fs::read(of_whole).unwrap(), fs::read(of_alone).unwrap());
-    }
+    let mut whole = config_with_vocabulary("gemma3_vision");
+    // What llama.cpp takes it for.
+    let text = &mut whole["text_config"];
+    text["query_pre_attn_scalar"] = text["head_dim"].clone();
+    let alone = whole["text_config"].clone();
+    let dir = tempfile::tempdir().unwrap();
+    let [of_whole, of_alone] = ["whole", "alone"].map(|name| dir.path().join(name));
+    let model = Model::random(&whole);
+    let report = write(&model, &whole, GgufType::F32, &of_whole).unwrap();
+    assert!(report.notes.len() == 1 && report.notes[0].contains("--mmproj"));
+    let named = |(name, tensor): (String, DenseTensor)| {
+        (name.replace("model.language_model.", "model."), tensor)
+    };
+    let model = Model(model.0.into_iter().map(named).collect());
+    write(&model, &alone, GgufType::F32, &of_alone).unwrap();
+    assert!(fs::read(of_whole).unwrap() == fs::read(of_alone).unwrap());
 }
 
 /// By the formula of Llama 3.1 as transformers writes it, with wavelengths.

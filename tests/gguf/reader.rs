@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use super::adapter::{of_peft, product};
 use super::files::*;
-use super::model::{configs, write};
+use super::model::{config_of, configs, write};
 
 /// A random model of this config in a file.
 struct Written {
@@ -273,7 +273,7 @@ fn key(name: &str) -> Vec<u8> {
 /// llama.cpp's converter has a list for them, and a key of YaRN that nothing of OLMo's asks for.
 #[test]
 fn the_windows_of_olmo3_may_be_told_layer_by_layer() {
-    let olmo3 = configs().pop().unwrap();
+    let olmo3 = config_of("olmo3");
     let windows = decoder(&olmo3).sliding_window;
     assert_eq!(windows, [Some(12), None]);
     const PATTERN: &str = "olmo2.attention.sliding_window_pattern";
