@@ -35,8 +35,9 @@ pub struct Args {
     sampling: SamplingArgs,
 }
 
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(mut args: Args) -> anyhow::Result<()> {
     let sampler = args.sampling.sampler()?;
+    args.model.find()?;
     let tokenizer = Tokenizer::from_dir(&args.model.model)?;
     let Some(template) = tokenizer.chat_template() else {
         bail!(

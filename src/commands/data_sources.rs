@@ -2,14 +2,13 @@
 //! and where tokenized rows are kept.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, bail};
-use hf_hub::api::sync::ApiBuilder;
-use hf_hub::{Cache, Repo};
+use anyhow::{Context, bail};
 use qlora::data::{data_files, training_files};
 use qlora::train::TrainConfig;
+
+use super::hub::{self, Online, Repository};
 
 /// Tokenizing less than this takes a moment, and is not kept unless that is asked for.
 const SMALLEST_KEPT_BYTES: u64 = 16 << 20;
@@ -34,7 +33,8 @@ pub fn prepare(config: &mut TrainConfig) -> anyhow::Result<()> {
         *path = resolve(path)?;
     }
     if config.dataset_cache_dir.is_none() && is_large(config)? {
-        config.dataset_cache_dir = user_cache_dir().and_then(|dir| writable(dir.join("qlora")));
+        config.dataset_cache_dir =
+            hub::user_cache_dir().and_then(|dir| writable(dir.join("qlora")));
     }
     Ok(())
 }
@@ -75,13 +75,8 @@ pub fn resolve(name: &Path) -> anyhow::Result<PathBuf> {
         bail!("vicuna: the data of Vicuna were never released");
     }
     let named = NAMED.iter().find(|(known, _)| *known == text);
-    // `rows/train` beside a directory `rows` is a file that is missing.
-    let is_local = name
-        .components()
-        .next()
-        .is_some_and(|first| Path::new(first.as_os_str()).exists());
     match Location::parse(named.map_or(&text, |(_, location)| location)) {
-        Some(location) if named.is_some() || !is_local => {
+        Some(location) if named.is_some() || !hub::begins_here(name) => {
             location.fetch().with_context(|| text.into_owned())
         }
         _ => Ok(name.to_path_buf()),
@@ -98,109 +93,50 @@ struct Location {
 impl Location {
     /// Reads `organization/name` or `organization/name/part/of/it`; `None` for what cannot be one.
     fn parse(text: &str) -> Option<Self> {
-        let mut parts = text.splitn(3, '/');
-        let (organization, name) = (parts.next()?, parts.next()?);
-        let part = parts.next().unwrap_or_default().to_string();
-        let is_word = |word: &str| {
-            !word.is_empty()
-                && !word.starts_with('.')
-                && word
-                    .chars()
-                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-        };
-        let is_file = part.is_empty() && qlora::data::is_data_file(Path::new(name));
-        (is_word(organization) && is_word(name) && !is_file).then(|| Self {
-            repository: format!("{organization}/{name}"),
-            part,
+        let (repository, part) = hub::split_name(text)?;
+        let is_file = part.is_empty() && qlora::data::is_data_file(Path::new(&repository));
+        (!is_file).then(|| Self {
+            repository,
+            part: part.to_string(),
         })
     }
 
     /// The files of the data set, downloaded where they have to be, by the path of their directory in the hub's cache.
     fn fetch(&self) -> anyhow::Result<PathBuf> {
-        let cache = Cache::new(hub_cache_dir()?);
-        if is_set("HF_HUB_OFFLINE") {
-            return self.cached(&cache).ok_or_else(|| {
-                anyhow!(
-                    "not a file here, and HF_HUB_OFFLINE is set while {} is not in {}, or not whole",
-                    self.repository,
-                    cache.path().display()
-                )
-            });
-        }
-        match (self.download(&cache), self.cached(&cache)) {
-            (Ok(path), _) => Ok(path),
-            (Err(error), Some(path)) => {
-                super::note(&format!(
-                    "{}: cannot be asked for ({error:#}), the copy in {} is used",
-                    self.repository,
-                    path.display()
-                ));
-                Ok(path)
-            }
-            (Err(error), None) => Err(error.context(format!(
-                "not a file here, and {} cannot be fetched from the Hugging Face hub; without a network, give a local file",
-                self.repository
-            ))),
-        }
+        let repository = Repository::dataset(self.repository.clone())?;
+        let download = |online: &Online| self.download(online, &repository.directory());
+        repository.fetch("file", download, || self.cached(&repository))
     }
 
-    fn download(&self, cache: &Cache) -> anyhow::Result<PathBuf> {
-        let mut api = ApiBuilder::from_cache(cache.clone()).with_progress(false);
-        if let Some(endpoint) = variable("HF_ENDPOINT") {
-            api = api.with_endpoint(endpoint.to_string_lossy().into_owned());
-        }
-        if let Some(token) = variable("HF_TOKEN") {
-            api = api.with_token(Some(token.to_string_lossy().into_owned()));
-        }
-        let api = api.build()?.repo(Repo::dataset(self.repository.clone()));
-        let info = api.info()?;
-        let names = info
-            .siblings
-            .into_iter()
-            .map(|file| PathBuf::from(file.rfilename));
+    fn download(&self, online: &Online, directory: &Path) -> anyhow::Result<PathBuf> {
+        let names = online.files.iter().cloned();
         let names: Vec<PathBuf> = names.filter(|name| name.starts_with(&self.part)).collect();
         let files = training_files(&names);
         if files.is_empty() {
             bail!("{} has no data files that can be read", self.repository);
         }
-        self.record(cache, &files);
+        self.record(directory, &files);
         let mut snapshot = PathBuf::new();
         for file in files {
-            super::note(&format!("{}: {}", self.repository, file.display()));
-            let path = api.get(&file.to_string_lossy())?;
-            let depth = file.components().count();
-            snapshot = path
-                .ancestors()
-                .nth(depth)
-                .context("a path in the cache")?
-                .to_path_buf();
+            snapshot = online.fetch(&file)?;
         }
         Ok(snapshot.join(&self.part))
     }
 
-    /// Where the cache has the repository.
-    fn directory(&self, cache: &Cache) -> PathBuf {
-        let name = Repo::dataset(self.repository.clone()).folder_name();
-        cache.path().join(name)
-    }
-
     /// Writes down which files the part is made of, so that half a download is not taken for all of it. Not in a cache that
     /// cannot be written to, to which nothing will come.
-    fn record(&self, cache: &Cache, files: &[PathBuf]) {
-        let directory = self.directory(cache);
-        let mut parts = recorded_parts(&directory);
+    fn record(&self, directory: &Path, files: &[PathBuf]) {
+        let mut parts = recorded_parts(directory);
         parts.insert(self.part.clone(), files.to_vec());
-        let _ = std::fs::create_dir_all(&directory)
+        let _ = std::fs::create_dir_all(directory)
             .and_then(|()| Ok(serde_json::to_vec(&parts)?))
             .and_then(|json| std::fs::write(directory.join(PARTS_FILE), json));
     }
 
     /// What an earlier download has left, if it came to its end.
-    fn cached(&self, cache: &Cache) -> Option<PathBuf> {
-        let directory = self.directory(cache);
-        let revision = std::fs::read_to_string(directory.join("refs/main")).ok()?;
-        let snapshot = directory.join("snapshots").join(revision.trim());
-        let parts = recorded_parts(&directory);
+    fn cached(&self, repository: &Repository) -> Option<PathBuf> {
+        let snapshot = repository.snapshot()?;
+        let parts = recorded_parts(&repository.directory());
         let is_in = |path: &Path| path.starts_with(&self.part);
         let covering = parts
             .iter()
@@ -223,36 +159,6 @@ fn recorded_parts(directory: &Path) -> BTreeMap<String, Vec<PathBuf>> {
     let json = std::fs::read(directory.join(PARTS_FILE)).ok();
     json.and_then(|json| serde_json::from_slice(&json).ok())
         .unwrap_or_default()
-}
-
-/// Where huggingface_hub keeps its downloads.
-fn hub_cache_dir() -> anyhow::Result<PathBuf> {
-    if let Some(dir) = variable("HF_HUB_CACHE") {
-        return Ok(dir.into());
-    }
-    if let Some(home) = variable("HF_HOME") {
-        return Ok(Path::new(&home).join("hub"));
-    }
-    let dir = user_cache_dir().context("neither HF_HOME nor HOME is set")?;
-    Ok(dir.join("huggingface/hub"))
-}
-
-fn user_cache_dir() -> Option<PathBuf> {
-    let home = || Some(PathBuf::from(variable("HOME")?).join(".cache"));
-    variable("XDG_CACHE_HOME").map(PathBuf::from).or_else(home)
-}
-
-fn variable(name: &str) -> Option<OsString> {
-    std::env::var_os(name).filter(|value| !value.is_empty())
-}
-
-/// Whether a variable says yes, as huggingface_hub reads it.
-fn is_set(name: &str) -> bool {
-    let value = variable(name)
-        .unwrap_or_default()
-        .to_string_lossy()
-        .to_ascii_uppercase();
-    ["1", "ON", "YES", "TRUE"].contains(&value.as_str())
 }
 
 #[cfg(test)]

@@ -69,9 +69,10 @@ pub struct Args {
     json: bool,
 }
 
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(mut args: Args) -> anyhow::Result<()> {
     // First, so that a path that cannot be written costs no evaluation.
     let log_probs_file = args.logprobs.as_ref().map(AtomicFile::create).transpose()?;
+    args.model.find()?;
     let sizes = ensemble_sizes(&args.ensemble);
     let ensemble = sizes.last().map(|&models| {
         let adapter = args.model.adapter.as_deref();

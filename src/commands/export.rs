@@ -20,6 +20,7 @@ use qlora::store::{
 use serde_json::{Value, json};
 
 use super::model_args::{note_as_stored, note_missing_adapter, parse_quant_type, quantization};
+use super::models;
 use super::note;
 use super::quantize::{parse_bytes, with_progress};
 
@@ -30,7 +31,8 @@ pub const MODELFILE: &str = "Modelfile";
 /// Hand an adapter over to other programs: merged into its model, or for llama.cpp
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// PEFT adapter directory; unset: the model alone, as with an adapter that changes nothing
+    /// PEFT adapter, its directory or its name on the Hugging Face hub; unset: the model alone, as with an adapter that changes
+    /// nothing
     #[arg(long, value_name = "DIR", required_unless_present = "base")]
     adapter: Option<PathBuf>,
 
@@ -42,7 +44,8 @@ pub struct Args {
     #[arg(long, value_name = "PATH")]
     out: PathBuf,
 
-    /// Model directory below the adapter, 4-bit or not; unset: the one that the adapter's config names
+    /// Model below the adapter, 4-bit or not, its directory or its name on the hub; unset: the one that the adapter's config
+    /// names, if it is here
     #[arg(long, alias = "model", value_name = "DIR")]
     base: Option<PathBuf>,
 
@@ -178,16 +181,18 @@ impl fmt::Display for Source {
 impl Source {
     fn of(args: &Args) -> anyhow::Result<Self> {
         let Some(dir) = &args.adapter else {
-            let base = args.base.clone().context("give --adapter or --base")?;
+            let base = args.base.as_ref().context("give --adapter or --base")?;
+            let base = models::model_dir(base)?;
             note_missing_adapter(&base);
             return Ok(Self {
                 base,
                 adapter: None,
             });
         };
+        let dir = &models::adapter_dir(dir)?;
         let adapter = Adapter::read(dir)?;
         let base = match &args.base {
-            Some(base) => base.clone(),
+            Some(base) => models::model_dir(base)?,
             None => named_base(&adapter, dir)?,
         };
         Initialization::expect_base(dir, &base)?;
@@ -308,10 +313,11 @@ fn named_base(adapter: &Adapter, dir: &Path) -> anyhow::Result<PathBuf> {
             dir.display()
         );
     };
-    match Path::new(base).is_dir() {
-        true => Ok(base.into()),
-        false => bail!(
-            "{}: was trained on {base}, which is not a directory here; give --base DIR",
+    match models::cached_model_dir(Path::new(base))? {
+        Some(base) => Ok(base),
+        None => bail!(
+            "{}: was trained on {base}, which is neither a directory here nor in the cache of the Hugging Face hub; give \
+             --base, a directory or a name",
             dir.display()
         ),
     }

@@ -55,8 +55,9 @@ struct Prompt {
     file: Option<PathBuf>,
 }
 
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(mut args: Args) -> anyhow::Result<()> {
     let mut sampler = args.sampling.sampler()?;
+    args.model.find()?;
     let ensemble = args.ensemble.map(|models| {
         let adapter = args.model.adapter.as_deref();
         args.masks.ensemble(adapter, models)

@@ -16,7 +16,7 @@ use qlora::store::{AtomicFile, text_config};
 use qlora::train::{BatchPlan, RunData, TrainConfig};
 use serde_json::Value;
 
-use super::DataFlags;
+use super::{DataFlags, models};
 use approximation::Approximation;
 use dataset::{Marks, View};
 
@@ -30,7 +30,7 @@ pub struct Args {
     #[arg(value_name = "PATH")]
     path: PathBuf,
 
-    /// Model directory whose tokenizer and chat template a data file is read with
+    /// Model whose tokenizer and chat template a data file is read with, its directory or its name on the Hugging Face hub
     #[arg(
         long,
         value_name = "DIR",
@@ -63,9 +63,15 @@ pub struct Args {
     data: DataFlags,
 }
 
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(mut args: Args) -> anyhow::Result<()> {
+    if let Some(model) = &mut args.model {
+        *model = models::tokenizer_dir(model)?;
+    }
     if let Some(original) = &args.original {
-        let measured = Approximation::measure(&args.path, original, args.adapter.as_deref())?;
+        let original = models::model_dir(original)?;
+        let adapter = args.adapter.as_deref().map(models::adapter_dir);
+        let adapter = adapter.transpose()?;
+        let measured = Approximation::measure(&args.path, &original, adapter.as_deref())?;
         return if args.json {
             print_json(&measured.json())
         } else {

@@ -19,10 +19,12 @@ mod ensemble_args;
 pub mod eval;
 pub mod export;
 pub mod generate;
+mod hub;
 pub mod inspect;
 pub mod interrupt;
 pub mod mapped_file_fault;
 mod model_args;
+mod models;
 pub mod plan;
 pub mod quantize;
 mod sampling_args;
@@ -40,6 +42,7 @@ pub use shape_args::ShapeArgs;
 use std::io::Write;
 
 use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
 use qlora::device::{ComputeDtype, Dequantized, DeviceKind, Placement, Residence, Residency, Side};
 use qlora::train::plan::Plan;
 
@@ -73,8 +76,15 @@ pub fn write_out(text: std::fmt::Arguments<'_>) {
 }
 
 /// A line on stderr, above the progress bar where one is shown.
-pub fn log(bar: &indicatif::ProgressBar, line: String) {
+pub fn log(bar: &ProgressBar, line: String) {
     bar.suspend(|| note(&line));
+}
+
+/// A bar on stderr that counts bytes, hidden where that is not a terminal.
+fn byte_progress_bar() -> anyhow::Result<ProgressBar> {
+    let template = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left  {msg}";
+    let style = ProgressStyle::with_template(template).context("progress bar")?;
+    Ok(ProgressBar::new(0).with_style(style))
 }
 
 /// A line on stderr, or nothing where nobody reads it any more.

@@ -9,13 +9,15 @@ use qlora::model::Decoder;
 use qlora::quant::{QuantType, QuantizeOptions};
 use qlora::store::{Adapter, Checkpoint, INITIAL_ADAPTER, Initialization};
 
+use super::models;
+
 #[derive(Debug, clap::Args)]
 pub struct ModelArgs {
-    /// Hugging Face model directory: 4-bit, or bf16/f16/f32
+    /// Hugging Face model, its directory or its name on the hub: 4-bit, or bf16/f16/f32
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
 
-    /// PEFT adapter directory
+    /// PEFT adapter, its directory or its name on the hub
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
 
@@ -33,6 +35,15 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// Puts directories in the place of names on the hub.
+    pub fn find(&mut self) -> anyhow::Result<()> {
+        self.model = models::model_dir(&self.model)?;
+        if let Some(adapter) = &mut self.adapter {
+            *adapter = models::adapter_dir(adapter)?;
+        }
+        Ok(())
+    }
+
     /// The model with its adapter, if one is given.
     pub fn load(&self) -> anyhow::Result<Decoder> {
         let placement = super::open(self.device, self.compute_dtype)?;

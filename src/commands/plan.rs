@@ -1,18 +1,19 @@
 //! `qlora plan`: what a training run takes of memory, item by item, and what it can keep.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use clap::error::ErrorKind;
 use qlora::device::DeviceKind;
-use qlora::model::{DecoderConfig, block_sizes, dense_linears};
+use qlora::model::{DecoderConfig, Module, block_sizes, dense_linears};
+use qlora::quant::BlockSizes;
 use qlora::store::{Adapter, Checkpoint};
 use qlora::train::config::{ByteCount, KEYS, MAX_COUNT};
 use qlora::train::plan::{Engine, Item, LongestBatch, Plan, Rates, Workload};
 use qlora::train::{Shape, TrainConfig};
 use serde_json::json;
 
-use super::{ConfigFlags, ShapeArgs};
+use super::{ConfigFlags, ShapeArgs, models};
 
 /// Keys of `qlora train` that decide how much memory a run takes.
 const WITH_EFFECT: [&str; 24] = [
@@ -45,7 +46,7 @@ const WITH_EFFECT: [&str; 24] = [
 #[derive(Debug, clap::Args)]
 #[command(mut_args = training_flag)]
 pub struct Args {
-    /// Hugging Face model directory
+    /// Hugging Face model, its directory or its name on the hub, of which the config is enough
     #[arg(
         id = "model_directory",
         long = "model",
@@ -73,6 +74,19 @@ pub struct Args {
     flags: ConfigFlags,
 }
 
+/// What a model is, the blocks of its 4-bit weights as it is loaded, and its linear layers that are in 16 bits then.
+fn stored_sizes(
+    dir: &Path,
+    config: &TrainConfig,
+) -> anyhow::Result<(DecoderConfig, BlockSizes, Vec<(usize, Module)>)> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let model = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
+    let blocks = block_sizes(&checkpoint, &model, config.quantize_options())?;
+    let quantize = config.quantization_of(&checkpoint);
+    let dense = dense_linears(&checkpoint, &model, quantize)?;
+    Ok((model, blocks, dense))
+}
+
 fn training_flag(flag: clap::Arg) -> clap::Arg {
     let id = flag.get_id().to_string();
     let is_key = KEYS.iter().any(|key| key.name == id);
@@ -89,17 +103,21 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         overrides.push(("device".into(), DeviceKind::Cuda.name().into()));
     }
     let config = TrainConfig::load_partial(None, &overrides)?;
-    // A command line of `train` may name one that is here.
-    let named =
-        Some(&config.model_name_or_path).filter(|dir| !args.shape.is_given() && dir.is_dir());
+    // A command line of `train` may name one; a preset knows the sizes of its own.
+    let named = Some(&config.model_name_or_path).filter(|name| {
+        let may_be_fetched = config.preset.is_none() && models::is_on_the_hub(name);
+        !args.shape.is_given() && (name.is_dir() || may_be_fetched)
+    });
     let (model, blocks, dense) = match args.model.as_ref().or(named) {
-        Some(dir) => {
-            let checkpoint = Checkpoint::open(dir)?;
-            let model = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
-            let blocks = block_sizes(&checkpoint, &model, config.quantize_options())?;
-            let quantize = config.quantization_of(&checkpoint);
-            let dense = dense_linears(&checkpoint, &model, quantize)?;
-            (model, blocks, dense)
+        Some(name) => {
+            let dir = models::config_dir(name)?;
+            match models::has_model(&dir) || dir == *name {
+                true => stored_sizes(&dir, &config)?,
+                false => {
+                    let blocks = config.quantize_options().into();
+                    (models::decoder_config(&dir)?, blocks, Vec::new())
+                }
+            }
         }
         None => {
             let of_preset = config
@@ -121,7 +139,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         DeviceKind::Cuda => Engine::Kernels,
     };
     let lora = match &config.adapter {
-        Some(dir) => config.adapter_config_of(&Adapter::read(dir)?.config, dir, &model)?,
+        Some(name) => {
+            let dir = models::adapter_dir(name)?;
+            config.adapter_config_of(&Adapter::read(&dir)?.config, &dir, &model)?
+        }
         None => config.new_adapter_config(),
     };
     let matrix_dropout = config.matrix_dropout()?;

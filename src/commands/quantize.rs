@@ -4,8 +4,7 @@ mod initialization;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
-use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
+use indicatif::DecimalBytes;
 use qlora::model::DecoderConfig;
 use qlora::quant::{DoubleQuant, QuantType, QuantizeOptions};
 use qlora::store::{
@@ -20,7 +19,7 @@ use initialization::InitArgs;
 /// Quantize a Hugging Face checkpoint to 4 bits
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model directory with safetensors in bf16, f16 or f32
+    /// Model with safetensors in bf16, f16 or f32: its directory, or its name on the Hugging Face hub
     #[arg(value_name = "SRC")]
     source: PathBuf,
 
@@ -56,7 +55,8 @@ pub struct Args {
     init: InitArgs,
 }
 
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(mut args: Args) -> anyhow::Result<()> {
+    args.source = super::models::model_dir(&args.source)?;
     let model = check_model(&args.source)?;
     let initializing = args
         .init
@@ -118,7 +118,7 @@ fn check_model(source: &Path) -> anyhow::Result<DecoderConfig> {
 pub(super) fn with_progress<T>(
     write: impl FnOnce(&mut dyn FnMut(WriteProgress)) -> qlora::Result<T>,
 ) -> anyhow::Result<T> {
-    let bar = progress_bar()?;
+    let bar = super::byte_progress_bar()?;
     let written = write(&mut |progress| {
         bar.set_length(progress.total_bytes);
         bar.set_position(progress.done_bytes);
@@ -126,13 +126,6 @@ pub(super) fn with_progress<T>(
     })?;
     bar.finish_and_clear();
     Ok(written)
-}
-
-/// A bar on stderr, hidden where that is not a terminal.
-fn progress_bar() -> anyhow::Result<ProgressBar> {
-    let template = "{bar:30} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left  {msg}";
-    let style = ProgressStyle::with_template(template).context("progress bar")?;
-    Ok(ProgressBar::new(0).with_style(style))
 }
 
 /// A number of bytes with a unit: decimal as in transformers' `max_shard_size` (`4GB`) or binary (`4GiB`).

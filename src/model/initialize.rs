@@ -22,7 +22,7 @@ use crate::ops::low_rank::{
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
 use crate::store::{
     AdapterConfig, AdapterWriter, INITIAL_ADAPTER, Initialization, LoraShape, RelativeTo,
-    TensorSpec, WeightQuantizer, module_path,
+    TensorSpec, WeightQuantizer, model_name, module_path,
 };
 use crate::{Error, Result};
 
@@ -271,7 +271,7 @@ impl WeightQuantizer for InitializingQuantizer {
             init_lora_weights: options.method.to_string(),
             quantization_iterations: options.quantization_iterations,
             seed: options.seed,
-            original_model: options.original_model.display().to_string(),
+            original_model: model_name(&options.original_model),
             initialized_base: options.initialized_base.display().to_string(),
             adapter_is_relative_to: RelativeTo::InitializedBase,
         };

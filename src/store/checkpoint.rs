@@ -64,7 +64,8 @@ impl Checkpoint {
         let dir = dir.as_ref();
         refuse_file(dir)?;
         if !dir.exists() {
-            let reason = "there is no such directory; models are not downloaded, `hf download NAME --local-dir DIR` does that";
+            let reason =
+                "there is no such directory; a model on the Hugging Face hub is organization/name";
             return Err(Error::malformed(dir, reason));
         }
         let config = read_json(&dir.join("config.json"))?;

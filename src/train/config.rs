@@ -100,9 +100,9 @@ train_config! {
     ["Model and data"]
     /// Settings of the QLoRA paper's models: guanaco-SIZE as its scripts have them, qlora-all-SIZE, qlora-oasst1-SIZE, qlora-hh-rlhf-SIZE and qlora-longform-SIZE as its table 9 has them, SIZE being 7b, 13b, 33b or 65b; every key that is given wins over them
     preset: Option<Preset> = None;
-    /// Hugging Face model directory: 4-bit, or bf16/f16/f32, which is quantized on load (required)
+    /// Hugging Face model, its directory or its name on the hub: 4-bit, or bf16/f16/f32, which is quantized on load (required)
     model_name_or_path: PathBuf = PathBuf::new();
-    /// PEFT adapter directory to start from
+    /// PEFT adapter to start from, its directory or its name on the hub
     adapter: Option<PathBuf> = None;
     /// Run directory: metrics, checkpoints and the final adapter
     output_dir: PathBuf = PathBuf::from("./output");

@@ -52,10 +52,11 @@ pub struct Args {
     json: bool,
 }
 
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(mut args: Args) -> anyhow::Result<()> {
     if args.model.adapter.is_none() {
         bail!("give --adapter, the one that was exported");
     }
+    args.model.find()?;
     let reference = args.model.load()?;
     let without = args.model.load_base(reference.placement())?;
     let (exported, differences) = args.read_again(reference.placement())?;

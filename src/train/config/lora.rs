@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::TrainConfig;
 use crate::model::{DecoderConfig, ModuleToSave};
-use crate::store::{AdapterConfig, LayerSelection};
+use crate::store::{AdapterConfig, LayerSelection, model_name};
 use crate::{Error, Result};
 
 /// What an unset `lora_r` and `lora_alpha` are, as in qlora.py.
@@ -17,7 +17,7 @@ impl TrainConfig {
     /// The adapter of a run that starts with a new one.
     pub fn new_adapter_config(&self) -> AdapterConfig {
         self.given_over(AdapterConfig {
-            base_model_name_or_path: Some(self.model_name_or_path.display().to_string()),
+            base_model_name_or_path: Some(model_name(&self.model_name_or_path)),
             r: LORA_R,
             lora_alpha: LORA_ALPHA,
             ..AdapterConfig::default()
