@@ -75,10 +75,9 @@ pub struct Args {
 }
 
 /// What a model is, the blocks of its 4-bit weights as it is loaded, and its linear layers that are in 16 bits then.
-fn stored_sizes(
-    dir: &Path,
-    config: &TrainConfig,
-) -> anyhow::Result<(DecoderConfig, BlockSizes, Vec<(usize, Module)>)> {
+type Sizes = (DecoderConfig, BlockSizes, Vec<(usize, Module)>);
+
+fn stored_sizes(dir: &Path, config: &TrainConfig) -> anyhow::Result<Sizes> {
     let checkpoint = Checkpoint::open(dir)?;
     let model = DecoderConfig::from_json(checkpoint.config(), &checkpoint.config_path())?;
     let blocks = block_sizes(&checkpoint, &model, config.quantize_options())?;
