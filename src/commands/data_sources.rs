@@ -109,7 +109,7 @@ impl Location {
     }
 
     fn download(&self, online: &Online, directory: &Path) -> anyhow::Result<PathBuf> {
-        let names = online.files.iter().cloned();
+        let names = online.files.keys().cloned();
         let names: Vec<PathBuf> = names.filter(|name| name.starts_with(&self.part)).collect();
         let files = training_files(&names);
         if files.is_empty() {

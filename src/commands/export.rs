@@ -313,11 +313,11 @@ fn named_base(adapter: &Adapter, dir: &Path) -> anyhow::Result<PathBuf> {
             dir.display()
         );
     };
-    match models::cached_model_dir(Path::new(base))? {
+    let revision = adapter.config.revision.as_deref();
+    match models::cached_model_dir(Path::new(base), revision)? {
         Some(base) => Ok(base),
         None => bail!(
-            "{}: was trained on {base}, which is neither a directory here nor in the cache of the Hugging Face hub; give \
-             --base, a directory or a name",
+            "{}: was trained on {base}, which is neither here nor in the cache of the Hugging Face hub; give --base DIR",
             dir.display()
         ),
     }

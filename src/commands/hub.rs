@@ -1,47 +1,97 @@
-//! Repositories on the Hugging Face hub, and the cache that huggingface_hub keeps of them.
+//! Repositories on the Hugging Face hub, in the layout of the cache that huggingface_hub keeps of them.
+//!
+//! A file is `blobs/ETAG`, and `snapshots/REVISION/NAME` is a link to it. The hub tells all names, sizes and hashes of a
+//! revision at once, so that nothing is asked for twice, and what comes is held against them. Downloads are not compressed:
+//! the hub's servers ignore ranges for those that are, and a broken one could not be taken up again.
+//!
+//! Source: `file_download.py` of huggingface_hub 1.x, `/api/{models,datasets}/NAME/revision/REVISION?blobs=true`.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use hf_hub::api::Progress;
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
-use hf_hub::{Cache, Repo};
 use indicatif::ProgressBar;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use ureq::Agent;
+use ureq::config::RedirectAuthHeaders;
 
 /// How often a download is taken up again where it broke off.
-const RETRIES: usize = 5;
+const ATTEMPTS: u32 = 6;
+const TIMEOUT: Duration = Duration::from_secs(60);
+const MAIN: &str = "main";
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Model,
+    Dataset,
+}
+
+impl Kind {
+    fn plural(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
+}
 
 /// A repository, which may be in the cache.
 pub struct Repository {
+    kind: Kind,
     name: String,
-    repo: Repo,
-    cache: Cache,
+    /// Unset: the one that `main` is.
+    revision: Option<String>,
+    cache: PathBuf,
 }
 
 impl Repository {
-    pub fn model(name: String) -> anyhow::Result<Self> {
-        Self::new(Repo::model(name.clone()), name)
+    pub fn model(name: String, revision: Option<String>) -> anyhow::Result<Self> {
+        let (kind, cache) = (Kind::Model, cache_dir()?);
+        Ok(Self {
+            kind,
+            name,
+            revision,
+            cache,
+        })
     }
 
     pub fn dataset(name: String) -> anyhow::Result<Self> {
-        Self::new(Repo::dataset(name.clone()), name)
+        let (kind, cache) = (Kind::Dataset, cache_dir()?);
+        Ok(Self {
+            kind,
+            name,
+            revision: None,
+            cache,
+        })
     }
 
-    fn new(repo: Repo, name: String) -> anyhow::Result<Self> {
-        let cache = Cache::new(cache_dir()?);
-        Ok(Self { name, repo, cache })
+    /// The same at the revision of a snapshot.
+    pub fn at(&self, snapshot: &Path) -> Self {
+        let revision = snapshot.file_name().map(|name| name.to_string_lossy());
+        Self {
+            kind: self.kind,
+            name: self.name.clone(),
+            revision: revision.map(|revision| revision.into_owned()),
+            cache: self.cache.clone(),
+        }
     }
 
     /// Where the cache has the repository.
     pub fn directory(&self) -> PathBuf {
-        self.cache.path().join(self.repo.folder_name())
+        let name = self.name.replace('/', "--");
+        self.cache.join(format!("{}--{name}", self.kind.plural()))
     }
 
-    /// Where the cache has the revision that was last asked for.
+    /// Where the cache has the revision, or the one that was last asked for.
     pub fn snapshot(&self) -> Option<PathBuf> {
         let directory = self.directory();
-        let revision = std::fs::read_to_string(directory.join("refs/main")).ok()?;
+        let last = || fs::read_to_string(directory.join("refs").join(MAIN)).ok();
+        let revision = self.revision.clone().or_else(last)?;
         Some(directory.join("snapshots").join(revision.trim()))
     }
 
@@ -58,12 +108,11 @@ impl Repository {
                 anyhow!(
                     "not a {kind} here, and HF_HUB_OFFLINE is set while {} is not in {}, or not whole",
                     self.name,
-                    self.cache.path().display()
+                    self.cache.display()
                 )
             });
         }
-        let downloaded = self.online().and_then(|online| download(&online));
-        match (downloaded, cached()) {
+        match (self.download(download), cached()) {
             (Ok(path), _) => Ok(path),
             (Err(error), Some(path)) => {
                 super::note(&format!(
@@ -74,94 +123,295 @@ impl Repository {
                 Ok(path)
             }
             (Err(error), None) => {
-                let text = format!("{error:#}");
-                let hint = match ["401", "403"].iter().any(|status| text.contains(status)) {
-                    true => {
-                        "where its terms have to be accepted, do that on its page and set HF_TOKEN"
-                            .into()
-                    }
-                    false => format!("without a network, give a local {kind}"),
-                };
+                let hint = hint(&error, kind);
                 Err(error.context(format!(
-                    "not a {kind} here, and {} cannot be fetched from the Hugging Face hub; {hint}",
+                    "not a {kind} here, and {} cannot be fetched from the Hugging Face hub{hint}",
                     self.name
                 )))
             }
         }
     }
 
-    fn online(&self) -> anyhow::Result<Online> {
-        let mut api = ApiBuilder::from_cache(self.cache.clone())
-            .with_progress(false)
-            .with_retries(RETRIES);
-        if let Some(endpoint) = variable("HF_ENDPOINT") {
-            api = api.with_endpoint(endpoint.to_string_lossy().into_owned());
+    fn download(
+        &self,
+        download: impl FnOnce(&Online) -> anyhow::Result<PathBuf>,
+    ) -> anyhow::Result<PathBuf> {
+        let online = Online::of(self)?;
+        let path = download(&online)?;
+        if self.revision.is_none() {
+            // All is there.
+            let refs = self.directory().join("refs");
+            let written = fs::create_dir_all(&refs)
+                .and_then(|()| fs::write(refs.join(MAIN), &online.revision));
+            written.with_context(|| refs.display().to_string())?;
         }
-        if let Some(token) = variable("HF_TOKEN") {
-            api = api.with_token(Some(token.to_string_lossy().into_owned()));
-        }
-        let api = api.build()?.repo(self.repo.clone());
-        let info = api.info()?;
-        let files = info.siblings.into_iter();
-        Ok(Online {
-            name: self.name.clone(),
-            files: files.map(|file| PathBuf::from(file.rfilename)).collect(),
-            cached: self.cache.repo(self.repo.clone()),
-            api,
-        })
+        Ok(path)
     }
 }
 
-/// A repository that the hub has told of.
+/// What helps where a repository cannot be had.
+fn hint(error: &anyhow::Error, kind: &str) -> String {
+    let mut causes = error.chain();
+    match causes.find_map(|cause| cause.downcast_ref::<ureq::Error>()) {
+        Some(ureq::Error::StatusCode(401 | 403 | 404)) => {
+            "; there is none of that name, or it is private, or its terms have to be accepted on its page: HF_TOKEN is the \
+             token of who may have it"
+                .into()
+        }
+        Some(_) => format!("; without a network, give a local {kind}"),
+        None => String::new(),
+    }
+}
+
+/// One revision of a repository, as the hub tells of it.
 pub struct Online {
     pub name: String,
-    /// Those that it has.
-    pub files: Vec<PathBuf>,
-    cached: hf_hub::CacheRepo,
-    api: ApiRepo,
+    /// Its files.
+    pub files: BTreeMap<PathBuf, Sibling>,
+    revision: String,
+    directory: PathBuf,
+    /// Where they are.
+    url: String,
+    agent: Agent,
+    token: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Info {
+    sha: String,
+    siblings: Vec<Sibling>,
+}
+
+/// A file of a repository.
+#[derive(Deserialize)]
+pub struct Sibling {
+    rfilename: String,
+    size: Option<u64>,
+    #[serde(rename = "blobId")]
+    blob_id: Option<String>,
+    /// Of a large one.
+    lfs: Option<Lfs>,
+}
+
+#[derive(Deserialize)]
+struct Lfs {
+    sha256: String,
+    size: u64,
 }
 
 impl Online {
+    fn of(repository: &Repository) -> anyhow::Result<Self> {
+        let endpoint = variable("HF_ENDPOINT");
+        let endpoint = endpoint.map(|endpoint| endpoint.to_string_lossy().into_owned());
+        let endpoint = endpoint.unwrap_or_else(|| "https://huggingface.co".into());
+        let endpoint = endpoint.trim_end_matches('/');
+        let agent = Agent::config_builder()
+            .timeout_connect(Some(TIMEOUT))
+            .timeout_recv_response(Some(TIMEOUT))
+            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            .user_agent(concat!("qlora/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .new_agent();
+        let token = token();
+        let (plural, name) = (repository.kind.plural(), &repository.name);
+        let revision = repository.revision.as_deref().unwrap_or(MAIN);
+        let url = format!("{endpoint}/api/{plural}/{name}/revision/{revision}?blobs=true");
+        let answer = request(&agent, &url, token.as_deref()).call()?;
+        let info: Info = serde_json::from_reader(answer.into_body().into_reader())
+            .with_context(|| format!("what {endpoint} says of {name}"))?;
+        let page = match repository.kind {
+            Kind::Model => String::new(),
+            Kind::Dataset => format!("{plural}/"),
+        };
+        let files = info.siblings.into_iter();
+        Ok(Self {
+            name: name.clone(),
+            files: files
+                .map(|file| (PathBuf::from(&file.rfilename), file))
+                .collect(),
+            url: format!("{endpoint}/{page}{name}/resolve/{}", info.sha),
+            revision: info.sha,
+            directory: repository.directory(),
+            agent,
+            token,
+        })
+    }
+
     /// Has a file in the cache; gives the directory of its snapshot.
     pub fn fetch(&self, file: &Path) -> anyhow::Result<PathBuf> {
-        let name = file.to_string_lossy();
-        let mut parts = file.components();
-        if !parts.all(|part| matches!(part, Component::Normal(_))) {
-            bail!("{}: {name:?} is no name of a file", self.name);
+        let is_plain = |part| matches!(part, Component::Normal(_));
+        if !file.components().all(is_plain) {
+            bail!("{}: {file:?} is no name of a file", self.name);
         }
-        let path = match self.cached.get(&name) {
-            Some(path) => path,
-            None => {
-                super::note(&format!("{}: {name}", self.name));
-                self.api.download_with_progress(&name, Bar::new()?)?
-            }
+        let snapshot = self.directory.join("snapshots").join(&self.revision);
+        let path = snapshot.join(file);
+        if path.exists() {
+            return Ok(snapshot);
+        }
+        let Some(told) = self.files.get(file) else {
+            bail!("{} has no {}", self.name, file.display());
         };
-        let snapshot = path.ancestors().nth(file.components().count());
-        Ok(snapshot.context("a path in the cache")?.to_path_buf())
+        let etag = match &told.lfs {
+            Some(lfs) => Some(&lfs.sha256),
+            None => told.blob_id.as_ref(),
+        };
+        let is_hash = |etag: &&String| etag.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        let etag = etag.filter(is_hash);
+        let etag = etag.with_context(|| format!("the hub does not say what {told} is"))?;
+        let blob = self.directory.join("blobs").join(etag);
+        if !blob.exists() {
+            self.download(told, &blob)
+                .with_context(|| told.rfilename.clone())?;
+        }
+        link(&blob, &path, file).with_context(|| path.display().to_string())?;
+        Ok(snapshot)
+    }
+
+    /// Goes on with what an earlier download has left; waits for one that is under way.
+    fn download(&self, told: &Sibling, blob: &Path) -> anyhow::Result<()> {
+        let part = blob.with_extension("qlora-part");
+        fs::create_dir_all(blob.parent().expect("it has been joined"))
+            .with_context(|| blob.display().to_string())?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).append(true).create(true).open(&part);
+        let mut file = file.with_context(|| part.display().to_string())?;
+        file.lock().with_context(|| part.display().to_string())?;
+        if blob.exists() {
+            return Ok(());
+        }
+        super::note(&format!("{}: {told}", self.name));
+        let size = told.lfs.as_ref().map(|lfs| lfs.size).or(told.size);
+        let bar = super::byte_progress_bar()?;
+        bar.set_length(size.unwrap_or(0));
+        let mut attempt = 1;
+        while let Err(error) = self.append(told, size, &mut file, &bar) {
+            if attempt == ATTEMPTS || !is_passing(&error) {
+                bar.finish_and_clear();
+                return Err(error);
+            }
+            std::thread::sleep(Duration::from_millis(300 << attempt));
+            attempt += 1;
+        }
+        bar.finish_and_clear();
+        if let Some(lfs) = &told.lfs
+            && hash(&part).with_context(|| part.display().to_string())? != lfs.sha256
+        {
+            let _ = fs::remove_file(&part);
+            bail!("came otherwise than the hub says it is; it has been removed, try again");
+        }
+        fs::rename(&part, blob).with_context(|| blob.display().to_string())
+    }
+
+    /// The rest of a file, if `file` has the beginning.
+    fn append(
+        &self,
+        told: &Sibling,
+        size: Option<u64>,
+        file: &mut File,
+        bar: &ProgressBar,
+    ) -> anyhow::Result<()> {
+        let mut start = file.metadata()?.len();
+        if size.is_some_and(|size| start > size) {
+            start = 0;
+        }
+        if start > 0 && size == Some(start) {
+            return Ok(());
+        }
+        let url = format!("{}/{}", self.url, encoded(&told.rfilename));
+        let mut request = request(&self.agent, &url, self.token.as_deref());
+        if start > 0 {
+            request = request.header("Range", format!("bytes={start}-"));
+        }
+        let answer = request.call()?;
+        if answer.status() != 206 {
+            start = 0;
+        }
+        if start == 0 {
+            file.set_len(0)?;
+        }
+        bar.set_position(start);
+        let mut body = bar.wrap_read(answer.into_body().into_reader());
+        let came = io::copy(&mut body, file)?;
+        file.flush()?;
+        match size {
+            Some(size) if start + came != size => {
+                Err(io::Error::new(io::ErrorKind::UnexpectedEof, "broke off").into())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
-/// How far a download has come.
-struct Bar(ProgressBar);
-
-impl Bar {
-    fn new() -> anyhow::Result<Self> {
-        Ok(Self(super::byte_progress_bar()?))
+impl std::fmt::Display for Sibling {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.rfilename)
     }
 }
 
-impl Progress for Bar {
-    fn init(&mut self, size: usize, _: &str) {
-        self.0.set_length(size as u64);
-        self.0.set_position(0);
+fn request(
+    agent: &Agent,
+    url: &str,
+    token: Option<&str>,
+) -> ureq::RequestBuilder<ureq::typestate::WithoutBody> {
+    let request = agent.get(url).header("Accept-Encoding", "identity");
+    match token {
+        Some(token) => request.header("Authorization", format!("Bearer {token}")),
+        None => request,
     }
+}
 
-    fn update(&mut self, size: usize) {
-        self.0.inc(size as u64);
+/// A name as it stands in a URL.
+fn encoded(name: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~/".contains(&byte);
+    let bytes = name.bytes();
+    bytes
+        .map(|byte| match is_plain(byte) {
+            true => char::from(byte).to_string(),
+            false => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
+/// Whether another attempt may go better.
+fn is_passing(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<ureq::Error>() {
+        Some(ureq::Error::StatusCode(status)) => *status == 429 || *status >= 500,
+        Some(_) => true,
+        None => error.downcast_ref::<io::Error>().is_some_and(|error| {
+            // The others are of the disk.
+            use io::ErrorKind::{
+                ConnectionAborted, ConnectionReset, Other, TimedOut, UnexpectedEof,
+            };
+            [
+                ConnectionAborted,
+                ConnectionReset,
+                Other,
+                TimedOut,
+                UnexpectedEof,
+            ]
+            .contains(&error.kind())
+        }),
     }
+}
 
-    fn finish(&mut self) {
-        self.0.finish_and_clear();
+fn hash(path: &Path) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    io::copy(&mut File::open(path)?, &mut hash)?;
+    Ok(format!("{:x}", hash.finalize()))
+}
+
+/// Makes `path`, which is `file` in a snapshot, a link to a blob.
+fn link(blob: &Path, path: &Path, file: &Path) -> io::Result<()> {
+    let parent = path.parent().expect("it has been joined");
+    fs::create_dir_all(parent)?;
+    // Out of the snapshot and of `snapshots`, and of each directory within.
+    let ups = 1 + file.components().count();
+    let mut target: PathBuf = std::iter::repeat_n("..", ups).collect();
+    target.push("blobs");
+    target.push(blob.file_name().expect("it has been joined"));
+    match std::os::unix::fs::symlink(target, path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.exists() => Ok(()),
+        made => made,
     }
 }
 
@@ -186,14 +436,30 @@ pub fn begins_here(path: &Path) -> bool {
 
 /// Where huggingface_hub keeps its downloads.
 fn cache_dir() -> anyhow::Result<PathBuf> {
-    if let Some(dir) = variable("HF_HUB_CACHE") {
-        return Ok(dir.into());
+    match variable("HF_HUB_CACHE") {
+        Some(dir) => Ok(dir.into()),
+        None => Ok(hub_home()
+            .context("neither HF_HOME nor HOME is set")?
+            .join("hub")),
     }
-    if let Some(home) = variable("HF_HOME") {
-        return Ok(Path::new(&home).join("hub"));
-    }
-    let dir = user_cache_dir().context("neither HF_HOME nor HOME is set")?;
-    Ok(dir.join("huggingface/hub"))
+}
+
+/// Where huggingface_hub keeps all that it keeps.
+fn hub_home() -> Option<PathBuf> {
+    let default = || Some(user_cache_dir()?.join("huggingface"));
+    variable("HF_HOME").map(PathBuf::from).or_else(default)
+}
+
+/// `HF_TOKEN`, or what `hf auth login` has left.
+fn token() -> Option<String> {
+    let stored = || {
+        let path = variable("HF_TOKEN_PATH").map(PathBuf::from);
+        let path = path.or_else(|| Some(hub_home()?.join("token")))?;
+        fs::read_to_string(path).ok()
+    };
+    let given = variable("HF_TOKEN").map(|token| token.to_string_lossy().into_owned());
+    let token = given.or_else(stored)?.trim().to_string();
+    (!token.is_empty()).then_some(token)
 }
 
 pub fn user_cache_dir() -> Option<PathBuf> {
@@ -206,7 +472,7 @@ fn variable(name: &str) -> Option<OsString> {
 }
 
 /// Whether a variable says yes, as huggingface_hub reads it.
-pub fn is_set(name: &str) -> bool {
+fn is_set(name: &str) -> bool {
     let value = variable(name)
         .unwrap_or_default()
         .to_string_lossy()

@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     rows: Option<usize>,
 
-    /// Of a 4-bit model: the model it was made of, to say how far its weights are from that
+    /// Of a 4-bit model: the model it was made of, a directory or a name on the hub, to say how far its weights are from that
     #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "rows", "html"])]
     original: Option<PathBuf>,
 

@@ -1,10 +1,15 @@
 //! What stands behind the names of models and adapters: directories, and repositories on the Hugging Face hub.
+//!
+//! What is in the hub's cache is taken as it is, so that a run goes on with the model that it began with. Other programs fetch
+//! less of a repository than this one reads: a snapshot that they have made is completed once.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use qlora::model::DecoderConfig;
+use qlora::model::{DecoderConfig, Module};
+use qlora::store::{INITIAL_ADAPTER, hub_snapshot};
 use qlora::train::TrainConfig;
 use serde_json::Value;
 
@@ -16,20 +21,27 @@ const INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER: &str = "tokenizer.json";
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
+/// Beside the snapshots of a repository in the hub's cache: the revisions of which all is there.
+const WHOLE_FILE: &str = "qlora-whole.json";
 
 /// How the names of files begin that a model has beside its config and its weights, and that are worth having.
-const BESIDE: [&str; 10] = [
+const BESIDE_MODEL: [&str; 12] = [
     "tokenizer",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template",
+    "additional_chat_templates/",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    INITIAL_ADAPTER,
 ];
+
+/// The same of an adapter: what this program writes there.
+const BESIDE_ADAPTER: [&str; 2] = ["initialization.json", "lora_matrix_dropout.json"];
 
 /// Replaces the names of the model and of the adapter by their directories.
 pub fn prepare(config: &mut TrainConfig) -> anyhow::Result<()> {
@@ -46,64 +58,63 @@ pub fn model_dir(name: &Path) -> anyhow::Result<PathBuf> {
     let Some(repository) = on_the_hub(name)? else {
         return Ok(name.to_path_buf());
     };
-    let cached = || repository.snapshot().filter(|dir| has_model(dir));
-    if let Some(dir) = cached().filter(|dir| dir.join(TOKENIZER).exists()) {
-        return Ok(dir);
+    if repository.snapshot().is_none_or(|dir| !has_model(&dir)) {
+        // What cannot be computed need not be downloaded.
+        decoder_config(&config_dir(name)?)?;
     }
-    // What cannot be computed need not be downloaded.
-    decoder_config(&config_dir(name)?)?;
-    repository
-        .fetch("directory", download_model, cached)
+    whole_dir(&repository, has_model, download_model).with_context(|| name.display().to_string())
+}
+
+/// The same of an adapter.
+pub fn adapter_dir(name: &Path) -> anyhow::Result<PathBuf> {
+    let Some(repository) = on_the_hub(name)? else {
+        return Ok(name.to_path_buf());
+    };
+    let has_adapter = |dir: &Path| has_all(dir, &[ADAPTER_CONFIG, ADAPTER_WEIGHTS]);
+    whole_dir(&repository, has_adapter, download_adapter)
         .with_context(|| name.display().to_string())
 }
 
-/// The same, if it is here or in the cache.
-pub fn cached_model_dir(name: &Path) -> anyhow::Result<Option<PathBuf>> {
-    let dir = match on_the_hub(name)? {
-        None => Some(name.to_path_buf()).filter(|dir| dir.is_dir()),
-        Some(repository) => repository.snapshot().filter(|dir| has_model(dir)),
+/// The directory of a model, if it is here or in the cache; at the revision, if one is given.
+pub fn cached_model_dir(name: &Path, revision: Option<&str>) -> anyhow::Result<Option<PathBuf>> {
+    let Some(repository) = on_the_hub(name)? else {
+        return Ok(Some(name.to_path_buf()).filter(|dir| dir.is_dir()));
     };
-    Ok(dir)
-}
-
-/// The directory of an adapter.
-pub fn adapter_dir(name: &Path) -> anyhow::Result<PathBuf> {
-    part_dir(name, &[ADAPTER_CONFIG, ADAPTER_WEIGHTS], download_adapter)
+    let snapshot = match revision {
+        Some(revision) => Some(repository.directory().join("snapshots").join(revision)),
+        None => repository.snapshot(),
+    };
+    Ok(snapshot.filter(|dir| has_model(dir)))
 }
 
 /// The directory of a model of which `config.json` is enough.
 pub fn config_dir(name: &Path) -> anyhow::Result<PathBuf> {
-    let download = |online: &Online| online.fetch(Path::new(CONFIG));
-    part_dir(name, &[CONFIG], download)
+    part_dir(name, &[CONFIG], |online| online.fetch(Path::new(CONFIG)))
 }
 
 /// The directory of a model of which the config and the tokenizer are enough.
 pub fn tokenizer_dir(name: &Path) -> anyhow::Result<PathBuf> {
-    part_dir(name, &[CONFIG, TOKENIZER], download_beside)
-}
-
-/// The directory of a model of which `files` are enough.
-fn part_dir(
-    name: &Path,
-    files: &[&str],
-    download: impl FnOnce(&Online) -> anyhow::Result<PathBuf>,
-) -> anyhow::Result<PathBuf> {
-    let Some(repository) = on_the_hub(name)? else {
-        return Ok(name.to_path_buf());
-    };
-    let cached = || repository.snapshot().filter(|dir| has_all(dir, files));
-    match cached() {
-        Some(dir) => Ok(dir),
-        None => repository
-            .fetch("directory", download, cached)
-            .with_context(|| name.display().to_string()),
-    }
+    part_dir(name, &[CONFIG, TOKENIZER], download_beside_model)
 }
 
 /// What the `config.json` in a directory says.
 pub fn decoder_config(dir: &Path) -> anyhow::Result<DecoderConfig> {
     let path = dir.join(CONFIG);
     Ok(DecoderConfig::from_json(&read_json(&path)?, &path)?)
+}
+
+/// The linear layers that a 4-bit model has in 16 bits, by its config in a directory.
+pub fn skipped_linears(dir: &Path, config: &DecoderConfig) -> anyhow::Result<Vec<(usize, Module)>> {
+    let json = read_json(&dir.join(CONFIG))?;
+    let skipped = json["quantization_config"]["llm_int8_skip_modules"].as_array();
+    let skipped = skipped.into_iter().flatten().filter_map(Value::as_str);
+    let skipped: Vec<_> = skipped.collect();
+    let is_skipped = |(layer, module): &(usize, Module)| {
+        let path = config.linear_path(*layer, *module);
+        let mut names = skipped.iter();
+        names.any(|name| path.starts_with(name) || path.ends_with(name))
+    };
+    Ok(config.linears().filter(is_skipped).collect())
 }
 
 /// Whether a directory has the weights of a model, all of them.
@@ -120,13 +131,21 @@ pub fn is_on_the_hub(name: &Path) -> bool {
     matches!(on_the_hub(name), Ok(Some(_)))
 }
 
-/// The repository that `name` is one of, if it is nothing that is here.
+/// The repository that `name` is one of, if it is nothing that is here: by its name, or by the place of a snapshot in the
+/// cache that has gone.
 fn on_the_hub(name: &Path) -> anyhow::Result<Option<Repository>> {
-    if name.exists() || hub::begins_here(name) {
+    if name.exists() {
         return Ok(None);
     }
+    if let Some((repository, revision)) = hub_snapshot(name) {
+        return Repository::model(repository, Some(revision)).map(Some);
+    }
     match hub::split_name(&name.to_string_lossy()) {
-        Some((repository, "")) => Repository::model(repository).map(Some),
+        Some((_, "")) if hub::begins_here(name) => bail!(
+            "{}: there is no such directory, and beside one that is here the name is not taken for one on the Hugging Face hub",
+            name.display()
+        ),
+        Some((repository, "")) => Repository::model(repository, None).map(Some),
         _ => Ok(None),
     }
 }
@@ -135,14 +154,80 @@ fn has_all(dir: &Path, files: &[&str]) -> bool {
     files.iter().all(|file| dir.join(file).exists())
 }
 
+/// Where all of a repository is that `download` fetches. `has_all` says whether a snapshot would do.
+fn whole_dir(
+    repository: &Repository,
+    has_all: impl Fn(&Path) -> bool,
+    download: impl Fn(&Online) -> anyhow::Result<PathBuf>,
+) -> anyhow::Result<PathBuf> {
+    let cached = repository.snapshot().filter(|dir| has_all(dir));
+    if let Some(dir) = &cached
+        && recorded(repository).contains(&revision(dir))
+    {
+        return Ok(dir.clone());
+    }
+    let repository = match &cached {
+        Some(dir) => &repository.at(dir),
+        None => repository,
+    };
+    let download = |online: &Online| {
+        let dir = download(online)?;
+        if !has_all(&dir) {
+            bail!("{} lacks files in {}", online.name, dir.display());
+        }
+        record(repository, &dir);
+        Ok(dir)
+    };
+    repository.fetch("directory", download, || cached.clone())
+}
+
+/// The directory of a model of which `files` are enough.
+fn part_dir(
+    name: &Path,
+    files: &[&str],
+    download: impl FnOnce(&Online) -> anyhow::Result<PathBuf>,
+) -> anyhow::Result<PathBuf> {
+    let Some(repository) = on_the_hub(name)? else {
+        return Ok(name.to_path_buf());
+    };
+    let cached = repository.snapshot().filter(|dir| has_all(dir, files));
+    match cached {
+        Some(dir) => Ok(dir),
+        None => repository
+            .fetch("directory", download, || None)
+            .with_context(|| name.display().to_string()),
+    }
+}
+
+/// The revision of a snapshot.
+fn revision(snapshot: &Path) -> String {
+    let name = snapshot.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}
+
+fn recorded(repository: &Repository) -> BTreeSet<String> {
+    let json = fs::read(repository.directory().join(WHOLE_FILE)).ok();
+    json.and_then(|json| serde_json::from_slice(&json).ok())
+        .unwrap_or_default()
+}
+
+/// Writes down that all of a snapshot is there. Not in a cache that cannot be written to.
+fn record(repository: &Repository, snapshot: &Path) {
+    let mut revisions = recorded(repository);
+    revisions.insert(revision(snapshot));
+    if let Ok(json) = serde_json::to_vec(&revisions) {
+        let _ = fs::write(repository.directory().join(WHOLE_FILE), json);
+    }
+}
+
 fn download_model(online: &Online) -> anyhow::Result<PathBuf> {
-    let dir = download_beside(online)?;
-    let has = |name: &str| online.files.iter().any(|file| file == Path::new(name));
+    let has = |name: &str| online.files.contains_key(Path::new(name));
+    if !has(WEIGHTS) && !has(INDEX) {
+        bail!("{} has no weights in safetensors", online.name);
+    }
+    let dir = download_beside_model(online)?;
     if has(WEIGHTS) {
         return online.fetch(Path::new(WEIGHTS));
-    }
-    if !has(INDEX) {
-        bail!("{} has no weights in safetensors", online.name);
     }
     let index = online.fetch(Path::new(INDEX))?.join(INDEX);
     for shard in shards(&read_json(&index)?)? {
@@ -151,25 +236,37 @@ fn download_model(online: &Online) -> anyhow::Result<PathBuf> {
     Ok(dir)
 }
 
-/// The config, the tokenizer and what else is worth having beside the weights.
-fn download_beside(online: &Online) -> anyhow::Result<PathBuf> {
-    for file in &online.files {
-        let name = file.to_string_lossy();
-        if BESIDE.iter().any(|beside| name.starts_with(beside)) && !name.contains('/') {
-            online.fetch(file)?;
-        }
+/// The config, and what else is worth having beside the weights. The tokenizer comes last: where it is, all is.
+fn download_beside_model(online: &Online) -> anyhow::Result<PathBuf> {
+    download_beside(online, &BESIDE_MODEL, &[TOKENIZER])?;
+    let dir = online.fetch(Path::new(CONFIG))?;
+    match online.files.contains_key(Path::new(TOKENIZER)) {
+        true => online.fetch(Path::new(TOKENIZER)),
+        false => Ok(dir),
     }
-    online.fetch(Path::new(CONFIG))
 }
 
 fn download_adapter(online: &Online) -> anyhow::Result<PathBuf> {
-    for file in [ADAPTER_CONFIG, ADAPTER_WEIGHTS] {
-        if !online.files.iter().any(|name| name == Path::new(file)) {
-            bail!("{} has no {file}", online.name);
-        }
+    if !online.files.contains_key(Path::new(ADAPTER_WEIGHTS)) {
+        bail!(
+            "{} has no {ADAPTER_WEIGHTS}; an adapter_model.bin is not read, save the adapter as safetensors with PEFT",
+            online.name
+        );
     }
+    download_beside(online, &BESIDE_ADAPTER, &[])?;
     online.fetch(Path::new(ADAPTER_CONFIG))?;
     online.fetch(Path::new(ADAPTER_WEIGHTS))
+}
+
+fn download_beside(online: &Online, beside: &[&str], but: &[&str]) -> anyhow::Result<()> {
+    for file in online.files.keys() {
+        let name = file.to_string_lossy();
+        let is_beside = beside.iter().any(|beside| name.starts_with(beside));
+        if is_beside && !but.contains(&&*name) {
+            online.fetch(file)?;
+        }
+    }
+    Ok(())
 }
 
 /// The files that an index names.
@@ -184,6 +281,6 @@ fn shards(index: &Value) -> anyhow::Result<BTreeSet<String>> {
 }
 
 fn read_json(path: &Path) -> anyhow::Result<Value> {
-    let text = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let text = fs::read(path).with_context(|| path.display().to_string())?;
     serde_json::from_slice(&text).with_context(|| path.display().to_string())
 }

@@ -113,8 +113,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             match models::has_model(&dir) || dir == *name {
                 true => stored_sizes(&dir, &config)?,
                 false => {
-                    let blocks = config.quantize_options().into();
-                    (models::decoder_config(&dir)?, blocks, Vec::new())
+                    let model = models::decoder_config(&dir)?;
+                    let dense = models::skipped_linears(&dir, &model)?;
+                    (model, config.quantize_options().into(), dense)
                 }
             }
         }
@@ -124,8 +125,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 .and_then(|preset| Shape::named(preset.shape()));
             let sizes = args.shape.is_given().then_some(Shape::LLAMA_110M);
             let Some(otherwise) = of_preset.or(sizes) else {
-                let missing =
-                    "give the model's directory as --model, or a size such as --shape llama-7b\n";
+                let missing = "give a model as --model, or a size such as --shape llama-7b\n";
                 clap::Error::raw(ErrorKind::MissingRequiredArgument, missing).exit();
             };
             let shape = args.shape.shape(otherwise);

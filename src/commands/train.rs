@@ -34,8 +34,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
 fn fine_tune(mut config: TrainConfig) -> anyhow::Result<()> {
     let placement = super::open(config.device, config.compute_dtype)?;
-    super::models::prepare(&mut config)?;
     super::data_sources::prepare(&mut config)?;
+    super::models::prepare(&mut config)?;
     let mut trainer = Trainer::new(config, &placement)?;
     let outcome = train(&mut trainer)?;
     let output_dir = &trainer.config().output_dir;

@@ -52,7 +52,8 @@ pub fn run(args: Args, threads: Option<usize>) -> anyhow::Result<()> {
     super::on_threads(threads.or(config.threads), || verify(args, config))
 }
 
-fn verify(args: RunArgs, config: TrainConfig) -> anyhow::Result<()> {
+fn verify(args: RunArgs, mut config: TrainConfig) -> anyhow::Result<()> {
+    config.model_name_or_path = super::models::model_dir(&config.model_name_or_path)?;
     if !config.model_name_or_path.exists() {
         bail!(
             "{}: its model, {}, is not there from here; start in the directory that the run was started in",

@@ -5,17 +5,22 @@ use std::path::Path;
 /// What others call the model in `dir`: its name on the Hugging Face hub where `dir` is a snapshot in the hub's cache, else
 /// the path.
 pub fn model_name(dir: &Path) -> String {
-    hub_name(dir).unwrap_or_else(|| dir.display().to_string())
+    match hub_snapshot(dir) {
+        Some((name, _)) => name,
+        None => dir.display().to_string(),
+    }
 }
 
-fn hub_name(dir: &Path) -> Option<String> {
-    let mut parts = dir.components().rev().skip(1);
+/// The name on the hub and the revision of a model whose snapshot in the hub's cache is `dir`.
+pub fn hub_snapshot(dir: &Path) -> Option<(String, String)> {
+    let mut parts = dir.components().rev();
     let mut part = || parts.next()?.as_os_str().to_str();
+    let revision = part()?;
     if part()? != "snapshots" {
         return None;
     }
     let (organization, name) = part()?.strip_prefix("models--")?.split_once("--")?;
-    Some(format!("{organization}/{name}"))
+    Some((format!("{organization}/{name}"), revision.into()))
 }
 
 #[cfg(test)]
@@ -39,5 +44,7 @@ mod tests {
         ] {
             assert_eq!(model_name(Path::new(dir)), name);
         }
+        let (_, revision) = hub_snapshot(Path::new("models--a--b/snapshots/0123")).unwrap();
+        assert_eq!(revision, "0123");
     }
 }

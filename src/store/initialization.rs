@@ -37,7 +37,7 @@ pub struct Initialization {
     pub quantization_iterations: usize,
     /// Of the random subspace.
     pub seed: u64,
-    /// The directory of the weights that it was made of.
+    /// The directory of the weights that it was made of, or their name on the Hugging Face hub.
     pub original_model: String,
     /// The directory of the 4-bit weights.
     pub initialized_base: String,

@@ -43,7 +43,7 @@ pub use disk::{Disk, SystemDisk};
 pub use file_watch::FileWatch;
 pub(crate) use gguf_file::shortest_json;
 pub use gguf_file::{GgufFile, StoredTensor};
-pub use hub_cache::model_name;
+pub use hub_cache::{hub_snapshot, model_name};
 pub use initialization::{INITIAL_ADAPTER, Initialization, RelativeTo};
 pub use layer_selection::LayerSelection;
 pub(crate) use manifest::hex;

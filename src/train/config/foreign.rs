@@ -78,7 +78,7 @@ pub const FOREIGN_KEYS: &[ForeignKey] = &[
     only("top_p", &["1"], NO_GENERATION),
     only("temperature", &["1"], NO_GENERATION),
     only("trust_remote_code", &["false"], "code from a model directory is never run"),
-    only("use_auth_token", &["false"], "the token of `hf auth login`, or HF_TOKEN, is used for data sets"),
+    only("use_auth_token", &["false"], "the token of `hf auth login`, or HF_TOKEN, is used"),
     only("cache_dir", &[], "the cache of huggingface_hub is used; set HF_HOME or HF_HUB_CACHE"),
     only("max_memory_MB", &[], NOT_YET),
     only("save_strategy", &["steps"], "checkpoints are written every save_steps"),

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::TrainConfig;
 use crate::model::{DecoderConfig, ModuleToSave};
-use crate::store::{AdapterConfig, LayerSelection, model_name};
+use crate::store::{AdapterConfig, LayerSelection, hub_snapshot, model_name};
 use crate::{Error, Result};
 
 /// What an unset `lora_r` and `lora_alpha` are, as in qlora.py.
@@ -18,6 +18,7 @@ impl TrainConfig {
     pub fn new_adapter_config(&self) -> AdapterConfig {
         self.given_over(AdapterConfig {
             base_model_name_or_path: Some(model_name(&self.model_name_or_path)),
+            revision: hub_snapshot(&self.model_name_or_path).map(|(_, revision)| revision),
             r: LORA_R,
             lora_alpha: LORA_ALPHA,
             ..AdapterConfig::default()
