@@ -160,11 +160,15 @@ fn qlora(home: &Path, args: &[&str]) -> Command {
     let mut command = Command::cargo_bin("qlora").unwrap();
     command.current_dir(home).args(args).env("HF_HOME", home);
     for variable in [
+        "HF_ENDPOINT",
         "HF_HUB_CACHE",
         "HF_HUB_OFFLINE",
         "HF_TOKEN",
+        "HF_TOKEN_PATH",
         "http_proxy",
         "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
         "ALL_PROXY",
         "all_proxy",
     ] {
@@ -240,6 +244,27 @@ fn a_data_set_of_which_a_part_is_missing_is_not_taken_from_the_cache() {
     rows(part("org/parts/train-1.jsonl", None));
     let whole = part("org/parts", None).assert().failure();
     whole.stderr(contains("or not whole"));
+}
+
+#[test]
+fn a_data_set_that_cannot_be_brought_up_to_date_is_taken_as_it_is() {
+    let home = tempfile::tempdir().unwrap();
+    let of = |revision: &str, told: &[&str]| {
+        let files = [("train-1.jsonl", TRAIN.into())];
+        Hub::of(repository("datasets/org/rows", revision, told, &files))
+    };
+    let before = of(REVISION, &[]);
+    let after = of(&REVISION.replace('0', "f"), &["train-2.jsonl"]);
+    let mut expected = None;
+    for endpoint in [Some(&before.endpoint), Some(&after.endpoint), None] {
+        let mut command = inspect(home.path(), "org/rows");
+        match endpoint {
+            Some(endpoint) => command.env("HF_ENDPOINT", endpoint),
+            None => command.env("HF_HUB_OFFLINE", "1"),
+        };
+        let found = rows(command);
+        assert_eq!(*expected.get_or_insert(found.clone()), found);
+    }
 }
 
 fn fixture(path: &str) -> PathBuf {
@@ -459,11 +484,11 @@ fn what_came_otherwise_than_the_hub_says_is_not_kept() {
     let mut eval = eval(home.path(), "org/damaged");
     let failure = eval.env("HF_ENDPOINT", &hub.endpoint).assert().failure();
     failure.stderr(contains(SHARD).and(contains("came otherwise than the hub says")));
-    assert!(
-        !snapshot(home.path(), "damaged", REVISION)
-            .join(SHARD)
-            .exists()
-    );
+    let blob = sha256(&fs::read(fixture("engine/llama_mha/model.safetensors")).unwrap());
+    let blobs = home.path().join("hub/models--org--damaged/blobs");
+    assert!(!blobs.join(&blob).exists());
+    let part = blobs.join(format!("{blob}.qlora-part"));
+    assert_eq!(part.metadata().unwrap().len(), 0);
 }
 
 /// `main` may be another commit by the time that more of a model is asked for.

@@ -115,7 +115,7 @@ impl Location {
         if files.is_empty() {
             bail!("{} has no data files that can be read", self.repository);
         }
-        self.record(directory, &files);
+        self.record(directory, &online.revision, &files);
         let mut snapshot = PathBuf::new();
         for file in files {
             snapshot = online.fetch(&file)?;
@@ -125,18 +125,21 @@ impl Location {
 
     /// Writes down which files the part is made of, so that half a download is not taken for all of it. Not in a cache that
     /// cannot be written to, to which nothing will come.
-    fn record(&self, directory: &Path, files: &[PathBuf]) {
-        let mut parts = recorded_parts(directory);
+    fn record(&self, directory: &Path, revision: &str, files: &[PathBuf]) {
+        let mut revisions = recorded_parts(directory);
+        let parts = revisions.entry(revision.to_string()).or_default();
         parts.insert(self.part.clone(), files.to_vec());
         let _ = std::fs::create_dir_all(directory)
-            .and_then(|()| Ok(serde_json::to_vec(&parts)?))
+            .and_then(|()| Ok(serde_json::to_vec(&revisions)?))
             .and_then(|json| std::fs::write(directory.join(PARTS_FILE), json));
     }
 
     /// What an earlier download has left, if it came to its end.
     fn cached(&self, repository: &Repository) -> Option<PathBuf> {
         let snapshot = repository.snapshot()?;
-        let parts = recorded_parts(&repository.directory());
+        let revision = snapshot.file_name()?.to_string_lossy();
+        let revisions = recorded_parts(&repository.directory());
+        let parts = revisions.get(&*revision).cloned().unwrap_or_default();
         let is_in = |path: &Path| path.starts_with(&self.part);
         let covering = parts
             .iter()
@@ -155,7 +158,10 @@ impl Location {
 }
 
 /// The files of each part of a repository that was asked for, by the part.
-fn recorded_parts(directory: &Path) -> BTreeMap<String, Vec<PathBuf>> {
+type Parts = BTreeMap<String, Vec<PathBuf>>;
+
+/// Those of each revision.
+fn recorded_parts(directory: &Path) -> BTreeMap<String, Parts> {
     let json = std::fs::read(directory.join(PARTS_FILE)).ok();
     json.and_then(|json| serde_json::from_slice(&json).ok())
         .unwrap_or_default()

@@ -8,8 +8,8 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Seek, Write};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
@@ -24,6 +24,8 @@ use ureq::config::RedirectAuthHeaders;
 const ATTEMPTS: u32 = 6;
 const TIMEOUT: Duration = Duration::from_secs(60);
 const MAIN: &str = "main";
+/// Of files that are not whole yet.
+const PART: &str = "qlora-part";
 
 #[derive(Clone, Copy)]
 enum Kind {
@@ -95,6 +97,14 @@ impl Repository {
         Some(directory.join("snapshots").join(revision.trim()))
     }
 
+    /// Where the cache would have a revision, or what it knows under that name.
+    pub fn snapshot_of(&self, revision: &str) -> PathBuf {
+        let directory = self.directory();
+        let named = fs::read_to_string(directory.join("refs").join(revision));
+        let revision = named.unwrap_or_else(|_| revision.into());
+        directory.join("snapshots").join(revision.trim())
+    }
+
     /// What `download` gives where there is a network, or else what `cached` has left of an earlier download. `kind` is what
     /// was expected at the name: `file` or `directory`.
     pub fn fetch(
@@ -139,13 +149,23 @@ impl Repository {
         let online = Online::of(self)?;
         let path = download(&online)?;
         if self.revision.is_none() {
-            // All is there.
-            let refs = self.directory().join("refs");
-            let written = fs::create_dir_all(&refs)
-                .and_then(|()| fs::write(refs.join(MAIN), &online.revision));
-            written.with_context(|| refs.display().to_string())?;
+            // All is there. A cache that cannot be written to has had it before.
+            let _ = self.refer_to(&online.revision);
         }
         Ok(path)
+    }
+
+    /// Makes a revision the one that was last asked for.
+    fn refer_to(&self, revision: &str) -> io::Result<()> {
+        let refs = self.directory().join("refs");
+        let main = refs.join(MAIN);
+        if fs::read_to_string(&main).is_ok_and(|known| known.trim() == revision) {
+            return Ok(());
+        }
+        fs::create_dir_all(&refs)?;
+        let written = main.with_extension(PART);
+        fs::write(&written, revision)?;
+        fs::rename(written, main)
     }
 }
 
@@ -168,7 +188,7 @@ pub struct Online {
     pub name: String,
     /// Its files.
     pub files: BTreeMap<PathBuf, Sibling>,
-    revision: String,
+    pub revision: String,
     directory: PathBuf,
     /// Where they are.
     url: String,
@@ -208,6 +228,7 @@ impl Online {
         let agent = Agent::config_builder()
             .timeout_connect(Some(TIMEOUT))
             .timeout_recv_response(Some(TIMEOUT))
+            .timeout_per_read(Some(TIMEOUT))
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .user_agent(concat!("qlora/", env!("CARGO_PKG_VERSION")))
             .build()
@@ -216,7 +237,17 @@ impl Online {
         let (plural, name) = (repository.kind.plural(), &repository.name);
         let revision = repository.revision.as_deref().unwrap_or(MAIN);
         let url = format!("{endpoint}/api/{plural}/{name}/revision/{revision}?blobs=true");
-        let answer = request(&agent, &url, token.as_deref()).call()?;
+        let mut attempt = 1;
+        let answer = loop {
+            match request(&agent, &url, token.as_deref()).call() {
+                // Busy.
+                Err(ureq::Error::StatusCode(429 | 500..)) if attempt < ATTEMPTS => {
+                    std::thread::sleep(Duration::from_millis(300 << attempt));
+                    attempt += 1;
+                }
+                answer => break answer?,
+            }
+        };
         let info: Info = serde_json::from_reader(answer.into_body().into_reader())
             .with_context(|| format!("what {endpoint} says of {name}"))?;
         let page = match repository.kind {
@@ -269,14 +300,17 @@ impl Online {
 
     /// Goes on with what an earlier download has left; waits for one that is under way.
     fn download(&self, told: &Sibling, blob: &Path) -> anyhow::Result<()> {
-        let part = blob.with_extension("qlora-part");
+        let part = blob.with_extension(PART);
         fs::create_dir_all(blob.parent().expect("it has been joined"))
             .with_context(|| blob.display().to_string())?;
         let mut options = OpenOptions::new();
         let file = options.read(true).append(true).create(true).open(&part);
         let mut file = file.with_context(|| part.display().to_string())?;
-        file.lock().with_context(|| part.display().to_string())?;
+        self.lock(&file, told)
+            .with_context(|| part.display().to_string())?;
         if blob.exists() {
+            // Another program has brought it meanwhile.
+            let _ = fs::remove_file(part);
             return Ok(());
         }
         super::note(&format!("{}: {told}", self.name));
@@ -284,22 +318,45 @@ impl Online {
         let bar = super::byte_progress_bar()?;
         bar.set_length(size.unwrap_or(0));
         let mut attempt = 1;
-        while let Err(error) = self.append(told, size, &mut file, &bar) {
-            if attempt == ATTEMPTS || !is_passing(&error) {
-                bar.finish_and_clear();
-                return Err(error);
+        loop {
+            let start = file.metadata()?.len();
+            match self.append(told, size, &mut file, &bar) {
+                Ok(()) => break,
+                Err(error) if attempt == ATTEMPTS || !is_passing(&error) => {
+                    bar.finish_and_clear();
+                    return Err(error);
+                }
+                // It came further.
+                Err(_) if file.metadata()?.len() > start => attempt = 1,
+                Err(_) => attempt += 1,
             }
             std::thread::sleep(Duration::from_millis(300 << attempt));
-            attempt += 1;
         }
         bar.finish_and_clear();
         if let Some(lfs) = &told.lfs
-            && hash(&part).with_context(|| part.display().to_string())? != lfs.sha256
+            && hash(&mut file).with_context(|| part.display().to_string())? != lfs.sha256
         {
-            let _ = fs::remove_file(&part);
-            bail!("came otherwise than the hub says it is; it has been removed, try again");
+            file.set_len(0)?;
+            bail!("came otherwise than the hub says it is; it has been thrown away, try again");
         }
         fs::rename(&part, blob).with_context(|| blob.display().to_string())
+    }
+
+    /// Waits for a download of the same file by another program.
+    fn lock(&self, file: &File, told: &Sibling) -> io::Result<()> {
+        match file.try_lock() {
+            Ok(()) => Ok(()),
+            Err(TryLockError::WouldBlock) => {
+                super::note(&format!(
+                    "{}: {told}, which another program is downloading",
+                    self.name
+                ));
+                file.lock()
+            }
+            // Some file systems know no locks.
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
     }
 
     /// The rest of a file, if `file` has the beginning.
@@ -322,7 +379,12 @@ impl Online {
         if start > 0 {
             request = request.header("Range", format!("bytes={start}-"));
         }
-        let answer = request.call()?;
+        let answer = request.call();
+        if let Err(ureq::Error::StatusCode(416)) = answer {
+            // There is no more than that.
+            file.set_len(0)?;
+        }
+        let answer = answer?;
         if answer.status() != 206 {
             start = 0;
         }
@@ -375,28 +437,30 @@ fn encoded(name: &str) -> String {
 /// Whether another attempt may go better.
 fn is_passing(error: &anyhow::Error) -> bool {
     match error.downcast_ref::<ureq::Error>() {
-        Some(ureq::Error::StatusCode(status)) => *status == 429 || *status >= 500,
+        Some(ureq::Error::StatusCode(status)) => [416, 429].contains(status) || *status >= 500,
         Some(_) => true,
         None => error.downcast_ref::<io::Error>().is_some_and(|error| {
             // The others are of the disk.
-            use io::ErrorKind::{
-                ConnectionAborted, ConnectionReset, Other, TimedOut, UnexpectedEof,
-            };
+            use io::ErrorKind as Kind;
             [
-                ConnectionAborted,
-                ConnectionReset,
-                Other,
-                TimedOut,
-                UnexpectedEof,
+                Kind::ConnectionAborted,
+                Kind::ConnectionReset,
+                Kind::HostUnreachable,
+                Kind::NetworkDown,
+                Kind::NetworkUnreachable,
+                Kind::Other,
+                Kind::TimedOut,
+                Kind::UnexpectedEof,
             ]
             .contains(&error.kind())
         }),
     }
 }
 
-fn hash(path: &Path) -> io::Result<String> {
+fn hash(file: &mut File) -> io::Result<String> {
     let mut hash = Sha256::new();
-    io::copy(&mut File::open(path)?, &mut hash)?;
+    file.rewind()?;
+    io::copy(file, &mut hash)?;
     Ok(format!("{:x}", hash.finalize()))
 }
 

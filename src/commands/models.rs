@@ -25,7 +25,7 @@ const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 const WHOLE_FILE: &str = "qlora-whole.json";
 
 /// How the names of files begin that a model has beside its config and its weights, and that are worth having.
-const BESIDE_MODEL: [&str; 12] = [
+const BESIDE_MODEL: [&str; 11] = [
     "tokenizer",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,7 +37,6 @@ const BESIDE_MODEL: [&str; 12] = [
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    INITIAL_ADAPTER,
 ];
 
 /// The same of an adapter: what this program writes there.
@@ -47,6 +46,19 @@ const BESIDE_ADAPTER: [&str; 2] = ["initialization.json", "lora_matrix_dropout.j
 pub fn prepare(config: &mut TrainConfig) -> anyhow::Result<()> {
     config.model_name_or_path = model_dir(&config.model_name_or_path)?;
     if let Some(adapter) = &mut config.adapter {
+        *adapter = adapter_dir(adapter)?;
+    }
+    Ok(())
+}
+
+/// Fetches again what a run knows by its place in the hub's cache, where that has gone.
+pub fn restore(config: &mut TrainConfig) -> anyhow::Result<()> {
+    if hub_snapshot(&config.model_name_or_path).is_some() {
+        config.model_name_or_path = model_dir(&config.model_name_or_path)?;
+    }
+    if let Some(adapter) = &mut config.adapter
+        && hub_snapshot(adapter).is_some()
+    {
         *adapter = adapter_dir(adapter)?;
     }
     Ok(())
@@ -81,7 +93,7 @@ pub fn cached_model_dir(name: &Path, revision: Option<&str>) -> anyhow::Result<O
         return Ok(Some(name.to_path_buf()).filter(|dir| dir.is_dir()));
     };
     let snapshot = match revision {
-        Some(revision) => Some(repository.directory().join("snapshots").join(revision)),
+        Some(revision) => Some(repository.snapshot_of(revision)),
         None => repository.snapshot(),
     };
     Ok(snapshot.filter(|dir| has_model(dir)))
@@ -141,11 +153,9 @@ fn on_the_hub(name: &Path) -> anyhow::Result<Option<Repository>> {
         return Repository::model(repository, Some(revision)).map(Some);
     }
     match hub::split_name(&name.to_string_lossy()) {
-        Some((_, "")) if hub::begins_here(name) => bail!(
-            "{}: there is no such directory, and beside one that is here the name is not taken for one on the Hugging Face hub",
-            name.display()
-        ),
-        Some((repository, "")) => Repository::model(repository, None).map(Some),
+        Some((repository, "")) if !hub::begins_here(name) => {
+            Repository::model(repository, None).map(Some)
+        }
         _ => Ok(None),
     }
 }
@@ -190,13 +200,15 @@ fn part_dir(
     let Some(repository) = on_the_hub(name)? else {
         return Ok(name.to_path_buf());
     };
-    let cached = repository.snapshot().filter(|dir| has_all(dir, files));
-    match cached {
-        Some(dir) => Ok(dir),
-        None => repository
-            .fetch("directory", download, || None)
-            .with_context(|| name.display().to_string()),
-    }
+    let cached = repository.snapshot().filter(|dir| has_all(dir, &[CONFIG]));
+    let repository = match &cached {
+        Some(dir) if has_all(dir, files) => return Ok(dir.clone()),
+        Some(dir) => repository.at(dir),
+        None => repository,
+    };
+    repository
+        .fetch("directory", download, || cached.clone())
+        .with_context(|| name.display().to_string())
 }
 
 /// The revision of a snapshot.
@@ -225,6 +237,7 @@ fn download_model(online: &Online) -> anyhow::Result<PathBuf> {
     if !has(WEIGHTS) && !has(INDEX) {
         bail!("{} has no weights in safetensors", online.name);
     }
+    download_beside(online, &[INITIAL_ADAPTER], &[])?;
     let dir = download_beside_model(online)?;
     if has(WEIGHTS) {
         return online.fetch(Path::new(WEIGHTS));

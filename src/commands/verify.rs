@@ -53,7 +53,7 @@ pub fn run(args: Args, threads: Option<usize>) -> anyhow::Result<()> {
 }
 
 fn verify(args: RunArgs, mut config: TrainConfig) -> anyhow::Result<()> {
-    config.model_name_or_path = super::models::model_dir(&config.model_name_or_path)?;
+    super::models::restore(&mut config)?;
     if !config.model_name_or_path.exists() {
         bail!(
             "{}: its model, {}, is not there from here; start in the directory that the run was started in",

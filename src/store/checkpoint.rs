@@ -64,8 +64,7 @@ impl Checkpoint {
         let dir = dir.as_ref();
         refuse_file(dir)?;
         if !dir.exists() {
-            let reason =
-                "there is no such directory; a model on the Hugging Face hub is organization/name";
+            let reason = "there is no such directory; organization/name is a model on the Hugging Face hub where no directory is called so";
             return Err(Error::malformed(dir, reason));
         }
         let config = read_json(&dir.join("config.json"))?;
