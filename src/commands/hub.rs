@@ -441,16 +441,16 @@ fn is_passing(error: &anyhow::Error) -> bool {
         Some(_) => true,
         None => error.downcast_ref::<io::Error>().is_some_and(|error| {
             // The others are of the disk.
-            use io::ErrorKind as Kind;
+            use io::ErrorKind;
             [
-                Kind::ConnectionAborted,
-                Kind::ConnectionReset,
-                Kind::HostUnreachable,
-                Kind::NetworkDown,
-                Kind::NetworkUnreachable,
-                Kind::Other,
-                Kind::TimedOut,
-                Kind::UnexpectedEof,
+                ErrorKind::ConnectionAborted,
+                ErrorKind::ConnectionReset,
+                ErrorKind::HostUnreachable,
+                ErrorKind::NetworkDown,
+                ErrorKind::NetworkUnreachable,
+                ErrorKind::Other,
+                ErrorKind::TimedOut,
+                ErrorKind::UnexpectedEof,
             ]
             .contains(&error.kind())
         }),
