@@ -136,10 +136,11 @@ impl Location {
 
     /// What an earlier download has left, if it came to its end.
     fn cached(&self, repository: &Repository) -> Option<PathBuf> {
-        let snapshot = repository.snapshot()?;
-        let revision = snapshot.file_name()?.to_string_lossy();
+        let repository = repository.pinned();
+        let snapshot = repository.snapshot();
         let revisions = recorded_parts(&repository.directory());
-        let parts = revisions.get(&*revision).cloned().unwrap_or_default();
+        let parts = revisions.get(&repository.commit());
+        let parts = parts.cloned().unwrap_or_default();
         let is_in = |path: &Path| path.starts_with(&self.part);
         let covering = parts
             .iter()

@@ -4,7 +4,7 @@
 //! revision at once, so that nothing is asked for twice, and what comes is held against them. Downloads are not compressed:
 //! the hub's servers ignore ranges for those that are, and a broken one could not be taken up again.
 //!
-//! Source: `file_download.py` of huggingface_hub 1.x, `/api/{models,datasets}/NAME/revision/REVISION?blobs=true`.
+//! Source: `file_download.py` of huggingface_hub 2.4, `/api/{models,datasets}/NAME/revision/REVISION?blobs=true`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -43,43 +43,43 @@ impl Kind {
 }
 
 /// A repository, which may be in the cache.
+#[derive(Clone)]
 pub struct Repository {
     kind: Kind,
     name: String,
-    /// Unset: the one that `main` is.
-    revision: Option<String>,
+    /// A commit, or a name for one.
+    revision: String,
     cache: PathBuf,
 }
 
 impl Repository {
-    pub fn model(name: String, revision: Option<String>) -> anyhow::Result<Self> {
-        let (kind, cache) = (Kind::Model, cache_dir()?);
-        Ok(Self {
-            kind,
-            name,
-            revision,
-            cache,
-        })
+    pub fn model(name: String) -> anyhow::Result<Self> {
+        Self::on_main(Kind::Model, name)
     }
 
     pub fn dataset(name: String) -> anyhow::Result<Self> {
-        let (kind, cache) = (Kind::Dataset, cache_dir()?);
+        Self::on_main(Kind::Dataset, name)
+    }
+
+    fn on_main(kind: Kind, name: String) -> anyhow::Result<Self> {
         Ok(Self {
             kind,
             name,
-            revision: None,
-            cache,
+            revision: MAIN.into(),
+            cache: cache_dir()?,
         })
     }
 
-    /// The same at the revision of a snapshot.
-    pub fn at(&self, snapshot: &Path) -> Self {
-        let revision = snapshot.file_name().map(|name| name.to_string_lossy());
+    /// The same at the commit that the revision was when it was last asked for, whatever it will be next.
+    pub fn pinned(&self) -> Self {
+        self.at(&self.commit())
+    }
+
+    /// The same at a revision.
+    pub fn at(&self, revision: &str) -> Self {
         Self {
-            kind: self.kind,
-            name: self.name.clone(),
-            revision: revision.map(|revision| revision.into_owned()),
-            cache: self.cache.clone(),
+            revision: revision.into(),
+            ..self.clone()
         }
     }
 
@@ -89,20 +89,16 @@ impl Repository {
         self.cache.join(format!("{}--{name}", self.kind.plural()))
     }
 
-    /// Where the cache has the revision, or the one that was last asked for.
-    pub fn snapshot(&self) -> Option<PathBuf> {
-        let directory = self.directory();
-        let last = || fs::read_to_string(directory.join("refs").join(MAIN)).ok();
-        let revision = self.revision.clone().or_else(last)?;
-        Some(directory.join("snapshots").join(revision.trim()))
+    /// The revision; where it is a name, the commit that it last was.
+    pub fn commit(&self) -> String {
+        let named = fs::read_to_string(self.directory().join("refs").join(&self.revision));
+        let commit = named.as_ref().unwrap_or(&self.revision);
+        commit.trim().into()
     }
 
-    /// Where the cache would have a revision, or what it knows under that name.
-    pub fn snapshot_of(&self, revision: &str) -> PathBuf {
-        let directory = self.directory();
-        let named = fs::read_to_string(directory.join("refs").join(revision));
-        let revision = named.unwrap_or_else(|_| revision.into());
-        directory.join("snapshots").join(revision.trim())
+    /// Where the cache has the revision, if it has.
+    pub fn snapshot(&self) -> PathBuf {
+        self.directory().join("snapshots").join(self.commit())
     }
 
     /// What `download` gives where there is a network, or else what `cached` has left of an earlier download. `kind` is what
@@ -148,7 +144,7 @@ impl Repository {
     ) -> anyhow::Result<PathBuf> {
         let online = Online::of(self)?;
         let path = download(&online)?;
-        if self.revision.is_none() {
+        if self.revision == MAIN {
             // All is there. A cache that cannot be written to has had it before.
             let _ = self.refer_to(&online.revision);
         }
@@ -235,14 +231,14 @@ impl Online {
             .new_agent();
         let token = token();
         let (plural, name) = (repository.kind.plural(), &repository.name);
-        let revision = repository.revision.as_deref().unwrap_or(MAIN);
+        let revision = &repository.revision;
         let url = format!("{endpoint}/api/{plural}/{name}/revision/{revision}?blobs=true");
         let mut attempt = 1;
         let answer = loop {
             match request(&agent, &url, token.as_deref()).call() {
                 // Busy.
                 Err(ureq::Error::StatusCode(429 | 500..)) if attempt < ATTEMPTS => {
-                    std::thread::sleep(Duration::from_millis(300 << attempt));
+                    pause(attempt);
                     attempt += 1;
                 }
                 answer => break answer?,
@@ -330,7 +326,7 @@ impl Online {
                 Err(_) if file.metadata()?.len() > start => attempt = 1,
                 Err(_) => attempt += 1,
             }
-            std::thread::sleep(Duration::from_millis(300 << attempt));
+            pause(attempt);
         }
         bar.finish_and_clear();
         if let Some(lfs) = &told.lfs
@@ -432,6 +428,11 @@ fn encoded(name: &str) -> String {
             false => format!("%{byte:02X}"),
         })
         .collect()
+}
+
+/// Waits before another attempt, longer each time.
+fn pause(attempt: u32) {
+    std::thread::sleep(Duration::from_millis(300 << attempt));
 }
 
 /// Whether another attempt may go better.

@@ -37,11 +37,7 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// Puts directories in the place of names on the hub.
     pub fn find(&mut self) -> anyhow::Result<()> {
-        self.model = models::model_dir(&self.model)?;
-        if let Some(adapter) = &mut self.adapter {
-            *adapter = models::adapter_dir(adapter)?;
-        }
-        Ok(())
+        models::find(&mut self.model, &mut self.adapter)
     }
 
     /// The model with its adapter, if one is given.

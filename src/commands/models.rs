@@ -42,10 +42,10 @@ const BESIDE_MODEL: [&str; 11] = [
 /// The same of an adapter: what this program writes there.
 const BESIDE_ADAPTER: [&str; 2] = ["initialization.json", "lora_matrix_dropout.json"];
 
-/// Replaces the names of the model and of the adapter by their directories.
-pub fn prepare(config: &mut TrainConfig) -> anyhow::Result<()> {
-    config.model_name_or_path = model_dir(&config.model_name_or_path)?;
-    if let Some(adapter) = &mut config.adapter {
+/// Replaces the names of a model and of an adapter by their directories.
+pub fn find(model: &mut PathBuf, adapter: &mut Option<PathBuf>) -> anyhow::Result<()> {
+    *model = model_dir(model)?;
+    if let Some(adapter) = adapter {
         *adapter = adapter_dir(adapter)?;
     }
     Ok(())
@@ -70,7 +70,7 @@ pub fn model_dir(name: &Path) -> anyhow::Result<PathBuf> {
     let Some(repository) = on_the_hub(name)? else {
         return Ok(name.to_path_buf());
     };
-    if repository.snapshot().is_none_or(|dir| !has_model(&dir)) {
+    if !has_model(&repository.snapshot()) {
         // What cannot be computed need not be downloaded.
         decoder_config(&config_dir(name)?)?;
     }
@@ -92,11 +92,11 @@ pub fn cached_model_dir(name: &Path, revision: Option<&str>) -> anyhow::Result<O
     let Some(repository) = on_the_hub(name)? else {
         return Ok(Some(name.to_path_buf()).filter(|dir| dir.is_dir()));
     };
-    let snapshot = match revision {
-        Some(revision) => Some(repository.snapshot_of(revision)),
-        None => repository.snapshot(),
+    let repository = match revision {
+        Some(revision) => repository.at(revision),
+        None => repository,
     };
-    Ok(snapshot.filter(|dir| has_model(dir)))
+    Ok(Some(repository.snapshot()).filter(|dir| has_model(dir)))
 }
 
 /// The directory of a model of which `config.json` is enough.
@@ -150,11 +150,11 @@ fn on_the_hub(name: &Path) -> anyhow::Result<Option<Repository>> {
         return Ok(None);
     }
     if let Some((repository, revision)) = hub_snapshot(name) {
-        return Repository::model(repository, Some(revision)).map(Some);
+        return Ok(Some(Repository::model(repository)?.at(&revision)));
     }
     match hub::split_name(&name.to_string_lossy()) {
         Some((repository, "")) if !hub::begins_here(name) => {
-            Repository::model(repository, None).map(Some)
+            Repository::model(repository).map(Some)
         }
         _ => Ok(None),
     }
@@ -170,14 +170,15 @@ fn whole_dir(
     has_all: impl Fn(&Path) -> bool,
     download: impl Fn(&Online) -> anyhow::Result<PathBuf>,
 ) -> anyhow::Result<PathBuf> {
-    let cached = repository.snapshot().filter(|dir| has_all(dir));
+    let pinned = repository.pinned();
+    let cached = Some(pinned.snapshot()).filter(|dir| has_all(dir));
     if let Some(dir) = &cached
-        && recorded(repository).contains(&revision(dir))
+        && recorded(&pinned).contains(&pinned.commit())
     {
         return Ok(dir.clone());
     }
     let repository = match &cached {
-        Some(dir) => &repository.at(dir),
+        Some(_) => &pinned,
         None => repository,
     };
     let download = |online: &Online| {
@@ -185,7 +186,7 @@ fn whole_dir(
         if !has_all(&dir) {
             bail!("{} lacks files in {}", online.name, dir.display());
         }
-        record(repository, &dir);
+        record(repository, &online.revision);
         Ok(dir)
     };
     repository.fetch("directory", download, || cached.clone())
@@ -200,21 +201,16 @@ fn part_dir(
     let Some(repository) = on_the_hub(name)? else {
         return Ok(name.to_path_buf());
     };
-    let cached = repository.snapshot().filter(|dir| has_all(dir, &[CONFIG]));
+    let pinned = repository.pinned();
+    let cached = Some(pinned.snapshot()).filter(|dir| has_all(dir, &[CONFIG]));
     let repository = match &cached {
         Some(dir) if has_all(dir, files) => return Ok(dir.clone()),
-        Some(dir) => repository.at(dir),
+        Some(_) => pinned,
         None => repository,
     };
     repository
         .fetch("directory", download, || cached.clone())
         .with_context(|| name.display().to_string())
-}
-
-/// The revision of a snapshot.
-fn revision(snapshot: &Path) -> String {
-    let name = snapshot.file_name().unwrap_or_default();
-    name.to_string_lossy().into_owned()
 }
 
 fn recorded(repository: &Repository) -> BTreeSet<String> {
@@ -223,10 +219,10 @@ fn recorded(repository: &Repository) -> BTreeSet<String> {
         .unwrap_or_default()
 }
 
-/// Writes down that all of a snapshot is there. Not in a cache that cannot be written to.
-fn record(repository: &Repository, snapshot: &Path) {
+/// Writes down that all of a revision is there. Not in a cache that cannot be written to.
+fn record(repository: &Repository, revision: &str) {
     let mut revisions = recorded(repository);
-    revisions.insert(revision(snapshot));
+    revisions.insert(revision.into());
     if let Ok(json) = serde_json::to_vec(&revisions) {
         let _ = fs::write(repository.directory().join(WHOLE_FILE), json);
     }

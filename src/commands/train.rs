@@ -35,7 +35,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 fn fine_tune(mut config: TrainConfig) -> anyhow::Result<()> {
     let placement = super::open(config.device, config.compute_dtype)?;
     super::data_sources::prepare(&mut config)?;
-    super::models::prepare(&mut config)?;
+    super::models::find(&mut config.model_name_or_path, &mut config.adapter)?;
     let mut trainer = Trainer::new(config, &placement)?;
     let outcome = train(&mut trainer)?;
     let output_dir = &trainer.config().output_dir;

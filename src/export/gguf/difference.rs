@@ -88,7 +88,7 @@ fn shown(value: &Json) -> String {
     }
 }
 
-/// The differences of a file from what is `expected` of it. A key that is not there stands for its `default`.
+/// The differences of a file from what is `expected` of it.
 pub(super) fn differences<'a>(
     expected: impl Iterator<Item = (&'a str, &'a Value)>,
     found: impl Fn(&str) -> Option<Json>,
