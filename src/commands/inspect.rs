@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use qlora::data::{Tokenizer, data_files};
-use qlora::store::{AtomicFile, text_config};
+use qlora::store::{ADAPTER_CONFIG_FILE, AtomicFile, text_config};
 use qlora::train::{BatchPlan, RunData, TrainConfig};
 use serde_json::Value;
 
@@ -79,8 +79,7 @@ pub fn run(mut args: Args) -> anyhow::Result<()> {
         };
     }
     let has = |name: &str| args.path.join(name).exists();
-    let is_weights =
-        weights::is_gguf(&args.path) || has("config.json") || has("adapter_config.json");
+    let is_weights = weights::is_gguf(&args.path) || has("config.json") || has(ADAPTER_CONFIG_FILE);
     if is_weights || (args.path.is_dir() && data_files(&args.path).is_err()) {
         if args.html.is_some() {
             bail!("--html is for data, which {} is not", args.path.display());

@@ -9,18 +9,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use qlora::model::{DecoderConfig, Module};
-use qlora::store::{INITIAL_ADAPTER, hub_snapshot};
+use qlora::store::{
+    ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, INDEX_FILE, INITIAL_ADAPTER, INITIALIZATION_FILE,
+    MATRIX_DROPOUT_FILE, SINGLE_FILE, hub_snapshot, read_json, shard_names,
+};
 use qlora::train::TrainConfig;
 use serde_json::Value;
 
 use super::hub::{self, Online, Repository};
 
 const CONFIG: &str = "config.json";
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER: &str = "tokenizer.json";
-const ADAPTER_CONFIG: &str = "adapter_config.json";
-const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 /// Beside the snapshots of a repository in the hub's cache: the revisions of which all is there.
 const WHOLE_FILE: &str = "qlora-whole.json";
 
@@ -40,7 +39,7 @@ const BESIDE_MODEL: [&str; 11] = [
 ];
 
 /// The same of an adapter: what this program writes there.
-const BESIDE_ADAPTER: [&str; 2] = ["initialization.json", "lora_matrix_dropout.json"];
+const BESIDE_ADAPTER: [&str; 2] = [INITIALIZATION_FILE, MATRIX_DROPOUT_FILE];
 
 /// Replaces the names of a model and of an adapter by their directories.
 pub fn find(model: &mut PathBuf, adapter: &mut Option<PathBuf>) -> anyhow::Result<()> {
@@ -82,7 +81,7 @@ pub fn adapter_dir(name: &Path) -> anyhow::Result<PathBuf> {
     let Some(repository) = on_the_hub(name)? else {
         return Ok(name.to_path_buf());
     };
-    let has_adapter = |dir: &Path| has_all(dir, &[ADAPTER_CONFIG, ADAPTER_WEIGHTS]);
+    let has_adapter = |dir: &Path| has_all(dir, &[ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE]);
     whole_dir(&repository, has_adapter, download_adapter)
         .with_context(|| name.display().to_string())
 }
@@ -132,10 +131,10 @@ pub fn skipped_linears(dir: &Path, config: &DecoderConfig) -> anyhow::Result<Vec
 /// Whether a directory has the weights of a model, all of them.
 pub fn has_model(dir: &Path) -> bool {
     let has_shards = || {
-        let shards = read_json(&dir.join(INDEX)).and_then(|index| shards(&index));
+        let shards = shard_names(&dir.join(INDEX_FILE));
         shards.is_ok_and(|shards| shards.iter().all(|shard| dir.join(shard).exists()))
     };
-    has_all(dir, &[CONFIG]) && (dir.join(WEIGHTS).exists() || has_shards())
+    has_all(dir, &[CONFIG]) && (dir.join(SINGLE_FILE).exists() || has_shards())
 }
 
 /// Whether a name is one of the hub, and nothing that is here.
@@ -230,16 +229,16 @@ fn record(repository: &Repository, revision: &str) {
 
 fn download_model(online: &Online) -> anyhow::Result<PathBuf> {
     let has = |name: &str| online.files.contains_key(Path::new(name));
-    if !has(WEIGHTS) && !has(INDEX) {
+    if !has(SINGLE_FILE) && !has(INDEX_FILE) {
         bail!("{} has no weights in safetensors", online.name);
     }
     download_beside(online, &[INITIAL_ADAPTER], &[])?;
     let dir = download_beside_model(online)?;
-    if has(WEIGHTS) {
-        return online.fetch(Path::new(WEIGHTS));
+    if has(SINGLE_FILE) {
+        return online.fetch(Path::new(SINGLE_FILE));
     }
-    let index = online.fetch(Path::new(INDEX))?.join(INDEX);
-    for shard in shards(&read_json(&index)?)? {
+    let index = online.fetch(Path::new(INDEX_FILE))?.join(INDEX_FILE);
+    for shard in shard_names(&index)? {
         online.fetch(Path::new(&shard))?;
     }
     Ok(dir)
@@ -256,15 +255,15 @@ fn download_beside_model(online: &Online) -> anyhow::Result<PathBuf> {
 }
 
 fn download_adapter(online: &Online) -> anyhow::Result<PathBuf> {
-    if !online.files.contains_key(Path::new(ADAPTER_WEIGHTS)) {
+    if !online.files.contains_key(Path::new(ADAPTER_WEIGHTS_FILE)) {
         bail!(
-            "{} has no {ADAPTER_WEIGHTS}; an adapter_model.bin is not read, save the adapter as safetensors with PEFT",
+            "{} has no {ADAPTER_WEIGHTS_FILE}; an adapter_model.bin is not read, save the adapter as safetensors with PEFT",
             online.name
         );
     }
     download_beside(online, &BESIDE_ADAPTER, &[])?;
-    online.fetch(Path::new(ADAPTER_CONFIG))?;
-    online.fetch(Path::new(ADAPTER_WEIGHTS))
+    online.fetch(Path::new(ADAPTER_CONFIG_FILE))?;
+    online.fetch(Path::new(ADAPTER_WEIGHTS_FILE))
 }
 
 fn download_beside(online: &Online, beside: &[&str], but: &[&str]) -> anyhow::Result<()> {
@@ -276,20 +275,4 @@ fn download_beside(online: &Online, beside: &[&str], but: &[&str]) -> anyhow::Re
         }
     }
     Ok(())
-}
-
-/// The files that an index names.
-fn shards(index: &Value) -> anyhow::Result<BTreeSet<String>> {
-    let map = index["weight_map"].as_object();
-    let shards = map.context("the index has no `weight_map`")?.values();
-    let name = |shard: &Value| Some(shard.as_str()?.to_string());
-    shards
-        .map(name)
-        .collect::<Option<_>>()
-        .context("`weight_map` has a value that is no name")
-}
-
-fn read_json(path: &Path) -> anyhow::Result<Value> {
-    let text = fs::read(path).with_context(|| path.display().to_string())?;
-    serde_json::from_slice(&text).with_context(|| path.display().to_string())
 }

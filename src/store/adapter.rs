@@ -18,8 +18,10 @@ use super::tensor_names::module_path;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
 
-pub(super) const CONFIG_FILE: &str = "adapter_config.json";
-pub(super) const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// In the directory of an adapter, what it is and what it is of.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// In the directory of an adapter, its tensors.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// How the names of an adapter's tensors begin, before the path of the module.
 pub const PREFIX: &str = "base_model.model.";
 /// How the names of A, B and the magnitude of a layer end, and that of the weight of a module that is trained whole.

@@ -3,7 +3,7 @@
 //! Source: the layout `transformers` writes with `save_pretrained`.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
@@ -15,8 +15,10 @@ use super::tensor_names::name_in_files;
 use crate::quant::{DenseTensor, FrozenWeight};
 use crate::{Error, Result};
 
-pub(super) const SINGLE_FILE: &str = "model.safetensors";
-pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The weights of a model that are in one file.
+pub const SINGLE_FILE: &str = "model.safetensors";
+/// In which shards the tensors of a model are.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// The config of the language model in that of a model which also sees images.
 pub const TEXT_CONFIG: &str = "text_config";
@@ -202,9 +204,7 @@ fn open_single(path: &Path) -> Result<Mapped> {
 
 fn open_shards(dir: &Path, index: &Path) -> Result<Mapped> {
     let weight_map = read_weight_map(index)?;
-    let mut shard_names: Vec<&String> = weight_map.values().collect();
-    shard_names.sort();
-    shard_names.dedup();
+    let shard_names: BTreeSet<&String> = weight_map.values().collect();
     let mut files = Vec::with_capacity(shard_names.len());
     let mut places: BTreeMap<String, usize> = BTreeMap::new();
     for (place, shard) in shard_names.into_iter().enumerate() {
@@ -239,6 +239,14 @@ fn open_shards(dir: &Path, index: &Path) -> Result<Mapped> {
         return Err(Error::malformed(index, reason));
     }
     Ok((files, places))
+}
+
+/// The names of the shards that the index file `index` names.
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::Malformed`] if it is no index.
+pub fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    Ok(read_weight_map(index)?.into_values().collect())
 }
 
 fn read_weight_map(index: &Path) -> Result<BTreeMap<String, String>> {
@@ -306,8 +314,11 @@ pub(super) fn refuse_file(dir: &Path) -> Result<()> {
     }
 }
 
-/// Parses a JSON file.
-pub(super) fn read_json(path: &Path) -> Result<Value> {
+/// What is in a file of JSON.
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::Malformed`] if it is none.
+pub fn read_json(path: &Path) -> Result<Value> {
     let text = std::fs::read(path).map_err(Error::io(path))?;
     serde_json::from_slice(&text)
         .map_err(|error| Error::malformed(path, format!("is not valid JSON: {error}")))

@@ -15,7 +15,8 @@ use crate::{Error, Result};
 /// The directory of the adapter that a 4-bit model was initialized with, within the model's.
 pub const INITIAL_ADAPTER: &str = "initial_adapter";
 
-const FILE: &str = "initialization.json";
+/// In the directory of an adapter, how it was made together with the weights below it.
+pub const FILE: &str = "initialization.json";
 
 /// Which weights an adapter is a change of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

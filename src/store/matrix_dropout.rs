@@ -10,7 +10,8 @@ use super::atomic::AtomicFile;
 use super::manifest::ManifestWriter;
 use crate::{Error, Result};
 
-const FILE: &str = "lora_matrix_dropout.json";
+/// In the directory of an adapter, the settings of its matrix dropout.
+pub const FILE: &str = "lora_matrix_dropout.json";
 
 /// Whether a masked adapter makes up for what it lacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

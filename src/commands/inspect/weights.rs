@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::bail;
 use qlora::quant::{Absmax, FrozenWeight};
 use qlora::store::{
-    Adapter, AdapterConfig, Checkpoint, GgufFile, MatrixDropoutSettings, TargetModules, text_config,
+    ADAPTER_CONFIG_FILE, Adapter, AdapterConfig, Checkpoint, GgufFile, MatrixDropoutSettings,
+    TargetModules, text_config,
 };
 use serde_json::{Value, json};
 
@@ -61,7 +62,7 @@ impl Contents {
         let (kind, groups) = if is_gguf(path) {
             let file = GgufFile::open(path)?;
             (Kind::Gguf(metadata(&file)), gguf_groups(&file))
-        } else if path.join("adapter_config.json").exists() {
+        } else if path.join(ADAPTER_CONFIG_FILE).exists() {
             let adapter = Adapter::read(path)?;
             let groups = adapter_groups(&adapter);
             let matrix_dropout = MatrixDropoutSettings::read(path)?;

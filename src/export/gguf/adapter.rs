@@ -12,10 +12,10 @@ use super::writer::{Change, GgufWriter, Metadata, TensorInfo, Value};
 use super::{GgufBase, GgufReport, GgufType};
 use crate::model::{DecoderConfig, ModelTensor, Module, expect_stored};
 use crate::quant::DenseTensor;
-use crate::store::{Adapter, AdapterConfig, LORA_A, LORA_B, adapter_tensor_name};
+use crate::store::{
+    ADAPTER_CONFIG_FILE, Adapter, AdapterConfig, LORA_A, LORA_B, adapter_tensor_name,
+};
 use crate::{Error, Result};
-
-const CONFIG_FILE: &str = "adapter_config.json";
 
 /// The factors of a module: `a: [r, in]`, `b: [out, r]`.
 struct Factors<'a> {
@@ -81,7 +81,7 @@ pub fn write_gguf_adapter(
 fn refuse_unsayable(config: &AdapterConfig) -> Result<()> {
     let refuse = |field: &str, value: String| {
         Err(Error::UnsupportedModel {
-            path: CONFIG_FILE.into(),
+            path: ADAPTER_CONFIG_FILE.into(),
             field: field.into(),
             value,
             hint: "an adapter file of llama.cpp cannot say that; export the merged model instead"

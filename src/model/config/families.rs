@@ -88,10 +88,16 @@ fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig>
     Ok(decoder)
 }
 
-fn llama(fields: &mut Fields) -> Result<DecoderConfig> {
-    let mut decoder = decoder(fields, Defaults::new(2048))?;
+/// Biases on all four of the attention's products, or on none.
+fn attention_bias(fields: &mut Fields, decoder: &mut DecoderConfig) -> Result<()> {
     decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
     decoder.o_bias = decoder.qkv_bias;
+    Ok(())
+}
+
+fn llama(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut decoder = decoder(fields, Defaults::new(2048))?;
+    attention_bias(fields, &mut decoder)?;
     decoder.mlp_bias = fields.optional("mlp_bias")?.unwrap_or(false);
     Ok(decoder)
 }
@@ -149,8 +155,7 @@ fn with_head_norms(fields: &mut Fields, mut defaults: Defaults) -> Result<Decode
     defaults.num_kv_heads = Some(32);
     defaults.head_dim = Some(128);
     let mut decoder = decoder(fields, defaults)?;
-    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
-    decoder.o_bias = decoder.qkv_bias;
+    attention_bias(fields, &mut decoder)?;
     decoder.qk_norm = Some(QkNorm::Head);
     Ok(decoder)
 }
@@ -162,8 +167,7 @@ fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
     defaults.tie_word_embeddings = true;
     defaults.rope_theta = 2_000_000.0;
     let mut decoder = decoder(fields, defaults)?;
-    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
-    decoder.o_bias = decoder.qkv_bias;
+    attention_bias(fields, &mut decoder)?;
     decoder.mlp_bias = fields.optional("mlp_bias")?.unwrap_or(false);
     // The family's configs have it, its models do not ask for it.
     fields.ignore(&["max_window_layers"]);
@@ -213,8 +217,7 @@ fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
     let mut decoder = decoder(fields, defaults)?;
     let activation = activation(fields, "hidden_activation")?;
     decoder.activation = activation.unwrap_or(Activation::GeluTanh);
-    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
-    decoder.o_bias = decoder.qkv_bias;
+    attention_bias(fields, &mut decoder)?;
     decoder.qk_norm = Some(QkNorm::Head);
     decoder.branch_norms = true;
     decoder.norms_less_one = true;
@@ -275,8 +278,7 @@ fn olmo3(fields: &mut Fields) -> Result<DecoderConfig> {
 /// Norms after the attention and the MLP in place of those before, and on all heads of a token together.
 fn olmo(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
     let mut decoder = decoder(fields, defaults)?;
-    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(false);
-    decoder.o_bias = decoder.qkv_bias;
+    attention_bias(fields, &mut decoder)?;
     decoder.qk_norm = Some(QkNorm::Token);
     decoder.input_norms = false;
     decoder.branch_norms = true;
