@@ -11,7 +11,7 @@ set -euo pipefail
 kit=$(cd "$(dirname "$0")" && pwd)
 all_steps=(kernels gpu dropout matrix_dropout optimizer neftune streaming host_memory bench-kernels speed-llama-110m speed-llama3-8b demo)
 # Asked for by name: the models of the paper and long contexts, within limits of memory. The largest writes 35 GB to TMPDIR.
-large_steps=(paper-33b paper-65b paper-65b-24 paper-65b-16 context-8b-24 context-8b-48 context-8b-80 context-70b-48 speed-llama-33b speed-llama-65b)
+large_steps=(paper-33b paper-65b paper-65b-24 paper-65b-16 context-8b-24 context-8b-48 context-8b-80 context-70b-48 speed-llama-33b speed-llama-65b speed-llama-65b-24)
 libraries=(libcuda.so.1 libcublas.so.13 libcublasLt.so.13 libcurand.so.10 libnvrtc.so.13)
 
 usage() {
@@ -34,6 +34,8 @@ command_of() {
     context-70b-48) memory_of llama3-70b 32 12106 48GB 1 ;;
     speed-llama3-8b) speed_of llama3-8b 8192 ;;
     speed-llama-110m) speed_of llama-110m 256 ;;
+    # So many micro-batches pass through a block that its weights, which come over the bus, are there in time.
+    speed-llama-65b-24) speed_of llama-65b 512 --vram_limit 24GB --gradient_accumulation_steps 16 --optim paged_adamw_32bit ;;
     speed-*) speed_of "${1#speed-}" 512 ;;
     demo) command=("$kit/bin/qlora" demo --device cuda --out "$results/demo" --json) ;;
     *) usage ;;
@@ -46,9 +48,9 @@ memory_of() {
     --optim paged_adamw_32bit --max_steps "$5" --synthetic_dir "$models/$1" --json)
 }
 
-# The speed of a model: shape and tokens.
+# The speed of a model: shape, tokens, and what else is asked for.
 speed_of() {
-  command=("$kit/bin/qlora" bench speed --device cuda --shape "$1" --max_seq_len "$2" --synthetic_dir "$models/$1" --json)
+  command=("$kit/bin/qlora" bench speed --device cuda --shape "$1" --max_seq_len "$2" --synthetic_dir "$models/$1" --json "${@:3}")
 }
 
 # Folders in which CUDA's libraries often are, beside those that the system searches.

@@ -187,10 +187,18 @@ impl Bench {
         })
     }
 
+    /// Random values: products of equal ones take less power, and are up to an eighth faster for it.
+    fn random_weight(&self, d_out: usize, d_in: usize) -> anyhow::Result<DenseTensor> {
+        let values = Tensor::randn(0f32, 0.01, (d_out, d_in), &self.placement.device)?;
+        let values = values.to_dtype(DType::BF16)?.flatten_all()?;
+        Ok(DenseTensor::from_bf16(
+            vec![d_out, d_in],
+            &values.to_vec1::<half::bf16>()?,
+        ))
+    }
+
     fn dense_weight(&self, d_out: usize, d_in: usize) -> anyhow::Result<Weight> {
-        let values = vec![half::bf16::from_f32(0.01); d_out * d_in];
-        let weight = DenseTensor::from_bf16(vec![d_out, d_in], &values);
-        let weight = FrozenWeight::Dense(weight);
+        let weight = FrozenWeight::Dense(self.random_weight(d_out, d_in)?);
         if !self.placement.uses_kernels() {
             return Ok(Weight::on_host(weight, self.placement.compute_dtype));
         }
@@ -205,8 +213,7 @@ impl Bench {
         }
         let shape = [args.hidden_size, mlp_width(args.hidden_size)];
         let elements = shape[0] * shape[1];
-        let values = vec![half::bf16::from_f32(0.01); elements];
-        let dense = DenseTensor::from_bf16(shape.to_vec(), &values);
+        let dense = self.random_weight(shape[0], shape[1])?;
         let params = Params4bit::quantize("weight", &dense, QuantizeOptions::default())?;
         let read = params.nbytes();
         let cache = std::sync::Arc::new(DenseCache::new(&[elements], &self.placement.device)?);

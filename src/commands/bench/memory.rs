@@ -123,6 +123,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "shape_name": prepared.shape_name(),
             "max_seq_len": config.longest_sequence(),
             "per_device_train_batch_size": config.per_device_train_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "lora_r": trainer.workload().largest_rank(),
             "optim": config.optim,
             "vram_limit": config.vram_limit.map(|limit| limit.0),

@@ -40,6 +40,11 @@ fn row(result: &Value) -> Option<String> {
         None => "unknown".into(),
     };
     let machine = &result["machine"];
+    let limit = &result["vram_limit"];
+    let within = match limit.is_null() {
+        true => String::new(),
+        false => format!("within {}", gigabytes(limit)),
+    };
     let (speed, share, memory, planned) = match result["bench"].as_str()? {
         "speed" => (
             format!("{:.0}", result["tokens_per_second"].as_f64()?),
@@ -48,22 +53,21 @@ fn row(result: &Value) -> Option<String> {
                 100.0 * result["share_of_compute_floor"].as_f64()?
             ),
             gigabytes(&result["peak_memory_bytes"]),
-            String::new(),
+            within,
         ),
-        "memory" => {
-            let limit = &result["vram_limit"];
-            let within = match limit.is_null() {
-                true => String::new(),
-                false => format!(" within {}", gigabytes(limit)),
-            };
-            (
-                speed_of_last_step(result).unwrap_or_default(),
-                String::new(),
-                gigabytes(&result["measured_bytes"]),
-                gigabytes(&result["planned_bytes"]) + &within,
-            )
-        }
+        "memory" => (
+            speed_of_last_step(result).unwrap_or_default(),
+            String::new(),
+            gigabytes(&result["measured_bytes"]),
+            format!("{} {within}", gigabytes(&result["planned_bytes"]))
+                .trim_end()
+                .to_string(),
+        ),
         _ => return None,
+    };
+    let micro_batches = match result["gradient_accumulation_steps"].as_u64() {
+        Some(n) if n > 1 => format!(", {n} micro-batches"),
+        _ => String::new(),
     };
     let dropout = match result["lora_dropout"].as_f64() {
         Some(p) if p > 0.0 => format!(", dropout {p}"),
@@ -78,7 +82,7 @@ fn row(result: &Value) -> Option<String> {
         activations = format!("{activations}; {}", text(elsewhere)?);
     }
     Some(format!(
-        "| {} | {} x {} | {}{dropout} | {activations} | {speed} | {share} | {memory} | {planned} | {}, {} threads, {} |",
+        "| {} | {} x {}{micro_batches} | {}{dropout} | {activations} | {speed} | {share} | {memory} | {planned} | {}, {} threads, {} |",
         text(&result["shape_name"])?,
         result["per_device_train_batch_size"].as_u64()?,
         result["max_seq_len"].as_u64()?,
