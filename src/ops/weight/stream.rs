@@ -12,6 +12,8 @@ use std::thread::JoinHandle;
 
 use bytes::Bytes;
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::OP;
 use crate::device::{self, Marker, PinnedMemory, Runtime};
@@ -21,8 +23,8 @@ use crate::{Error, Result};
 const STAGE_BYTES: usize = 64 << 20;
 /// One is filled while the others are copied from.
 const STAGES: usize = 3;
-/// Threads that fill it: one alone reads the memory map at a fraction of what the bus takes.
-const COPY_THREADS: usize = 4;
+/// Threads that fill it, at most half of all: one alone reads the memory map at a fraction of what the bus takes.
+const MOST_COPY_THREADS: usize = 8;
 /// Where the parts of a block begin in its slot: for wide accesses of kernels.
 const ALIGNMENT: usize = 256;
 
@@ -129,6 +131,7 @@ impl Slots {
             blocks: self.blocks,
             stages,
             next_stage: 0,
+            copy_threads: copy_threads()?,
             shared: Arc::clone(&shared),
         };
         let thread = std::thread::Builder::new().name("weights".into());
@@ -313,6 +316,7 @@ struct Loader {
     blocks: Vec<BlockBytes>,
     stages: Vec<Stage>,
     next_stage: usize,
+    copy_threads: ThreadPool,
     shared: Arc<Shared>,
 }
 
@@ -358,7 +362,8 @@ impl Loader {
                     self.runtime.wait_on_host(&copy)?;
                 }
                 let staged = &mut stage.memory.bytes_mut()[..bytes.len()];
-                copy_in_parallel(bytes, staged);
+                self.copy_threads
+                    .install(|| copy_in_parallel(bytes, staged));
                 let to = slot + (start + piece * STAGE_BYTES) as u64;
                 // SAFETY: the slot has room for the block, and the stage is not written before this copy is through.
                 let copy = unsafe { self.runtime.copy(staged, to, request.after.as_ref())? };
@@ -370,18 +375,20 @@ impl Loader {
     }
 }
 
+/// Threads of their own: one of the usual pool may be the one that waits for a block.
+fn copy_threads() -> Result<ThreadPool> {
+    let half = rayon::current_num_threads().div_ceil(2);
+    ThreadPoolBuilder::new()
+        .num_threads(half.min(MOST_COPY_THREADS))
+        .thread_name(|number| format!("weights {number}"))
+        .build()
+        .map_err(|e| Error::Train(format!("starting threads: {e}")))
+}
+
 fn copy_in_parallel(from: &[u8], to: &mut [u8]) {
-    /// Less is copied before a thread has started.
-    const SMALLEST: usize = 1 << 20;
-    let piece = from.len().div_ceil(COPY_THREADS).max(SMALLEST);
-    let mut pieces = to.chunks_mut(piece).zip(from.chunks(piece));
-    let own = pieces.next();
-    std::thread::scope(|scope| {
-        for (to, from) in pieces {
-            scope.spawn(move || to.copy_from_slice(from));
-        }
-        if let Some((to, from)) = own {
-            to.copy_from_slice(from);
-        }
-    });
+    /// Less is copied before another thread has begun.
+    const PIECE: usize = 1 << 20;
+    to.par_chunks_mut(PIECE)
+        .zip(from.par_chunks(PIECE))
+        .for_each(|(to, from)| to.copy_from_slice(from));
 }
