@@ -10,8 +10,10 @@ set -euo pipefail
 
 kit=$(cd "$(dirname "$0")" && pwd)
 all_steps=(kernels gpu dropout matrix_dropout optimizer neftune streaming host_memory bench-kernels speed-llama-110m speed-llama3-8b demo)
-# Asked for by name: the models of the paper and long contexts, within limits of memory. The largest writes 35 GB to TMPDIR.
-large_steps=(paper-33b paper-65b paper-65b-24 paper-65b-16 context-8b-24 context-8b-48 context-8b-80 context-70b-48 speed-llama-33b speed-llama-65b speed-llama-65b-24)
+# Asked for by name: the models of the paper and long contexts, within limits of memory, and speeds. The largest writes 35 GB to TMPDIR.
+large_steps=(paper-33b paper-65b paper-65b-24 paper-65b-16 context-8b-24 context-8b-48 context-8b-80 context-70b-48
+  speed-llama3-8b-recompute speed-llama3-8b-dropout speed-llama3-8b-4x2048 speed-llama3-8b-512 speed-llama-33b speed-llama-65b
+  speed-llama-65b-24)
 libraries=(libcuda.so.1 libcublas.so.13 libcublasLt.so.13 libcurand.so.10 libnvrtc.so.13)
 
 usage() {
@@ -33,6 +35,10 @@ command_of() {
     context-8b-80) memory_of llama3-8b 32 342733 80GB 1 ;;
     context-70b-48) memory_of llama3-70b 32 12106 48GB 1 ;;
     speed-llama3-8b) speed_of llama3-8b 8192 ;;
+    speed-llama3-8b-recompute) speed_of llama3-8b 8192 --gradient_checkpointing true ;;
+    speed-llama3-8b-dropout) speed_of llama3-8b 8192 --lora_dropout 0.05 ;;
+    speed-llama3-8b-4x2048) speed_of llama3-8b 2048 --per_device_train_batch_size 4 ;;
+    speed-llama3-8b-512) speed_of llama3-8b 512 ;;
     speed-llama-110m) speed_of llama-110m 256 ;;
     # So many micro-batches pass through a block that its weights, which come over the bus, are there in time.
     speed-llama-65b-24) speed_of llama-65b 512 --vram_limit 24GB --gradient_accumulation_steps 16 --optim paged_adamw_32bit ;;
@@ -134,7 +140,7 @@ run_step() {
   log=$(tail -q -n 60 "$results/$step.err" <(if [ "$output" = null ]; then cat "$results/$step.out"; fi) | json_string)
   objects+=("$(printf '{"step":"%s","command":%s,"status":%s,"seconds":%s,"output":%s,"log":%s}' "$step" \
     "$(printf '%s' "${command[*]#"$kit/"}" | json_string)" "$status" "$seconds" "$output" "$log")")
-  table+=("$(printf '%-18s %-6s %9s s  %s' "$step" "$(if [ "$status" -eq 0 ]; then echo ok; else echo FAILED; fi)" "$seconds" "${says:0:150}")")
+  table+=("$(printf '%-26s %-6s %9s s  %s' "$step" "$(if [ "$status" -eq 0 ]; then echo ok; else echo FAILED; fi)" "$seconds" "${says:0:150}")")
   if [ "$status" -ne 0 ]; then failed=1; fi
 }
 
