@@ -181,7 +181,7 @@ fn inspect(home: &Path, name: &str) -> Command {
     qlora(home, &["inspect", name, "--json"])
 }
 
-fn rows(mut command: Command) -> Value {
+fn rows(command: &mut Command) -> Value {
     let output = command.assert().success();
     let found: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
     found["rows"].clone()
@@ -196,7 +196,7 @@ fn a_data_set_is_downloaded_once_and_then_taken_from_the_cache() {
     let online = || {
         let mut command = inspect(home.path(), "org/rows");
         command.env("HF_ENDPOINT", &hub.endpoint);
-        rows(command)
+        rows(&mut command)
     };
     assert_eq!(online(), expected);
     assert_eq!(hub.files(), ["data/train.jsonl"]);
@@ -209,10 +209,10 @@ fn a_data_set_is_downloaded_once_and_then_taken_from_the_cache() {
 
     let mut offline = inspect(home.path(), "org/rows");
     offline.env("HF_HUB_OFFLINE", "1");
-    assert_eq!(rows(offline), expected);
+    assert_eq!(rows(&mut offline), expected);
     let mut without_network = inspect(home.path(), "org/rows");
     without_network.env("HF_ENDPOINT", "http://127.0.0.1:9");
-    assert_eq!(rows(without_network), expected);
+    assert_eq!(rows(&mut without_network), expected);
 }
 
 #[test]
@@ -240,8 +240,8 @@ fn a_data_set_of_which_a_part_is_missing_is_not_taken_from_the_cache() {
         };
         command
     };
-    rows(part("org/parts/train-1.jsonl", Some(&hub.endpoint)));
-    rows(part("org/parts/train-1.jsonl", None));
+    rows(&mut part("org/parts/train-1.jsonl", Some(&hub.endpoint)));
+    rows(&mut part("org/parts/train-1.jsonl", None));
     let whole = part("org/parts", None).assert().failure();
     whole.stderr(contains("or not whole"));
 }
@@ -262,7 +262,7 @@ fn a_data_set_that_cannot_be_brought_up_to_date_is_taken_as_it_is() {
             Some(endpoint) => command.env("HF_ENDPOINT", endpoint),
             None => command.env("HF_HUB_OFFLINE", "1"),
         };
-        let found = rows(command);
+        let found = rows(&mut command);
         assert_eq!(*expected.get_or_insert(found.clone()), found);
     }
 }
@@ -534,6 +534,47 @@ fn all_of_a_model_is_of_one_revision_and_nothing_is_fetched_twice() {
         .success();
 }
 
+#[test]
+fn another_revision_than_main_is_asked_for_by_its_name() {
+    let other = REVISION.replace('0', "f");
+    let at = |name: &str, revision: &str, files: &[(&str, Vec<u8>)]| {
+        let of_main = format!("/api/{name}/revision/main?blobs=true");
+        let mut answers = repository(name, &other, &[], files);
+        let info = answers.remove(&of_main).unwrap();
+        answers.insert(of_main.replace("main", revision), info);
+        answers
+    };
+    let train = [("data/train.jsonl", TRAIN.into())];
+    let hub = Hub::of(
+        at("models/org/model", "refs%2Fpr%2F3", &model_files())
+            .into_iter()
+            .chain(at("datasets/org/rows", "v1.0", &train))
+            .collect(),
+    );
+    let home = tempfile::tempdir().unwrap();
+    for (variable, value) in [
+        ("HF_ENDPOINT", hub.endpoint.as_str()),
+        ("HF_HUB_OFFLINE", "1"),
+    ] {
+        let mut model = eval(home.path(), "org/model@refs/pr/3");
+        model.env(variable, value).assert().success();
+        let mut data = inspect(home.path(), "org/rows@v1.0/data");
+        assert_eq!(rows(data.env(variable, value)).as_array().unwrap().len(), 2);
+        // `main` is another.
+        let mut main = eval(home.path(), "org/model");
+        main.env(variable, value).assert().failure();
+        let mut main = inspect(home.path(), "org/rows");
+        main.env(variable, value).assert().failure();
+    }
+    for name in [
+        "models--org--model/refs/refs/pr/3",
+        "datasets--org--rows/refs/v1.0",
+    ] {
+        let commit = fs::read_to_string(home.path().join("hub").join(name)).unwrap();
+        assert_eq!(commit, other, "{name}");
+    }
+}
+
 /// Others fetch what they read of it.
 #[test]
 fn a_model_that_another_program_has_fetched_is_completed_once() {
@@ -654,7 +695,7 @@ fn what_cannot_be_had_is_told_before_weights_are_downloaded() {
         ("org/outside", "is no name of a file"),
         (
             "org/unknown",
-            "there is none of that name, or it is private",
+            "there is none of that name or revision, or it is private",
         ),
         ("org/gated", "its terms have to be accepted"),
     ] {

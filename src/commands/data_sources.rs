@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use qlora::data::{data_files, training_files};
 use qlora::train::TrainConfig;
 
-use super::hub::{self, Online, Repository};
+use super::hub::{self, Name, Online, Repository};
 
 /// Tokenizing less than this takes a moment, and is not kept unless that is asked for.
 const SMALLEST_KEPT_BYTES: u64 = 16 << 20;
@@ -86,15 +86,16 @@ pub fn resolve(name: &Path) -> anyhow::Result<PathBuf> {
 /// A data set on the hub, or a file or directory of it.
 #[derive(Debug, PartialEq, Eq)]
 struct Location {
-    repository: String,
+    repository: Name,
     part: String,
 }
 
 impl Location {
-    /// Reads `organization/name` or `organization/name/part/of/it`; `None` for what cannot be one.
+    /// Reads `organization/name` or `organization/name/part/of/it`, with `@revision` behind the name or without; `None` for what
+    /// cannot be one.
     fn parse(text: &str) -> Option<Self> {
         let (repository, part) = hub::split_name(text)?;
-        let is_file = part.is_empty() && qlora::data::is_data_file(Path::new(&repository));
+        let is_file = part.is_empty() && qlora::data::is_data_file(Path::new(text));
         (!is_file).then(|| Self {
             repository,
             part: part.to_string(),
@@ -113,7 +114,7 @@ impl Location {
         let names: Vec<PathBuf> = names.filter(|name| name.starts_with(&self.part)).collect();
         let files = training_files(&names);
         if files.is_empty() {
-            bail!("{} has no data files that can be read", self.repository);
+            bail!("{} has no data files that can be read", self.repository.id);
         }
         self.record(directory, &online.revision, &files);
         let mut snapshot = PathBuf::new();
@@ -174,20 +175,33 @@ mod tests {
 
     #[test]
     fn names_on_the_hub_are_told_from_paths() {
-        let location = |repository: &str, part: &str| {
-            Some(Location {
-                repository: repository.into(),
-                part: part.into(),
-            })
-        };
-        assert_eq!(
-            Location::parse("tatsu-lab/alpaca"),
-            location("tatsu-lab/alpaca", "")
-        );
-        assert_eq!(
-            Location::parse("laion/OIG/unified_chip2.jsonl"),
-            location("laion/OIG", "unified_chip2.jsonl")
-        );
+        for (text, id, revision, part) in [
+            ("tatsu-lab/alpaca", "tatsu-lab/alpaca", "main", ""),
+            (
+                "laion/OIG/unified_chip2.jsonl",
+                "laion/OIG",
+                "main",
+                "unified_chip2.jsonl",
+            ),
+            ("a/b@v1.0", "a/b", "v1.0", ""),
+            ("a/b@v1.0/data/train", "a/b", "v1.0", "data/train"),
+            ("a/b@refs/pr/3", "a/b", "refs/pr/3", ""),
+            (
+                "a/b@refs/convert/parquet/default/train",
+                "a/b",
+                "refs/convert/parquet",
+                "default/train",
+            ),
+            ("a/b@my%2Fbranch/x", "a/b", "my/branch", "x"),
+        ] {
+            let repository = Name {
+                id: id.into(),
+                revision: revision.into(),
+            };
+            let part = part.into();
+            let expected = Location { repository, part };
+            assert_eq!(Location::parse(text), Some(expected), "{text}");
+        }
         for path in [
             "rows.jsonl",
             "data/rows.jsonl",
@@ -197,8 +211,31 @@ mod tests {
             "../a/b",
             "a//b",
             "a b/c",
+            "a/b@2x.jsonl",
         ] {
             assert_eq!(Location::parse(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn revisions_stay_in_the_cache() {
+        for (revision, is_one) in [
+            ("main", true),
+            ("0123abc", true),
+            ("v1.0+cu", true),
+            ("my/branch", true),
+            ("refs/pr/3", true),
+            ("", false),
+            ("..", false),
+            ("/etc", false),
+            ("refs/../../x", false),
+            ("a b", false),
+        ] {
+            let name = Name {
+                id: "a/b".into(),
+                revision: revision.into(),
+            };
+            assert_eq!(Repository::dataset(name).is_ok(), is_one, "{revision}");
         }
     }
 

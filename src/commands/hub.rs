@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use indicatif::ProgressBar;
+use qlora::store::AtomicFile;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use ureq::Agent;
@@ -42,6 +43,14 @@ impl Kind {
     }
 }
 
+/// What a repository is called, `organization/name`, and which of its revisions is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name {
+    pub id: String,
+    /// A commit, or a name for one.
+    pub revision: String,
+}
+
 /// A repository, which may be in the cache.
 #[derive(Clone)]
 pub struct Repository {
@@ -53,34 +62,48 @@ pub struct Repository {
 }
 
 impl Repository {
-    pub fn model(name: String) -> anyhow::Result<Self> {
-        Self::on_main(Kind::Model, name)
+    pub fn model(name: Name) -> anyhow::Result<Self> {
+        Self::new(Kind::Model, name)
     }
 
-    pub fn dataset(name: String) -> anyhow::Result<Self> {
-        Self::on_main(Kind::Dataset, name)
+    pub fn dataset(name: Name) -> anyhow::Result<Self> {
+        Self::new(Kind::Dataset, name)
     }
 
-    fn on_main(kind: Kind, name: String) -> anyhow::Result<Self> {
-        Ok(Self {
+    fn new(kind: Kind, Name { id, revision }: Name) -> anyhow::Result<Self> {
+        let repository = Self {
             kind,
-            name,
+            name: id,
             revision: MAIN.into(),
             cache: cache_dir()?,
-        })
+        };
+        repository.at(&revision)
     }
 
     /// The same at the commit that the revision was when it was last asked for, whatever it will be next.
     pub fn pinned(&self) -> Self {
-        self.at(&self.commit())
-    }
-
-    /// The same at a revision.
-    pub fn at(&self, revision: &str) -> Self {
         Self {
-            revision: revision.into(),
+            revision: self.commit(),
             ..self.clone()
         }
+    }
+
+    /// The same at a revision, which becomes part of paths.
+    ///
+    /// # Errors
+    /// For what Git does not take for the name of one.
+    pub fn at(&self, revision: &str) -> anyhow::Result<Self> {
+        let is_part = |part: &str| {
+            let is_letter = |c: char| !c.is_control() && !" ~^:?*[\\".contains(c);
+            !part.is_empty() && !part.starts_with('.') && part.chars().all(is_letter)
+        };
+        if !revision.split('/').all(is_part) {
+            bail!("{}: {revision:?} is no revision", self.name);
+        }
+        Ok(Self {
+            revision: revision.into(),
+            ..self.clone()
+        })
     }
 
     /// Where the cache has the repository.
@@ -112,8 +135,7 @@ impl Repository {
         if is_set("HF_HUB_OFFLINE") {
             return cached().ok_or_else(|| {
                 anyhow!(
-                    "not a {kind} here, and HF_HUB_OFFLINE is set while {} is not in {}, or not whole",
-                    self.name,
+                    "not a {kind} here, and HF_HUB_OFFLINE is set while {self} is not in {}, or not whole",
                     self.cache.display()
                 )
             });
@@ -122,8 +144,7 @@ impl Repository {
             (Ok(path), _) => Ok(path),
             (Err(error), Some(path)) => {
                 super::note(&format!(
-                    "{}: cannot be asked for ({error:#}), the copy in {} is used",
-                    self.name,
+                    "{self}: cannot be asked for ({error:#}), the copy in {} is used",
                     path.display()
                 ));
                 Ok(path)
@@ -131,8 +152,7 @@ impl Repository {
             (Err(error), None) => {
                 let hint = hint(&error, kind);
                 Err(error.context(format!(
-                    "not a {kind} here, and {} cannot be fetched from the Hugging Face hub{hint}",
-                    self.name
+                    "not a {kind} here, and {self} cannot be fetched from the Hugging Face hub{hint}",
                 )))
             }
         }
@@ -144,24 +164,28 @@ impl Repository {
     ) -> anyhow::Result<PathBuf> {
         let online = Online::of(self)?;
         let path = download(&online)?;
-        if self.revision == MAIN {
-            // All is there. A cache that cannot be written to has had it before.
-            let _ = self.refer_to(&online.revision);
-        }
+        // All is there. A cache that cannot be written to has had it before.
+        let _ = self.refer_to(&online.revision);
         Ok(path)
     }
 
-    /// Makes a revision the one that was last asked for.
-    fn refer_to(&self, revision: &str) -> io::Result<()> {
-        let refs = self.directory().join("refs");
-        let main = refs.join(MAIN);
-        if fs::read_to_string(&main).is_ok_and(|known| known.trim() == revision) {
+    /// Makes a commit the one that the revision, if it is a name, was when it was last asked for.
+    fn refer_to(&self, commit: &str) -> anyhow::Result<()> {
+        if self.commit() == commit {
             return Ok(());
         }
-        fs::create_dir_all(&refs)?;
-        let written = main.with_extension(PART);
-        fs::write(&written, revision)?;
-        fs::rename(written, main)
+        let name = self.directory().join("refs").join(&self.revision);
+        fs::create_dir_all(name.parent().expect("it has been joined"))?;
+        Ok(AtomicFile::write(name, commit)?)
+    }
+}
+
+impl std::fmt::Display for Repository {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.revision.as_str() {
+            MAIN => f.write_str(&self.name),
+            revision => write!(f, "{}@{revision}", self.name),
+        }
     }
 }
 
@@ -170,7 +194,7 @@ fn hint(error: &anyhow::Error, kind: &str) -> String {
     let mut causes = error.chain();
     match causes.find_map(|cause| cause.downcast_ref::<ureq::Error>()) {
         Some(ureq::Error::StatusCode(401 | 403 | 404)) => {
-            "; there is none of that name, or it is private, or its terms have to be accepted on its page: HF_TOKEN is the \
+            "; there is none of that name or revision, or it is private, or its terms have to be accepted on its page: HF_TOKEN is the \
              token of who may have it"
                 .into()
         }
@@ -231,7 +255,8 @@ impl Online {
             .new_agent();
         let token = token();
         let (plural, name) = (repository.kind.plural(), &repository.name);
-        let revision = &repository.revision;
+        // `refs/pr/1` is one part of the path.
+        let revision = encoded(&repository.revision).replace('/', "%2F");
         let url = format!("{endpoint}/api/{plural}/{name}/revision/{revision}?blobs=true");
         let mut attempt = 1;
         let answer = loop {
@@ -246,6 +271,9 @@ impl Online {
         };
         let info: Info = serde_json::from_reader(answer.into_body().into_reader())
             .with_context(|| format!("what {endpoint} says of {name}"))?;
+        if info.sha.is_empty() || !info.sha.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            bail!("{endpoint} says that {:?} is a commit of {name}", info.sha);
+        }
         let page = match repository.kind {
             Kind::Model => String::new(),
             Kind::Dataset => format!("{plural}/"),
@@ -480,16 +508,30 @@ fn link(blob: &Path, path: &Path, file: &Path) -> io::Result<()> {
     }
 }
 
-/// Splits `organization/name` and what follows; `None` for what cannot be one.
-pub fn split_name(text: &str) -> Option<(String, &str)> {
+/// Splits `organization/name` or `organization/name@revision`, and what follows; `None` for what cannot be one.
+///
+/// Source of the form: `hf_file_system.py` of huggingface_hub, where a `/` of a revision is `%2F`, but for those of `refs/`.
+pub fn split_name(text: &str) -> Option<(Name, &str)> {
     let mut parts = text.splitn(3, '/');
     let (organization, name) = (parts.next()?, parts.next()?);
+    let mut rest = parts.next().unwrap_or_default();
+    let (name, revision) = match name.split_once('@') {
+        // `refs/pr/1` and the like.
+        Some((name, "refs")) => {
+            let end = rest.match_indices('/').map(|(at, _)| at).nth(1);
+            let (revision, part) = rest.split_at(end.unwrap_or(rest.len()));
+            rest = part.trim_start_matches('/');
+            (name, format!("refs/{revision}"))
+        }
+        Some((name, revision)) => (name, revision.replace("%2F", "/").replace("%2f", "/")),
+        None => (name, MAIN.into()),
+    };
     let is_word = |word: &str| {
         let is_letter = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         !word.is_empty() && !word.starts_with('.') && word.chars().all(is_letter)
     };
-    let rest = parts.next().unwrap_or_default();
-    (is_word(organization) && is_word(name)).then(|| (format!("{organization}/{name}"), rest))
+    let id = format!("{organization}/{name}");
+    (is_word(organization) && is_word(name)).then_some((Name { id, revision }, rest))
 }
 
 /// Whether the first part of a path is here: `rows/train` beside a directory `rows` is a file that is missing, no name.

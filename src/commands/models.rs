@@ -16,7 +16,7 @@ use qlora::store::{
 use qlora::train::TrainConfig;
 use serde_json::Value;
 
-use super::hub::{self, Online, Repository};
+use super::hub::{self, Name, Online, Repository};
 
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
@@ -92,7 +92,7 @@ pub fn cached_model_dir(name: &Path, revision: Option<&str>) -> anyhow::Result<O
         return Ok(Some(name.to_path_buf()).filter(|dir| dir.is_dir()));
     };
     let repository = match revision {
-        Some(revision) => repository.at(revision),
+        Some(revision) => repository.at(revision)?,
         None => repository,
     };
     Ok(Some(repository.snapshot()).filter(|dir| has_model(dir)))
@@ -148,13 +148,11 @@ fn on_the_hub(name: &Path) -> anyhow::Result<Option<Repository>> {
     if name.exists() {
         return Ok(None);
     }
-    if let Some((repository, revision)) = hub_snapshot(name) {
-        return Ok(Some(Repository::model(repository)?.at(&revision)));
+    if let Some((id, revision)) = hub_snapshot(name) {
+        return Repository::model(Name { id, revision }).map(Some);
     }
     match hub::split_name(&name.to_string_lossy()) {
-        Some((repository, "")) if !hub::begins_here(name) => {
-            Repository::model(repository).map(Some)
-        }
+        Some((named, "")) if !hub::begins_here(name) => Repository::model(named).map(Some),
         _ => Ok(None),
     }
 }

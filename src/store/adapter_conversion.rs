@@ -6,7 +6,7 @@
 
 use std::f64::consts::SQRT_2;
 
-use super::adapter::{Adapter, LORA_A, LORA_B};
+use super::adapter::{Adapter, CONFIG_FILE, LORA_A, LORA_B};
 use super::adapter_config::AdapterConfig;
 use crate::quant::DenseTensor;
 use crate::{Error, Result};
@@ -30,7 +30,7 @@ impl Adapter {
         };
         if of(&self.config) != of(&initial.config) {
             return Err(Error::TensorMismatch {
-                tensor: "adapter_config.json".into(),
+                tensor: CONFIG_FILE.into(),
                 expected: format!("{}, as the initial adapter", of(&initial.config)),
                 found: of(&self.config),
             });

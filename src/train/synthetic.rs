@@ -21,7 +21,7 @@ use crate::model::{DecoderConfig, ModelTensor};
 use crate::ops::philox::Uniform;
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
 use crate::store::{
-    AtomicFile, Existing, QuantizeJob, SafetensorsWriter, TensorSpec, WeightQuantizer,
+    AtomicFile, Existing, QuantizeJob, SINGLE_FILE, SafetensorsWriter, TensorSpec, WeightQuantizer,
     quantize_with,
 };
 use crate::{Error, Result};
@@ -278,8 +278,7 @@ fn write_model(dir: &Path, shape: &Shape) -> Result<()> {
         .collect();
     let spec = |(name, shape): (String, Vec<usize>)| TensorSpec::new(name, Dtype::BF16, shape);
     let specs: Vec<_> = tensors.into_iter().map(spec).collect();
-    let mut file =
-        SafetensorsWriter::create(dir.join("model.safetensors"), &specs, BTreeMap::new())?;
+    let mut file = SafetensorsWriter::create(dir.join(SINGLE_FILE), &specs, BTreeMap::new())?;
     for (number, spec) in specs.iter().enumerate() {
         match spec.name.ends_with("_proj.weight") {
             true => file.leave_hole(spec)?,
