@@ -41,9 +41,12 @@ fn initialized(home: &Path, method: &str) -> PathBuf {
 }
 
 fn initialized_with(home: &Path, method: &str, more: &[&str]) -> PathBuf {
+    initialized_of(&demo_base(), home, method, more)
+}
+
+fn initialized_of(source: &Path, home: &Path, method: &str, more: &[&str]) -> PathBuf {
     let dir = home.join(method);
-    let (demo, path) = (demo_base(), dir.to_str().unwrap());
-    let source = demo.to_str().unwrap();
+    let (source, path) = (source.to_str().unwrap(), dir.to_str().unwrap());
     let options = ["--lora_r", "4", "--lora_alpha", "8"];
     let command = ["quantize", source, path, "--init_lora_weights", method];
     qlora(&[&command[..], &options, more].concat())
@@ -108,7 +111,10 @@ fn a_run_starts_from_the_initial_adapter_and_resumes_with_the_same_bits() {
 #[test]
 fn the_run_leaves_an_adapter_for_the_original_model_and_says_which_is_which() {
     let home = tempfile::tempdir().unwrap();
-    let model = initialized(home.path(), "loftq");
+    let original = home.path().join("models--org--demo/snapshots/0123abc");
+    fs::create_dir_all(original.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink(demo_base(), &original).unwrap();
+    let model = initialized_of(&original, home.path(), "loftq", &[]);
     let out = home.path().join("run");
     // Said explicitly this time.
     let notices = run(TrainConfig {
@@ -125,9 +131,11 @@ fn the_run_leaves_an_adapter_for_the_original_model_and_says_which_is_which() {
     assert_eq!((raw.config.r, converted.config.r), (4, 8));
     assert_eq!(raw.config.scaling(), converted.config.scaling());
     let named = converted.config.base_model_name_or_path.unwrap();
-    assert_eq!(Path::new(&named), demo_base());
+    assert_eq!(named, "org/demo");
+    assert_eq!(converted.config.revision.as_deref(), Some("0123abc"));
     let named = raw.config.base_model_name_or_path.unwrap();
     assert_eq!(Path::new(&named), model);
+    assert_eq!(raw.config.revision, None);
     let relative_to = |dir: &Path| {
         let record = Initialization::read(dir).unwrap().unwrap();
         record.adapter_is_relative_to

@@ -22,7 +22,7 @@ use crate::ops::low_rank::{
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
 use crate::store::{
     AdapterConfig, AdapterWriter, INITIAL_ADAPTER, Initialization, LoraShape, RelativeTo,
-    TensorSpec, WeightQuantizer, model_name, module_path,
+    TensorSpec, WeightQuantizer, hub_snapshot, model_name, module_path,
 };
 use crate::{Error, Result};
 
@@ -272,6 +272,7 @@ impl WeightQuantizer for InitializingQuantizer {
             quantization_iterations: options.quantization_iterations,
             seed: options.seed,
             original_model: model_name(&options.original_model),
+            original_revision: hub_snapshot(&options.original_model).map(|(_, revision)| revision),
             initialized_base: options.initialized_base.display().to_string(),
             adapter_is_relative_to: RelativeTo::InitializedBase,
         };

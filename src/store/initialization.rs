@@ -40,6 +40,9 @@ pub struct Initialization {
     pub seed: u64,
     /// The directory of the weights that it was made of, or their name on the Hugging Face hub.
     pub original_model: String,
+    /// The commit of that name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_revision: Option<String>,
     /// The directory of the 4-bit weights.
     pub initialized_base: String,
     pub adapter_is_relative_to: RelativeTo,

@@ -77,6 +77,7 @@ pub(super) fn write_converted(
     let initial = Adapter::read(&initial_dir)?;
     let mut converted = adapter.relative_to_original(&initial)?;
     converted.config.base_model_name_or_path = Some(record.original_model.clone());
+    converted.config.revision = record.original_revision.clone();
     let dir = output_dir.join(ADAPTER_FOR_ORIGINAL_MODEL);
     converted.write(&dir)?;
     let record = Initialization {
