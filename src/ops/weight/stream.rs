@@ -23,8 +23,8 @@ use crate::{Error, Result};
 const STAGE_BYTES: usize = 64 << 20;
 /// One is filled while the others are copied from.
 const STAGES: usize = 3;
-/// Threads that fill it, at most half of all: one alone reads the memory map at a fraction of what the bus takes.
-const MOST_COPY_THREADS: usize = 8;
+/// Threads that fill it, at least and at most: one alone reads the memory map at a fraction of what the bus takes.
+const COPY_THREADS: (usize, usize) = (4, 8);
 /// Where the parts of a block begin in its slot: for wide accesses of kernels.
 const ALIGNMENT: usize = 256;
 
@@ -377,9 +377,9 @@ impl Loader {
 
 /// Threads of their own: one of the usual pool may be the one that waits for a block.
 fn copy_threads() -> Result<ThreadPool> {
-    let half = rayon::current_num_threads().div_ceil(2);
+    let (least, most) = COPY_THREADS;
     ThreadPoolBuilder::new()
-        .num_threads(half.min(MOST_COPY_THREADS))
+        .num_threads(rayon::current_num_threads().clamp(least, most))
         .thread_name(|number| format!("weights {number}"))
         .build()
         .map_err(|e| Error::Train(format!("starting threads: {e}")))
