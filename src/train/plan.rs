@@ -23,14 +23,15 @@ use crate::quant::BlockSizes;
 use crate::train::config::Optim;
 use crate::train::optimizer::MIN_8BIT_ELEMENTS;
 
-/// What a process takes of a GPU beside tensors: 628 to 646 MB on an H200 with driver 580 and CUDA 13.0.
+/// What a process takes of a GPU beside tensors: 636 to 646 MB on an H200 with driver 580 and CUDA 13.0.
 const LIBRARIES_BYTES: u64 = 616 << 20;
 
 /// What is set aside, in a step that takes `step` bytes, for free memory in pieces too small for what comes next.
 ///
-/// The driver's pool grows by 32 MiB at a time, so that as much can be missing where a few bytes are. Beside that the pieces grow
-/// with a step, but long rows make fewer and larger tensors. On an H200, steps of 33B and 65B models in GB, and what was in
-/// pieces in MB: 0.15 and 37, 0.24 and 40, 1.0 and 132, 6.0 and 396, 7.8 and 489; one of 78,475 tokens of 8B, 16.8 and 356.
+/// The driver's pool grows by 32 MiB at a time, so that as much can be missing where a few bytes are; steps of 16 tokens had up to
+/// 40 MB in pieces. Beside that the pieces grow with a step, but long rows make fewer and larger tensors. On an H200
+/// (`benches/results`), steps of 65B in GB and what was in pieces in MB: 1.0 and 132, 6.0 and 396, 7.8 and 489; one of 78,475
+/// tokens of 8B, 16.8 and 356.
 fn pieces_bytes(step: u64) -> u64 {
     const OF_ANY_STEP: u64 = 64 << 20;
     let of_small_tensors = step / 14;

@@ -187,7 +187,7 @@ impl Bench {
         })
     }
 
-    /// Random values: products of equal ones take less power, and are up to an eighth faster for it.
+    /// Random values: products of equal ones take less power, and are up to a fifth faster for it.
     fn random_weight(&self, d_out: usize, d_in: usize) -> anyhow::Result<DenseTensor> {
         let values = Tensor::randn(0f32, 0.01, (d_out, d_in), &self.placement.device)?;
         let values = values.to_dtype(DType::BF16)?.flatten_all()?;
