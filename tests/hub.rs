@@ -566,6 +566,12 @@ fn another_revision_than_main_is_asked_for_by_its_name() {
         let mut main = inspect(home.path(), "org/rows");
         main.env(variable, value).assert().failure();
     }
+    let mut unknown = eval(home.path(), "org/model@v2");
+    let unknown = unknown.env("HF_ENDPOINT", &hub.endpoint).assert();
+    let told = contains("org/model@v2 cannot be fetched").and(contains("or revision"));
+    unknown.failure().stderr(told);
+    let outside = eval(home.path(), "org/model@..").assert().failure();
+    outside.stderr(contains("\"..\" is no revision"));
     for name in [
         "models--org--model/refs/refs/pr/3",
         "datasets--org--rows/refs/v1.0",
