@@ -74,10 +74,10 @@ impl Repository {
         let repository = Self {
             kind,
             name: id,
-            revision: MAIN.into(),
+            revision,
             cache: cache_dir()?,
         };
-        repository.at(&revision)
+        repository.checked()
     }
 
     /// The same at the commit that the revision was when it was last asked for, whatever it will be next.
@@ -88,22 +88,25 @@ impl Repository {
         }
     }
 
-    /// The same at a revision, which becomes part of paths.
-    ///
-    /// # Errors
-    /// For what Git does not take for the name of one.
+    /// The same at a revision.
     pub fn at(&self, revision: &str) -> anyhow::Result<Self> {
+        Self {
+            revision: revision.into(),
+            ..self.clone()
+        }
+        .checked()
+    }
+
+    /// Refuses a revision, which becomes part of paths, that Git does not take for the name of one.
+    fn checked(self) -> anyhow::Result<Self> {
         let is_part = |part: &str| {
             let is_letter = |c: char| !c.is_control() && !" ~^:?*[\\".contains(c);
             !part.is_empty() && !part.starts_with('.') && part.chars().all(is_letter)
         };
-        if !revision.split('/').all(is_part) {
-            bail!("{}: {revision:?} is no revision", self.name);
+        match self.revision.split('/').all(is_part) {
+            true => Ok(self),
+            false => bail!("{}: {:?} is no revision", self.name, self.revision),
         }
-        Ok(Self {
-            revision: revision.into(),
-            ..self.clone()
-        })
     }
 
     /// Where the cache has the repository.
@@ -194,8 +197,8 @@ fn hint(error: &anyhow::Error, kind: &str) -> String {
     let mut causes = error.chain();
     match causes.find_map(|cause| cause.downcast_ref::<ureq::Error>()) {
         Some(ureq::Error::StatusCode(401 | 403 | 404)) => {
-            "; there is none of that name or revision, or it is private, or its terms have to be accepted on its page: HF_TOKEN is the \
-             token of who may have it"
+            "; there is none of that name or revision, or it is private, or its terms have to be accepted on its page: \
+             HF_TOKEN is the token of who may have it"
                 .into()
         }
         Some(_) => format!("; without a network, give a local {kind}"),

@@ -22,7 +22,7 @@ use crate::ops::low_rank::{
 use crate::quant::{DenseTensor, Params4bit, QuantizeOptions};
 use crate::store::{
     AdapterConfig, AdapterWriter, INITIAL_ADAPTER, Initialization, LoraShape, RelativeTo,
-    TensorSpec, WeightQuantizer, hub_snapshot, model_name, module_path,
+    TensorSpec, WeightQuantizer, model_name, module_path,
 };
 use crate::{Error, Result};
 
@@ -267,12 +267,13 @@ impl WeightQuantizer for InitializingQuantizer {
         let (dir, writer) = self.output.take().expect("`begin` comes first");
         writer.finish()?;
         let options = &self.options;
+        let (original_model, original_revision) = model_name(&options.original_model);
         let record = Initialization {
             init_lora_weights: options.method.to_string(),
             quantization_iterations: options.quantization_iterations,
             seed: options.seed,
-            original_model: model_name(&options.original_model),
-            original_revision: hub_snapshot(&options.original_model).map(|(_, revision)| revision),
+            original_model,
+            original_revision,
             initialized_base: options.initialized_base.display().to_string(),
             adapter_is_relative_to: RelativeTo::InitializedBase,
         };

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-/// What others call the model in `dir`: its name on the Hugging Face hub where `dir` is a snapshot in the hub's cache, else
-/// the path.
-pub fn model_name(dir: &Path) -> String {
+/// What others call the model in `dir`: its name on the Hugging Face hub and its revision where `dir` is a snapshot in the hub's
+/// cache, else the path.
+pub fn model_name(dir: &Path) -> (String, Option<String>) {
     match hub_snapshot(dir) {
-        Some((name, _)) => name,
-        None => dir.display().to_string(),
+        Some((name, revision)) => (name, Some(revision)),
+        None => (dir.display().to_string(), None),
     }
 }
 
@@ -42,7 +42,7 @@ mod tests {
             ("snapshots/0123", "snapshots/0123"),
             ("models/llama", "models/llama"),
         ] {
-            assert_eq!(model_name(Path::new(dir)), name);
+            assert_eq!(model_name(Path::new(dir)).0, name);
         }
         let (_, revision) = hub_snapshot(Path::new("models--a--b/snapshots/0123")).unwrap();
         assert_eq!(revision, "0123");

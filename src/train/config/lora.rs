@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::TrainConfig;
 use crate::model::{DecoderConfig, ModuleToSave};
-use crate::store::{AdapterConfig, LayerSelection, hub_snapshot, model_name};
+use crate::store::{AdapterConfig, LayerSelection, model_name};
 use crate::{Error, Result};
 
 /// What an unset `lora_r` and `lora_alpha` are, as in qlora.py.
@@ -16,9 +16,10 @@ const LORA_ALPHA: f64 = 16.0;
 impl TrainConfig {
     /// The adapter of a run that starts with a new one.
     pub fn new_adapter_config(&self) -> AdapterConfig {
+        let (base, revision) = model_name(&self.model_name_or_path);
         self.given_over(AdapterConfig {
-            base_model_name_or_path: Some(model_name(&self.model_name_or_path)),
-            revision: hub_snapshot(&self.model_name_or_path).map(|(_, revision)| revision),
+            base_model_name_or_path: Some(base),
+            revision,
             r: LORA_R,
             lora_alpha: LORA_ALPHA,
             ..AdapterConfig::default()

@@ -16,7 +16,8 @@ pub struct Rates {
 
 impl Engine {
     /// The share of [`Rates::product`] that whole steps came to (`benches/results`): on an H200 59 to 74 %, with the short and the
-    /// long ones, kept or computed again, of one micro-batch; in f32 on the CPU 80 to 90 %. In bf16 on the CPU it was a third to nine tenths.
+    /// long ones, kept or computed again, of one micro-batch; in f32 on the CPU 80 to 90 %. In bf16 on the CPU it was a third to
+    /// nine tenths.
     fn measured_share(self) -> Option<f64> {
         match self {
             Self::Kernels => Some(0.66),
