@@ -305,6 +305,113 @@ fn olmo_has_norms_after_its_branches_and_over_all_heads() {
     assert_eq!(defaults, olmo2);
 }
 
+/// As Seed-OSS 36B was published, but for the sizes.
+#[test]
+fn seed_oss_has_biases_before_its_attention() {
+    let seed = json!({
+        "attention_bias": true, "attention_dropout": 0.1, "attention_out_bias": false, "head_dim": 128, "mlp_bias": false,
+        "pretraining_tp": 1, "residual_dropout": 0.1, "rope_scaling": {"rope_type": "default"}, "rope_theta": 1e7,
+    });
+    let seed = read(&with(small("seed_oss"), seed)).unwrap();
+    assert_eq!(
+        (seed.qkv_bias, seed.o_bias, seed.mlp_bias),
+        (true, false, false)
+    );
+    assert_eq!((seed.head_dim, seed.rope.theta), (128, 1e7));
+    assert_eq!(seed.padding_id, Some(1));
+    let bare = read(&small("seed_oss")).unwrap();
+    assert_eq!(
+        DecoderConfig {
+            rope: seed.rope,
+            ..bare
+        },
+        seed
+    );
+    let other = json!({"attention_bias": false, "attention_out_bias": true, "mlp_bias": true, "head_dim": null});
+    let other = read(&with(small("seed_oss"), other)).unwrap();
+    assert_eq!(
+        (other.qkv_bias, other.o_bias, other.mlp_bias),
+        (false, true, true)
+    );
+    assert_eq!(other.head_dim, 16);
+}
+
+/// As EXAONE 4.0 was published: 32B with windows, 1.2B without.
+#[test]
+fn the_layers_of_exaone4_with_full_attention_have_no_rotary_embedding() {
+    let types = [
+        "sliding_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+    ];
+    let llama3 = json!({
+        "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3",
+    });
+    let large = json!({
+        "layer_types": types, "rope_scaling": llama3, "rope_theta": 1e6, "sliding_window": 64, "sliding_window_pattern": "LLLG",
+    });
+    let large = read(&with(small("exaone4"), large)).unwrap();
+    assert!(!large.input_norms && large.branch_norms && !large.norms_less_one);
+    assert_eq!(large.qk_norm, Some(QkNorm::Head));
+    assert!(matches!(large.rope.scaling, RopeScaling::Llama3 { .. }));
+    assert_eq!(large.sliding_window, [Some(64), Some(64), Some(64), None]);
+    let (none, model) = (LayerRope::None, LayerRope::Model);
+    assert_eq!(large.layer_rope, [model, model, model, none]);
+    let small_one = json!({
+        "layer_types": vec!["full_attention"; 4], "rope_theta": 1e6, "sliding_window": null, "sliding_window_pattern": null,
+    });
+    let small_one = read(&with(small("exaone4"), small_one)).unwrap();
+    assert_eq!(small_one.sliding_window, [None; 4]);
+    assert_eq!(small_one.layer_rope, [model; 4]);
+    let every_second = json!({"sliding_window": 64, "sliding_window_pattern": 2});
+    let every_second = read(&with(small("exaone4"), every_second)).unwrap();
+    assert_eq!(every_second.layer_rope, [model, none, model, none]);
+    let bare = read(&small("exaone4")).unwrap();
+    assert_eq!(bare.sliding_window[0], Some(4096));
+    let letters = with(small("exaone4"), json!({"sliding_window_pattern": "LLLG"}));
+    assert_says(&error(&letters), &["sliding_window_pattern", "layer_types"]);
+}
+
+#[test]
+fn every_fourth_layer_of_cwm_has_no_window_from_the_first_on() {
+    let llama3 = json!({
+        "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_theta": 1e6, "rope_type": "llama3",
+    });
+    let cwm = json!({"head_dim": 128, "mlp_bias": false, "rope_parameters": llama3, "sliding_window": 8192});
+    let cwm = read(&with(small("cwm"), cwm)).unwrap();
+    let window = Some(8192);
+    assert_eq!(cwm.sliding_window, [None, window, window, window]);
+    assert_eq!(cwm.rope.theta, 1e6);
+    assert!(matches!(
+        cwm.rope.scaling,
+        RopeScaling::Llama3 { factor: 16.0, .. }
+    ));
+    assert_eq!(read(&small("cwm")).unwrap(), cwm);
+    let biased = with(small("cwm"), json!({"attention_bias": true}));
+    assert_says(&error(&biased), &["attention_bias", "only false is"]);
+}
+
+#[test]
+fn iquestcoder_is_a_llama() {
+    let coder = json!({
+        "attention_bias": false, "clip_qkv": null, "head_dim": 128, "max_window_layers": 0, "mlp_bias": false,
+        "rope_scaling": null, "rope_theta": 5e5, "sliding_window": null, "use_sliding_window": false,
+    });
+    let coder = with(small("iquestcoder"), coder);
+    let llama = json!({"head_dim": 128, "rope_theta": 5e5});
+    let llama = with(small("llama"), llama);
+    assert_eq!(read(&coder).unwrap(), read(&llama).unwrap());
+    for change in [
+        json!({"clip_qkv": 8.0}),
+        json!({"use_sliding_window": true}),
+    ] {
+        let message = error(&with(coder.clone(), change));
+        assert_says(&message, &["is not supported"]);
+    }
+}
+
 /// As Qwen3-VL 4B was published, with an image's axes in the rotary parameters.
 #[test]
 fn the_language_model_of_qwen3_vl_is_qwen3() {

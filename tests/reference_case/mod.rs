@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 14] = [
+pub const CASES: [&str; 17] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -29,6 +29,9 @@ pub const CASES: [&str; 14] = [
     "granite",
     "olmo2",
     "olmo3",
+    "seed_oss",
+    "exaone4",
+    "cwm",
 ];
 
 /// The cases that have a training run.

@@ -1,13 +1,15 @@
 //! The families of models: of each what its `config.json` says, and what its configuration class assumes otherwise.
 
+use serde_json::Value;
+
 use super::fields::Fields;
-use super::{Activation, DecoderConfig, LayerRope, QkNorm, rope};
+use super::{Activation, DecoderConfig, LayerRope, QkNorm, RopeScaling, rope};
 use crate::Result;
 use crate::store::TEXT_CONFIG;
 
 /// The values of `model_type`.
 const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, \
-                        granite, olmo2 or olmo3";
+                        granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
 
 /// The path of the decoder in a language model, and in a model that it is one part of.
 const ALONE: &str = "model";
@@ -80,6 +82,10 @@ fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig>
         "granite" => granite(&mut fields)?,
         "olmo2" => olmo2(&mut fields)?,
         "olmo3" => olmo3(&mut fields)?,
+        "seed_oss" => seed_oss(&mut fields)?,
+        "exaone4" => exaone4(&mut fields)?,
+        "cwm" => cwm(&mut fields)?,
+        "iquestcoder" => iquestcoder(&mut fields)?,
         _ => return Err(fields.unsupported("model_type", FAMILIES)),
     };
     fields.check_architectures("ForCausalLM")?;
@@ -95,10 +101,33 @@ fn attention_bias(fields: &mut Fields, decoder: &mut DecoderConfig) -> Result<()
     Ok(())
 }
 
-fn llama(fields: &mut Fields) -> Result<DecoderConfig> {
-    let mut decoder = decoder(fields, Defaults::new(2048))?;
-    attention_bias(fields, &mut decoder)?;
+fn mlp_bias(fields: &mut Fields, decoder: &mut DecoderConfig) -> Result<()> {
     decoder.mlp_bias = fields.optional("mlp_bias")?.unwrap_or(false);
+    Ok(())
+}
+
+fn llama(fields: &mut Fields) -> Result<DecoderConfig> {
+    with_biases(fields, Defaults::new(2048))
+}
+
+/// Llama with other defaults, and fields for what no model of it has asked for.
+fn iquestcoder(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(131_072);
+    defaults.vocab_size = Some(76_800);
+    defaults.num_heads = Some(40);
+    defaults.num_kv_heads = Some(8);
+    defaults.head_dim = (!fields.is_null("head_dim")).then_some(128);
+    defaults.rms_norm_eps = 1e-5;
+    // It says where windows begin, and there are none.
+    fields.ignore(&["max_window_layers"]);
+    with_biases(fields, defaults)
+}
+
+/// Biases on all products of the attention, and on all of the MLP.
+fn with_biases(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
+    let mut decoder = decoder(fields, defaults)?;
+    attention_bias(fields, &mut decoder)?;
+    mlp_bias(fields, &mut decoder)?;
     Ok(decoder)
 }
 
@@ -166,9 +195,7 @@ fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
     defaults.pad_token_id = Some(128_004);
     defaults.tie_word_embeddings = true;
     defaults.rope_theta = 2_000_000.0;
-    let mut decoder = decoder(fields, defaults)?;
-    attention_bias(fields, &mut decoder)?;
-    decoder.mlp_bias = fields.optional("mlp_bias")?.unwrap_or(false);
+    let mut decoder = with_biases(fields, defaults)?;
     // The family's configs have it, its models do not ask for it.
     fields.ignore(&["max_window_layers"]);
     let interval = fields.optional_size("no_rope_layer_interval")?;
@@ -282,6 +309,84 @@ fn olmo(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
     decoder.qk_norm = Some(QkNorm::Token);
     decoder.input_norms = false;
     decoder.branch_norms = true;
+    Ok(decoder)
+}
+
+fn seed_oss(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(524_288);
+    defaults.vocab_size = Some(155_136);
+    defaults.num_heads = Some(80);
+    defaults.num_kv_heads = Some(8);
+    defaults.head_dim = (!fields.is_null("head_dim")).then_some(128);
+    defaults.pad_token_id = Some(1);
+    let mut decoder = decoder(fields, defaults)?;
+    decoder.qkv_bias = fields.optional("attention_bias")?.unwrap_or(true);
+    decoder.o_bias = fields.optional("attention_out_bias")?.unwrap_or(false);
+    mlp_bias(fields, &mut decoder)?;
+    // As `attention_dropout`: it is of pretraining.
+    fields.ignore(&["residual_dropout"]);
+    Ok(decoder)
+}
+
+/// Where some layers have a window, those without one have no rotary embedding either.
+fn exaone4(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(2048);
+    defaults.vocab_size = Some(102_400);
+    defaults.num_heads = Some(32);
+    defaults.num_kv_heads = Some(32);
+    defaults.rms_norm_eps = 1e-5;
+    let decoder = decoder(fields, defaults)?;
+    let window = window(fields)?;
+    let every = match fields.optional::<Value>("sliding_window_pattern")? {
+        None => Some(4),
+        // Or "LLLG", which transformers no longer reads.
+        Some(pattern) => pattern.as_u64().filter(|every| *every > 0),
+    };
+    let types = fields.optional::<Vec<String>>("layer_types")?;
+    if window.is_some() && every.is_none() && types.is_none() {
+        let reason = "is no number of layers, and there is no `layer_types`";
+        return Err(fields.malformed("sliding_window_pattern", reason));
+    }
+    let sliding_window = windows(fields, decoder.num_layers, window, |layer| {
+        every.is_some_and(|every| !(layer as u64 + 1).is_multiple_of(every))
+    })?;
+    let rope = |own: &Option<usize>| match (window, own) {
+        (Some(_), None) => LayerRope::None,
+        _ => LayerRope::Model,
+    };
+    Ok(DecoderConfig {
+        qk_norm: Some(QkNorm::Head),
+        input_norms: false,
+        branch_norms: true,
+        layer_rope: sliding_window.iter().map(rope).collect(),
+        sliding_window,
+        ..decoder
+    })
+}
+
+fn cwm(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(131_072);
+    defaults.vocab_size = Some(128_256);
+    defaults.num_heads = Some(48);
+    defaults.num_kv_heads = Some(8);
+    defaults.head_dim = Some(128);
+    defaults.rms_norm_eps = 1e-5;
+    defaults.rope_theta = 1_000_000.0;
+    let mut decoder = decoder(fields, defaults)?;
+    mlp_bias(fields, &mut decoder)?;
+    let old = fields.object("rope_scaling")?;
+    if old.or(fields.object("rope_parameters")?).is_none() {
+        decoder.rope.scaling = RopeScaling::Llama3 {
+            factor: 16.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+    }
+    let window = fields.optional_size("sliding_window")?.unwrap_or(8192);
+    decoder.sliding_window = windows(fields, decoder.num_layers, Some(window), |layer| {
+        !layer.is_multiple_of(4)
+    })?;
     Ok(decoder)
 }
 
