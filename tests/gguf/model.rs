@@ -90,7 +90,7 @@ fn file_name(name: &str, architecture: &str) -> String {
     let any = name.replace(&format!(".layers.{layer}."), ".layers.0.");
     let of_branches = NORMS_OF_BRANCHES
         .iter()
-        .filter(|_| ["gemma3", "olmo2"].contains(&architecture));
+        .filter(|_| ["gemma3", "olmo2", "seed_oss", "exaone4"].contains(&architecture));
     let mut names = of_branches.chain(&NAMES);
     let (_, file) = names.find(|(name, _)| *name == any).unwrap();
     file.replace("blk.0.", &format!("blk.{layer}."))
@@ -157,7 +157,27 @@ pub fn configs() -> Vec<Value> {
     olmo3["rope_parameters"]["sliding_attention"] =
         json!({"rope_type": "default", "rope_theta": 5e4});
     configs.push(olmo3);
+    let mut seed_oss = config_with_vocabulary("seed_oss");
+    seed_oss["attention_out_bias"] = false.into();
+    configs.push(seed_oss);
+    configs.push(exaone4_with_windows());
+    let mut exaone4 = config_with_vocabulary("exaone4");
+    exaone4["sliding_window"] = Value::Null;
+    exaone4["layer_types"] = json!(["full_attention", "full_attention"]);
+    configs.push(exaone4);
+    let mut iquestcoder = config_with_vocabulary("llama_gqa");
+    iquestcoder["model_type"] = "iquestcoder".into();
+    configs.push(iquestcoder);
     configs
+}
+
+/// With the number of layers by which llama.cpp knows that it has them.
+fn exaone4_with_windows() -> Value {
+    let mut config = config_with_vocabulary("exaone4");
+    config["num_hidden_layers"] = 64.into();
+    config["layer_types"] = Value::Null;
+    config["sliding_window_pattern"] = 4.into();
+    config
 }
 
 /// The last of those that is of this family.
@@ -230,7 +250,8 @@ fn the_first_rows_of_a_head_are_those_that_turn_together() {
 fn the_config_is_told_in_the_keys_of_its_architecture() {
     let architectures = [
         "llama", "llama", "llama", "llama", "qwen2", "qwen3", "qwen2", "llama", "smollm3",
-        "gemma3", "granite", "olmo2", "mistral3", "olmo2",
+        "gemma3", "granite", "olmo2", "mistral3", "olmo2", "seed_oss", "exaone4", "exaone4",
+        "llama",
     ];
     assert_eq!(configs().len(), architectures.len());
     for (config, architecture) in configs().into_iter().zip(architectures) {
@@ -272,10 +293,11 @@ fn the_config_is_told_in_the_keys_of_its_architecture() {
             gguf.has(&format!("{architecture}.rope.scaling.type")),
             is_scaled
         );
-        let has_windows = decoder.local_rope.is_some();
-        for key in ["attention.sliding_window", "rope.freq_base_swa"] {
-            assert_eq!(gguf.has(&format!("{architecture}.{key}")), has_windows);
-        }
+        let has_window_key = gguf.has(&format!("{architecture}.attention.sliding_window"));
+        let has_windows = decoder.sliding_window.iter().any(Option::is_some);
+        assert_eq!(has_window_key, has_windows && architecture != "llama");
+        let has_theta_of_windows = gguf.has(&format!("{architecture}.rope.freq_base_swa"));
+        assert_eq!(has_theta_of_windows, decoder.local_rope.is_some());
         let is_tied = config["tie_word_embeddings"] == true;
         assert_eq!(gguf.names().contains(&"output.weight"), !is_tied);
     }
@@ -318,6 +340,13 @@ fn the_windows_of_olmo3_are_told_in_keys() {
     assert_eq!(gguf.u32("olmo2.attention.sliding_window_pattern"), 2);
     assert_eq!(gguf.text("olmo2.rope.scaling.type"), "yarn");
     assert_eq!(gguf.f32("olmo2.rope.freq_base_swa"), 5e4);
+}
+
+#[test]
+fn the_windows_of_exaone4_are_told_in_keys() {
+    let (_, gguf, _) = written(&exaone4_with_windows(), GgufType::F16);
+    assert_eq!(gguf.u32("exaone4.attention.sliding_window"), 12);
+    assert_eq!(gguf.u32("exaone4.attention.sliding_window_pattern"), 4);
 }
 
 /// The one that sees is written by llama.cpp's own converter, and needs them.
@@ -589,6 +618,10 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
             json!({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": false}),
         ),
         ("smollm3", "no_rope_layers", json!([1, 0])),
+        ("seed_oss", "attention_out_bias", true.into()),
+        ("exaone4", "sliding_window", 12.into()),
+        ("exaone4", "head_dim", 32.into()),
+        ("exaone4", "layer_types", json!(vec!["full_attention"; 64])),
         (
             "gemma3",
             "layer_types",
@@ -602,6 +635,9 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         if case == "olmo3" {
             config["rope_parameters"] = json!({});
         }
+        if field == "layer_types" && case == "exaone4" {
+            config["num_hidden_layers"] = 64.into();
+        }
         config[field] = value;
         let model = Model(Default::default());
         let error = refusal(&model, &config, GgufType::F16);
@@ -614,14 +650,16 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
 
 #[test]
 fn a_window_that_llama_cpp_does_not_have_is_noted() {
-    let mut config = config_with_vocabulary("mistral_sw");
-    let (_, _, report) = written(&config, GgufType::F16);
-    assert_eq!(report.notes.len(), 1);
-    let window = config["sliding_window"].to_string();
-    assert!(report.notes[0].contains(&format!("the last {window} tokens")));
-    // No text is that long.
-    config["sliding_window"] = config["max_position_embeddings"].clone();
-    assert_eq!(written(&config, GgufType::F16).2.notes, [] as [&str; 0]);
+    for case in ["mistral_sw", "cwm"] {
+        let mut config = config_with_vocabulary(case);
+        let (_, _, report) = written(&config, GgufType::F16);
+        assert_eq!(report.notes.len(), 1);
+        let window = config["sliding_window"].to_string();
+        assert!(report.notes[0].contains(&format!("the last {window} tokens")));
+        // No text is that long.
+        config["sliding_window"] = config["max_position_embeddings"].clone();
+        assert_eq!(written(&config, GgufType::F16).2.notes, [] as [&str; 0]);
+    }
 }
 
 #[test]

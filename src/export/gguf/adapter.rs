@@ -54,7 +54,11 @@ pub fn write_gguf_adapter(
     metadata.add_text("adapter.type", "lora");
     metadata.add("adapter.lora.alpha", Value::F32(alpha as f32));
     let infos = factors.iter().flat_map(|factors| {
-        let weight = tensor_name(ModelTensor::Weight(factors.layer, factors.module), &config);
+        let weight = tensor_name(
+            ModelTensor::Weight(factors.layer, factors.module),
+            architecture,
+            &config,
+        );
         [("lora_a", factors.a), ("lora_b", factors.b)].map(|(part, values)| TensorInfo {
             name: format!("{weight}.{part}"),
             tensor_type: file_type.of_shape(&values.shape),

@@ -1,6 +1,6 @@
 //! The architecture of llama.cpp that computes a model, and what it cannot.
 //!
-//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,smollm3,gemma3,granite,olmo2}.cpp` of llama.cpp.
+//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,smollm3,gemma3,granite,olmo2,seed-oss,exaone4}.cpp` of llama.cpp.
 
 use super::GgufBase;
 use super::writer::Change;
@@ -8,12 +8,12 @@ use crate::Result;
 use crate::model::{Activation, DecoderConfig, LayerRope, ModelTensor, Module, RopeScaling};
 
 /// The values of `model_type` of which files are written.
-const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, granite, olmo2 or olmo3";
+const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Architecture {
-    /// Mistral's models too, but for those of the third generation.
+    /// Mistral's models too, but for those of the third generation, the Code World Model and IQuest-Coder.
     Llama,
     /// Mistral Small 3's and Ministral 3's.
     Mistral3,
@@ -25,6 +25,8 @@ pub(super) enum Architecture {
     Granite,
     /// OLMo 3's models too.
     Olmo2,
+    SeedOss,
+    Exaone4,
 }
 
 impl Architecture {
@@ -33,7 +35,7 @@ impl Architecture {
     pub(super) fn of(base: &GgufBase, config: &DecoderConfig) -> Result<Self> {
         let architecture = match base.field("model_type").as_str() {
             _ if base.config["model_type"] == "mistral3" => Self::Mistral3,
-            Some("llama" | "mistral") => Self::Llama,
+            Some("llama" | "mistral" | "cwm" | "iquestcoder") => Self::Llama,
             Some("ministral3") => Self::Mistral3,
             Some("qwen2") => Self::Qwen2,
             Some("qwen3") => Self::Qwen3,
@@ -42,6 +44,8 @@ impl Architecture {
             Some("gemma3_text" | "gemma3") => Self::Gemma3,
             Some("granite") => Self::Granite,
             Some("olmo2" | "olmo3") => Self::Olmo2,
+            Some("seed_oss") => Self::SeedOss,
+            Some("exaone4") => Self::Exaone4,
             _ => return Err(base.unsupported("model_type", FAMILIES)),
         };
         architecture.check(base, config)?;
@@ -59,6 +63,8 @@ impl Architecture {
             Self::Gemma3 => "gemma3",
             Self::Granite => "granite",
             Self::Olmo2 => "olmo2",
+            Self::SeedOss => "seed_oss",
+            Self::Exaone4 => "exaone4",
         }
     }
 
@@ -98,7 +104,8 @@ impl Architecture {
         let refuse = |field, reason| self.refuse(base, field, reason);
         let has_biases = self.is_like_llama();
         if !has_biases && config.o_bias {
-            return refuse("attention_bias", "has no bias after the attention");
+            let field = base.present(["attention_out_bias", "attention_bias"]);
+            return refuse(field, "has no bias after the attention");
         }
         if !has_biases && config.mlp_bias {
             return refuse("mlp_bias", "has no bias in the MLP");
@@ -115,10 +122,12 @@ impl Architecture {
             | Self::Qwen2
             | Self::Qwen3
             | Self::Qwen3Vl
-            | Self::Granite => Ok(()),
+            | Self::Granite
+            | Self::SeedOss => Ok(()),
             Self::Smollm3 => self.check_smollm3(base, config),
             Self::Gemma3 => self.check_gemma3(base, config),
             Self::Olmo2 => self.check_olmo2(base, config),
+            Self::Exaone4 => self.check_exaone4(base, config),
         }
     }
 
@@ -135,7 +144,7 @@ impl Architecture {
             return refuse("scales queries by the length that YaRN extends");
         }
         match config.rope.scaling {
-            RopeScaling::Llama3 { .. } if !self.is_like_llama() => {
+            RopeScaling::Llama3 { .. } if !self.is_like_llama() && self != Self::Exaone4 => {
                 refuse("does not scale rotary frequencies one by one")
             }
             RopeScaling::Yarn { .. } if config.local_rope.is_some() && self != Self::Olmo2 => {
@@ -201,6 +210,25 @@ impl Architecture {
         }
     }
 
+    fn check_exaone4(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
+        // That of 32B, by which llama.cpp knows that there are windows, and no rotary embedding elsewhere.
+        const LAYERS_WITH_WINDOWS: usize = 64;
+        let refuse = |field, reason| self.refuse(base, field, reason);
+        if config.num_heads * config.head_dim != config.hidden_size {
+            return refuse("head_dim", "takes it for the hidden size / heads");
+        }
+        let has_windows = config.layer_rope.contains(&LayerRope::None);
+        match (config.num_layers, has_windows) {
+            (LAYERS_WITH_WINDOWS, true) if self.window_pattern(config) == Some(4) => Ok(()),
+            (LAYERS_WITH_WINDOWS, _) => refuse(
+                "layer_types",
+                "wants full attention in every fourth layer of 64",
+            ),
+            (_, false) if config.sliding_window.iter().all(Option::is_none) => Ok(()),
+            _ => refuse("sliding_window", "has one in models of 64 layers alone"),
+        }
+    }
+
     fn check_windows(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
         match self.window_pattern(config) {
             Some(_) => Ok(()),
@@ -217,14 +245,15 @@ impl Architecture {
     pub(super) fn default_window_pattern(self) -> Option<usize> {
         match self {
             Self::Gemma3 => Some(6),
-            Self::Olmo2 => Some(4),
+            Self::Olmo2 | Self::Exaone4 => Some(4),
             Self::Llama
             | Self::Mistral3
             | Self::Qwen2
             | Self::Qwen3
             | Self::Qwen3Vl
             | Self::Smollm3
-            | Self::Granite => None,
+            | Self::Granite
+            | Self::SeedOss => None,
         }
     }
 

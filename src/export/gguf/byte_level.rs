@@ -1,4 +1,4 @@
-//! A byte-level BPE (GPT-2's kind: Llama 3, Qwen, OLMo, Mistral NeMo, SmolLM, Granite): its merges, and the name that llama.cpp knows its way
+//! A byte-level BPE (GPT-2's kind: Llama 3, Qwen, OLMo, Mistral NeMo, SmolLM, Granite, Seed-OSS): its merges, and the name that llama.cpp knows its way
 //! to split a text by.
 //!
 //! llama.cpp has each way as code under a name, so a tokenizer is recognized by its pre-tokenizer: the same expression is
@@ -17,6 +17,8 @@ use crate::{Error, Result};
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Qwen 2's and 3's: each digit apart.
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Seed-OSS's: each digit apart, and line ends never with what they end.
+const SEED_CODER: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Mistral NeMo's: words apart where a small letter is followed by a capital.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -95,6 +97,7 @@ fn name(steps: &[Step], ignore_merges: bool) -> Option<&'static str> {
         ([Step::Split(LLAMA3), Step::Bytes], true) => "llama-bpe",
         ([Step::Split(LLAMA3), Step::Bytes], false) => "dbrx",
         ([Step::Split(QWEN2), Step::Bytes], false) => "qwen2",
+        ([Step::Split(SEED_CODER), Step::Bytes], false) => "seed-coder",
         ([Step::Split(TEKKEN), Step::Bytes], true) => TEKKEN_NAME,
         _ => return None,
     })

@@ -42,7 +42,7 @@ pub fn write_gguf_model(
     let divisors = hyperparameters::rope_divisors(&config);
     let mut infos: Vec<_> = tensors
         .iter()
-        .map(|tensor| info(*tensor, &config, file_type))
+        .map(|tensor| info(*tensor, (architecture, &config), file_type))
         .collect();
     infos.extend(divisors.as_ref().map(|divisors| TensorInfo {
         name: ROPE_FREQS.into(),
@@ -81,10 +81,14 @@ pub fn write_gguf_model(
     })
 }
 
-fn info(tensor: ModelTensor, config: &DecoderConfig, file_type: GgufType) -> TensorInfo {
+fn info(
+    tensor: ModelTensor,
+    (architecture, config): (Architecture, &DecoderConfig),
+    file_type: GgufType,
+) -> TensorInfo {
     let shape = tensor.shape(config);
     TensorInfo {
-        name: tensor_name(tensor, config),
+        name: tensor_name(tensor, architecture, config),
         tensor_type: file_type.of(tensor, config),
         shape,
     }

@@ -49,7 +49,8 @@ impl GgufModel {
         expect_text(&file, ARCHITECTURE, architecture.name())?;
         let mut config = architecture.computed(config);
         // What llama.cpp goes by.
-        config.tie_word_embeddings = !file.contains(&tensor_name(ModelTensor::Head, &config));
+        config.tie_word_embeddings =
+            !file.contains(&tensor_name(ModelTensor::Head, architecture, &config));
         let tensors = ModelTensor::all(&config).into_iter();
         let model = Self {
             tensors: tensors
@@ -131,7 +132,7 @@ impl GgufModel {
     fn expect_tensors(&self) -> Result<()> {
         let tensors = self.tensors.values();
         let mut known: HashSet<String> = tensors
-            .map(|tensor| tensor_name(*tensor, &self.config))
+            .map(|tensor| tensor_name(*tensor, self.architecture, &self.config))
             .collect();
         if let Some(expected) = hyperparameters::rope_divisors(&self.config) {
             known.insert(ROPE_FREQS.into());
@@ -170,7 +171,7 @@ impl WeightSource for GgufModel {
             path: self.file.path().to_path_buf(),
             tensor: name.to_string(),
         })?;
-        let stored_name = tensor_name(*tensor, &self.config);
+        let stored_name = tensor_name(*tensor, self.architecture, &self.config);
         let stored = self.file.tensor(&stored_name)?;
         expect_stored(&stored_name, Some(&stored), &tensor.shape(&self.config))?;
         Ok(self.architecture.change(*tensor, &self.config).undo(stored))
@@ -202,8 +203,8 @@ pub fn read_gguf_adapter(file: &GgufFile, base: GgufBase) -> Result<Adapter> {
     for layer in 0..config.num_layers {
         for module in Module::ALL {
             let weight = ModelTensor::Weight(layer, module);
-            let [a_name, b_name] =
-                ["lora_a", "lora_b"].map(|part| format!("{}.{part}", tensor_name(weight, &config)));
+            let [a_name, b_name] = ["lora_a", "lora_b"]
+                .map(|part| format!("{}.{part}", tensor_name(weight, architecture, &config)));
             if !file.contains(&a_name) {
                 continue;
             }

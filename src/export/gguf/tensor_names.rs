@@ -2,16 +2,24 @@
 //!
 //! Source: `gguf-py/gguf/constants.py` and `LlamaModel.permute` of llama.cpp.
 
+use super::architecture::Architecture;
 use crate::model::{DecoderConfig, ModelTensor, Module, Norm};
 
 /// `blk.0.attn_q.weight`.
-pub(super) fn tensor_name(tensor: ModelTensor, config: &DecoderConfig) -> String {
+pub(super) fn tensor_name(
+    tensor: ModelTensor,
+    architecture: Architecture,
+    config: &DecoderConfig,
+) -> String {
     match tensor {
         ModelTensor::Embedding => "token_embd.weight".into(),
         ModelTensor::Head => "output.weight".into(),
         ModelTensor::FinalNorm => "output_norm.weight".into(),
         ModelTensor::Norm(layer, norm) => {
-            format!("blk.{layer}.{}.weight", norm_name(norm, config))
+            format!(
+                "blk.{layer}.{}.weight",
+                norm_name(norm, architecture, config)
+            )
         }
         ModelTensor::Weight(layer, module) => {
             format!("blk.{layer}.{}.weight", module_name(module))
@@ -20,9 +28,10 @@ pub(super) fn tensor_name(tensor: ModelTensor, config: &DecoderConfig) -> String
     }
 }
 
-fn norm_name(norm: Norm, config: &DecoderConfig) -> &'static str {
+fn norm_name(norm: Norm, architecture: Architecture, config: &DecoderConfig) -> &'static str {
     match norm {
         Norm::Input => "attn_norm",
+        Norm::PostAttention if architecture == Architecture::SeedOss => "post_attention_norm",
         norm if Some(norm) == Norm::of_mlp(config) => "ffn_norm",
         Norm::PostAttention => "post_attention_norm",
         Norm::PreFeedforward => "ffn_norm",
