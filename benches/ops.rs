@@ -119,6 +119,7 @@ fn attention(c: &mut Criterion) {
         head_dim: 64,
         window: None,
         scale: attention::default_scale(64),
+        soft_cap: None,
         compute_dtype: ComputeDtype::F32,
     };
     let segments: Vec<_> = (0..SEQUENCES)

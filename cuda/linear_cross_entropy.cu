@@ -1,4 +1,5 @@
-// The loss of each row of logits, `loss = logsumexp(z) - z_label`, and `dz = d_loss (softmax(z) - onehot(label))`.
+// The loss of each row of logits, `loss = logsumexp(z) - z_label`, and `dz = d_loss (softmax(z) - onehot(label))`. Where there is
+// a soft cap, logits are capped as they are read, `z = cap tanh(z / cap)`, and dz is times the slope of that.
 //
 // A block of 1024 threads takes a row, so grid = rows. It reads the row once for the maximum, where that is, and the sum of
 // `e^(z - maximum)`, each thread correcting its sum where its maximum grows: 4 bytes an element. Backward reads it again and
@@ -18,12 +19,26 @@ constexpr unsigned PER_THREAD = 8;
 constexpr unsigned TILE = THREADS * PER_THREAD;
 constexpr float LOWEST_FINITE = -3.40282347e38f;
 
+// What logits may be at most; 0: whatever they are.
+struct SoftCap {
+    float cap;
+
+    __device__ __forceinline__ float of(float z) const { return cap > 0.0f ? cap * tanhf(z / cap) : z; }
+
+    // The slope where the cap has given y.
+    __device__ __forceinline__ float slope(float y) const {
+        const float tanh = y / cap;
+        return cap > 0.0f ? 1.0f - tanh * tanh : 1.0f;
+    }
+};
+
 // A row of logits, which a thread reads in groups of WIDTH neighbours: four where 16-byte accesses allow it, else one.
 template <unsigned WIDTH>
 struct Logits {
     static constexpr unsigned GROUPS = PER_THREAD / WIDTH;
     float* row;
     unsigned vocab;
+    SoftCap soft_cap;
 
     static __device__ __forceinline__ uint64_t group_start(uint64_t tile, unsigned group) {
         return tile + (group * THREADS + threadIdx.x) * WIDTH;
@@ -40,7 +55,7 @@ struct Logits {
             }
 #pragma unroll
             for (unsigned e = 0; e < WIDTH; e++) {
-                z[group * WIDTH + e] = start < vocab ? values[e] : -INFINITY;
+                z[group * WIDTH + e] = start < vocab ? soft_cap.of(values[e]) : -INFINITY;
             }
         }
     }
@@ -146,7 +161,8 @@ __device__ __forceinline__ void write_gradient(const Logits<WIDTH>& logits, cons
 #pragma unroll
         for (unsigned e = 0; e < PER_THREAD; e++) {
             const bool is_label = logits.group_start(tile, e / WIDTH) + e % WIDTH == label;
-            z[e] = scale * __expf(z[e] - peak.largest) - (is_label ? d_loss : 0.0f);
+            const float slope = logits.soft_cap.slope(z[e]);
+            z[e] = (scale * __expf(z[e] - peak.largest) - (is_label ? d_loss : 0.0f)) * slope;
         }
         __syncthreads();
         logits.store_gradient(tile, z);
@@ -155,44 +171,53 @@ __device__ __forceinline__ void write_gradient(const Logits<WIDTH>& logits, cons
 
 // Gives `body` the row of this block, in groups as wide as rows of `vocab` logits allow.
 template <typename Body>
-__device__ __forceinline__ void with_row(float* logits, unsigned rows, unsigned vocab, Body body) {
+__device__ __forceinline__ void with_row(float* logits, unsigned rows, unsigned vocab, float soft_cap, Body body) {
     if (blockIdx.x >= rows) {
         return;
     }
     float* const row = logits + static_cast<uint64_t>(blockIdx.x) * vocab;
     if (vocab % 4 == 0 && are_aligned(logits)) {
-        body(Logits<4>{row, vocab});
+        body(Logits<4>{row, vocab, {soft_cap}});
     } else {
-        body(Logits<1>{row, vocab});
+        body(Logits<1>{row, vocab, {soft_cap}});
     }
 }
 
 }  // namespace
 
 KERNEL(1024, linear_cross_entropy_forward_f32)
-(const float* __restrict__ logits, const unsigned* __restrict__ labels, unsigned rows, unsigned vocab,
+(const float* __restrict__ logits, const unsigned* __restrict__ labels, unsigned rows, unsigned vocab, float soft_cap,
  float* __restrict__ loss, float* __restrict__ confidence, unsigned* __restrict__ prediction) {
     const Losses losses = {loss, confidence, prediction};
-    with_row(const_cast<float*>(logits), rows, vocab, [=](auto row_logits) {
+    with_row(const_cast<float*>(logits), rows, vocab, soft_cap, [=](auto row_logits) {
         const Peak peak = peak_of_block(peak_of_thread(row_logits));
         if (threadIdx.x == 0) {
-            losses.write(blockIdx.x, row_logits.row[labels[blockIdx.x]], peak);
+            const float z = row_logits.row[labels[blockIdx.x]];
+            losses.write(blockIdx.x, row_logits.soft_cap.of(z), peak);
         }
     });
 }
 
 // Row i of dz starts where row i of the logits does.
 KERNEL(1024, linear_cross_entropy_backward_f32)
-(float* logits, const unsigned* __restrict__ labels, unsigned rows, unsigned vocab, float d_loss, float* __restrict__ loss,
- float* __restrict__ confidence, unsigned* __restrict__ prediction) {
+(float* logits, const unsigned* __restrict__ labels, unsigned rows, unsigned vocab, float soft_cap, float d_loss,
+ float* __restrict__ loss, float* __restrict__ confidence, unsigned* __restrict__ prediction) {
     const Losses losses = {loss, confidence, prediction};
-    with_row(logits, rows, vocab, [=](auto row_logits) {
+    with_row(logits, rows, vocab, soft_cap, [=](auto row_logits) {
         const unsigned label = labels[blockIdx.x];
         const Peak peak = peak_of_block(peak_of_thread(row_logits));
         // Before the first tile is written, which the barrier in there sees to.
         if (threadIdx.x == 0) {
-            losses.write(blockIdx.x, row_logits.row[label], peak);
+            losses.write(blockIdx.x, row_logits.soft_cap.of(row_logits.row[label]), peak);
         }
         write_gradient(row_logits, peak, label, d_loss);
     });
+}
+
+// Logits under the cap, in place, where they are wanted themselves: any grid.
+KERNEL(256, linear_cross_entropy_soft_cap_f32)(float* logits, uint64_t n, float soft_cap) {
+    const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+    for (uint64_t i = blockIdx.x * static_cast<uint64_t>(blockDim.x) + threadIdx.x; i < n; i += stride) {
+        logits[i] = SoftCap{soft_cap}.of(logits[i]);
+    }
 }

@@ -15,6 +15,7 @@ use qlora::ops::dropout::Dropout;
 use qlora::ops::linear::ReferenceLora;
 use qlora::ops::matrix_dropout::{self, MatrixDropout};
 use qlora::ops::rope::Positions;
+use qlora::ops::soft_cap::SoftCap;
 use qlora::ops::{gated_act, linear, residual, rms_norm, rope};
 use qlora::store::{Adapter, Checkpoint};
 
@@ -162,6 +163,7 @@ fn check(case: &str, dropout: LoraDropout) {
         head_dim: config.head_dim,
         window: config.sliding_window[0],
         scale: config.attention_scale as f32,
+        soft_cap: config.attention_soft_cap.map(|cap| SoftCap(cap as f32)),
         compute_dtype: ComputeDtype::F32,
     };
     let mut random = Random::new(case);

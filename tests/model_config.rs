@@ -228,8 +228,6 @@ fn both_generations_of_gemma3_give_the_same_config() {
     assert_eq!((bare.head_dim, bare.attention_scale), (256, 1.0 / 16.0));
     assert_eq!(bare.sliding_window, [Some(4096); 4]);
     for change in [
-        json!({"attn_logit_softcapping": 50.0}),
-        json!({"final_logit_softcapping": 30.0}),
         json!({"use_bidirectional_attention": true}),
         json!({"hidden_activation": "relu"}),
         json!({"rope_parameters": {"linear_attention": {}}}),
@@ -237,6 +235,58 @@ fn both_generations_of_gemma3_give_the_same_config() {
         let message = error(&with(small("gemma3_text"), change));
         assert_says(&message, &["is not supported"]);
     }
+}
+
+/// As the 2B models of Gemma 1 and 2 were published, but for the sizes.
+#[test]
+fn the_first_gemmas_have_no_norms_on_branches_and_the_second_ones_caps() {
+    let gemma = json!({"hidden_act": "gelu", "hidden_activation": null, "head_dim": 256, "rope_theta": 10000.0});
+    let gemma = read(&with(small("gemma"), gemma)).unwrap();
+    assert!(gemma.input_norms && !gemma.branch_norms && gemma.norms_less_one);
+    assert_eq!(gemma.activation, Activation::GeluTanh);
+    assert_eq!(gemma.embedding_scale, 128f64.sqrt());
+    assert_eq!((gemma.head_dim, gemma.attention_scale), (256, 1.0 / 16.0));
+    let bare = with(small("gemma"), json!({"hidden_act": "gelu_pytorch_tanh"}));
+    assert_eq!(read(&bare).unwrap(), gemma);
+    let gemma2 = json!({
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid",
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_attn_scalar": 144,
+        "sliding_window": 64, "sliding_window_size": null,
+    });
+    let gemma2 = with(small("gemma2"), gemma2);
+    let second = read(&gemma2).unwrap();
+    assert!(second.input_norms && second.branch_norms && second.norms_less_one);
+    let caps = |config: &DecoderConfig| [config.attention_soft_cap, config.logits_soft_cap];
+    assert_eq!(caps(&second), [Some(50.0), Some(30.0)]);
+    assert_eq!((second.attention_scale, second.qk_norm), (1.0 / 12.0, None));
+    assert_eq!(second.sliding_window, [Some(64), None, Some(64), None]);
+    let bare = with(small("gemma2"), json!({"hidden_act": null}));
+    let bare = read(&bare).unwrap();
+    assert_eq!(caps(&bare), caps(&second));
+    assert_eq!(
+        (bare.attention_scale, bare.sliding_window[0]),
+        (1.0 / 16.0, Some(4096))
+    );
+    let uncapped = json!({"attn_logit_softcapping": null, "final_logit_softcapping": null});
+    let uncapped = read(&with(gemma2, uncapped)).unwrap();
+    assert_eq!(caps(&uncapped), [None; 2]);
+    let gemma3 = json!({"hidden_act": null, "final_logit_softcapping": 20.0});
+    let gemma3 = read(&with(small("gemma3_text"), gemma3)).unwrap();
+    assert_eq!(caps(&gemma3), [None, Some(20.0)]);
+    for (model_type, change) in [
+        ("gemma2", json!({"hidden_activation": "gelu"})),
+        ("llama", json!({"hidden_act": "gelu"})),
+    ] {
+        assert_says(
+            &error(&with(small(model_type), change)),
+            &["is not supported"],
+        );
+    }
+    let zero = json!({"final_logit_softcapping": 0.0});
+    assert_says(
+        &error(&with(small("gemma2"), zero)),
+        &["is not a positive number"],
+    );
 }
 
 #[test]
@@ -563,8 +613,11 @@ fn the_config_of_a_language_model_is_found_in_that_of_a_model_that_also_sees_ima
         ),
         (json!({"text_config": null}), ["text_config", "is missing"]),
         (
-            json!({"text_config": with(text_of(&gemma), json!({"final_logit_softcapping": 30.0}))}),
-            ["text_config.final_logit_softcapping", "is not supported"],
+            json!({"text_config": with(text_of(&gemma), json!({"use_bidirectional_attention": true}))}),
+            [
+                "text_config.use_bidirectional_attention",
+                "is not supported",
+            ],
         ),
         (
             json!({"audio_config": {}}),
@@ -773,7 +826,7 @@ fn a_field_that_changes_the_mathematics_is_an_error_that_names_it() {
             ],
         );
     }
-    for model_type in ["gemma2", "phi3", "mixtral", ""] {
+    for model_type in ["gemma3n", "phi3", "mixtral", ""] {
         let value = format!("`model_type` = \"{model_type}\" is not supported");
         assert_says(&error(&small(model_type)), &[&value]);
     }

@@ -11,8 +11,9 @@ use qlora::ops::attention::{self, Heads, Segment, Segments};
 use qlora::ops::dropout::Dropout;
 use qlora::ops::gated_act::Activation;
 use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
-use qlora::ops::linear_cross_entropy as lce;
+use qlora::ops::linear_cross_entropy::{self as lce, Head};
 use qlora::ops::rope::{self, Positions, RopeTable};
+use qlora::ops::soft_cap::SoftCap;
 use qlora::ops::table::Table;
 use qlora::ops::weight::Weight;
 use qlora::ops::{embedding, gated_act, residual, rms_norm, scale};
@@ -274,13 +275,19 @@ fn attention_equals_its_reference() {
         head_dim,
         window,
         scale: attention::default_scale(head_dim),
+        soft_cap: None,
         compute_dtype: ComputeDtype::F32,
+    };
+    let capped = |heads| Heads {
+        soft_cap: Some(SoftCap(2.0)),
+        ..heads
     };
     for (lengths, heads) in [
         (vec![42], heads(6, 2, 8, None)),
         (vec![1, 70, 5], heads(4, 4, 6, None)),
         (vec![150, 20], heads(2, 1, 4, Some(12))),
         (vec![130], heads(2, 2, 4, Some(100))),
+        (vec![9, 80], capped(heads(4, 2, 8, Some(50)))),
     ] {
         let n = lengths.iter().sum();
         let segments = Segments::from(segments(&lengths));
@@ -313,6 +320,7 @@ fn attention_with_a_cache_equals_the_last_rows_of_the_whole() {
         head_dim: 6,
         window: Some(9),
         scale: attention::default_scale(6),
+        soft_cap: None,
         compute_dtype: ComputeDtype::F32,
     };
     let n = 30;
@@ -335,7 +343,11 @@ fn attention_with_a_cache_equals_the_last_rows_of_the_whole() {
 #[test]
 fn linear_cross_entropy_equals_its_reference() {
     let mut random = Random::new("linear_cross_entropy");
-    for (n, d, vocab) in [(42, 20, 301), (5, 8, 70_000)] {
+    for (n, d, vocab, soft_cap) in [
+        (42, 20, 301, None),
+        (5, 8, 70_000, None),
+        (42, 20, 1301, Some(SoftCap(3.0))),
+    ] {
         let (x, head) = (random.tensor(&[n, d]), random.tensor(&[vocab, d]));
         let labels: Vec<i64> = (0..n)
             .map(|i| {
@@ -355,9 +367,20 @@ fn linear_cross_entropy_equals_its_reference() {
         let d_loss = Tensor::new(0.25f64, &Device::Cpu).unwrap();
         let inputs = [x.clone(), head.clone()];
         let (want, grads) = oracle(&mut random, &inputs, &d_loss, |t| {
-            lce::reference(&t[0].index_select(&picked, 0).unwrap(), &t[1], &kept).unwrap()
+            lce::reference(
+                &t[0].index_select(&picked, 0).unwrap(),
+                &t[1],
+                soft_cap,
+                &kept,
+            )
+            .unwrap()
         });
-        let (losses, dx) = lce::backward(&f32(&x), &dense(&head), &labels, 0.25, None).unwrap();
+        let frozen = dense(&head);
+        let frozen = Head {
+            table: Table::Frozen(&frozen),
+            soft_cap,
+        };
+        let (losses, dx) = lce::backward(&f32(&x), frozen, &labels, 0.25, None).unwrap();
         let losses = losses.read().unwrap();
         let total = lce::total(&losses);
         let want = want.to_scalar::<f64>().unwrap();
@@ -368,7 +391,10 @@ fn linear_cross_entropy_equals_its_reference() {
         assert_close("dx", &dx, &grads[0], TOLERANCE);
         let head_values = f32(&head);
         let (trained, d_head) = (
-            Table::Trained(&head_values, ComputeDtype::F32),
+            Head {
+                table: Table::Trained(&head_values, ComputeDtype::F32),
+                soft_cap,
+            },
             zeros_like(&head),
         );
         let of_trained = lce::backward(&f32(&x), trained, &labels, 0.25, Some(&d_head)).unwrap();
@@ -379,13 +405,13 @@ fn linear_cross_entropy_equals_its_reference() {
         let twice = (&grads[1] * 2.0).unwrap();
         assert_close("dW added to dW", &d_head, &twice, TOLERANCE);
         let logits = |head| f64s(&lce::logits(&f32(&x), head).unwrap());
-        assert_eq!(logits(trained), logits(Table::Frozen(&dense(&head))));
+        assert_eq!(logits(trained), logits(frozen));
         assert_eq!(
             losses.iter().map(|t| t.row as u32).collect::<Vec<_>>(),
             rows
         );
         assert_eq!(
-            lce::forward(&f32(&x), &dense(&head), &labels)
+            lce::forward(&f32(&x), frozen, &labels)
                 .unwrap()
                 .read()
                 .unwrap(),

@@ -120,7 +120,9 @@ pub struct DecoderConfig {
     pub norms_less_one: bool,
     /// What scores are multiplied by before the softmax.
     pub attention_scale: f64,
-    /// What the rows of the embedding are multiplied by where they are looked up: 1, but in models with `branch_norms`.
+    /// What scores may then be at most ([`SoftCap`](crate::ops::soft_cap::SoftCap)).
+    pub attention_soft_cap: Option<f64>,
+    /// What the rows of the embedding are multiplied by where they are looked up.
     pub embedding_scale: f64,
     /// What token embeddings are multiplied by after that.
     pub embedding_multiplier: f64,
@@ -128,6 +130,8 @@ pub struct DecoderConfig {
     pub residual_multiplier: f64,
     /// What logits are divided by.
     pub logits_scaling: f64,
+    /// What logits may then be at most.
+    pub logits_soft_cap: Option<f64>,
     pub activation: Activation,
     /// The token whose row of a trained embedding gets no gradient, as in torch.
     pub padding_id: Option<u32>,
@@ -147,11 +151,15 @@ impl DecoderConfig {
 
     /// The unit that the residual stream is held in: to the norms that read it, it makes no difference but by their eps.
     ///
-    /// `embedding_scale` is in it, so that the stream begins with embeddings as they are stored; the norms of branches, which
-    /// models with such a scale have, divide their weights by it. `residual_multiplier` is in it, so that branches are added as
-    /// they are; the embeddings are divided by it.
+    /// Where there are norms on branches `embedding_scale` is in it, so that the stream begins with embeddings as they are stored;
+    /// those norms divide their weights by it. `residual_multiplier` is in it, so that branches are added as they are; the
+    /// embeddings are divided by it.
     pub(super) fn stream_unit(&self) -> f64 {
-        self.embedding_scale * self.residual_multiplier
+        let of_embedding = match self.branch_norms {
+            true => self.embedding_scale,
+            false => 1.0,
+        };
+        of_embedding * self.residual_multiplier
     }
 
     /// `eps` of the norms that read the residual stream.

@@ -18,10 +18,11 @@ use super::vocabulary::{ModuleToSave, Vocabulary};
 use crate::device::{Placement, Residence, Side};
 use crate::ops::attention::{Segment, Segments};
 use crate::ops::host_memory::HostMemory;
-use crate::ops::linear_cross_entropy::{self, Losses};
+use crate::ops::linear_cross_entropy::{self, Head, Losses};
 use crate::ops::matrix_dropout::MatrixDropout;
 use crate::ops::neftune::{self, Noise};
 use crate::ops::rope::Positions;
+use crate::ops::soft_cap::SoftCap;
 use crate::ops::table::{PagedTable, Table};
 use crate::ops::weight::{BlockStream, Direction, Entered};
 use crate::ops::{embedding, rms_norm, scale};
@@ -210,13 +211,13 @@ impl Decoder {
 
     /// The logits in f32 of rows of [`hidden_states`](Self::hidden_states), `[N, D]` -> `[N, V]`.
     pub fn head_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        linear_cross_entropy::logits(hidden, self.head.table())
+        linear_cross_entropy::logits(hidden, self.head())
     }
 
     /// The loss of each row whose label is not [`IGNORE_INDEX`](crate::IGNORE_INDEX); `labels: [N]`.
     pub fn losses(&self, sequences: Sequences<'_>, labels: &[i64]) -> Result<Losses> {
         let last = self.hidden_states(sequences, None)?;
-        linear_cross_entropy::forward(&last, self.head.table(), labels)
+        linear_cross_entropy::forward(&last, self.head(), labels)
     }
 
     /// The logits `[V]` after the last of `ids`, which follow the tokens that `cache` holds and are added to it.
@@ -306,6 +307,14 @@ impl Decoder {
         embedding::backward(dx, ids, self.config.padding_id, d_table)
     }
 
+    /// What makes logits.
+    pub(super) fn head(&self) -> Head<'_> {
+        Head {
+            table: self.head.table(),
+            soft_cap: self.config.logits_soft_cap.map(|cap| SoftCap(cap as f32)),
+        }
+    }
+
     /// The embedding or the head.
     pub fn vocabulary(&self, module: ModuleToSave) -> &Vocabulary {
         match module {
@@ -367,7 +376,7 @@ impl Rows {
         let (positions, segments) = match decoder.placement.uses_kernels() {
             true => (
                 positions.on(device)?,
-                segments.on(device, decoder.config.head_dim)?,
+                segments.on(device, &decoder.blocks[0].heads)?,
             ),
             false => (positions, segments),
         };

@@ -12,6 +12,7 @@ use super::tensors::{ModelTensor, Norm};
 use super::vocabulary::ModuleToSave;
 use crate::device::{Dequantized, Placement, Residency, Side};
 use crate::ops::attention::Heads;
+use crate::ops::soft_cap::SoftCap;
 use crate::ops::weight::{BlockStream, DenseCache, Slots, Weight};
 use crate::quant::{BlockSizes, DenseTensor, FrozenWeight, Params4bit, QuantizeOptions};
 use crate::store::Checkpoint;
@@ -202,6 +203,7 @@ impl<'a> Loader<'a> {
                 head_dim: config.head_dim,
                 window: config.sliding_window[layer],
                 scale: config.attention_scale as f32,
+                soft_cap: config.attention_soft_cap.map(|cap| SoftCap(cap as f32)),
                 compute_dtype: self.placement.compute_dtype,
             },
             rope: config.layer_rope[layer],

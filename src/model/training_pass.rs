@@ -177,10 +177,9 @@ impl<'a> Pass<'a> {
         let labels = repeat(self.batch.labels, instances);
         let d_loss = d_loss / instances as f32;
         let normed = decoder.final_norm(&x)?;
-        let head = decoder.vocabulary(ModuleToSave::Head);
-        let (table, d_head) = (head.table(), head.grad());
+        let d_head = decoder.vocabulary(ModuleToSave::Head).grad();
         let (losses, d_normed) =
-            linear_cross_entropy::backward(&normed, table, &labels, d_loss, d_head)?;
+            linear_cross_entropy::backward(&normed, decoder.head(), &labels, d_loss, d_head)?;
         self.hidden = Some(decoder.final_norm_backward(&d_normed, &x)?);
         Ok(losses)
     }

@@ -1,9 +1,9 @@
 //! Causal attention over packed sequences, with grouped-query heads and an optional sliding window.
 //!
-//! `P = softmax(scale Q K^T + mask)`, `O = P V`, head by head and sequence by sequence. A tile of query rows meets all
-//! keys it may see, so memory is linear in length; forward keeps only the log-sum-exp of each row.
-//! Backward, with `P = exp(scale Q K^T - lse)` and `delta = rowsum(dO O)`: `dV = P^T dO`,
-//! `dS = P (dO V^T - delta)`, `dQ = scale dS K`, `dK = scale dS^T Q`.
+//! `P = softmax(S + mask)` of `S = scale Q K^T`, which some models cap, and `O = P V`, head by head and sequence by sequence. A
+//! tile of query rows meets all keys it may see, so memory is linear in length; forward keeps only the log-sum-exp of each row.
+//! Backward, with `P = exp(S - lse)` and `delta = rowsum(dO O)`: `dV = P^T dO`, `dS = P (dO V^T - delta)` times the slope of the
+//! cap, `dQ = scale dS K`, `dK = scale dS^T Q`.
 //!
 //! Source: arXiv:2205.14135, backward as in arXiv:2307.08691.
 
@@ -16,6 +16,7 @@ use candle_core::{D, Device, Tensor};
 
 use super::cpu::expect_dims;
 use super::launcher::Launcher;
+use super::soft_cap::SoftCap;
 use crate::device::ComputeDtype;
 use crate::{Error, Result};
 
@@ -47,23 +48,20 @@ impl From<Vec<Segment>> for Segments {
 }
 
 impl Segments {
-    /// The segments with what the kernels of `device` need to know of them, for heads of `head_dim` columns.
-    pub fn on(mut self, device: &Device, head_dim: usize) -> Result<Self> {
-        self.on_device = Some(kernels::Tiles::new(&self.list, head_dim, device)?);
+    /// The segments with what the kernels of `device` need to know of them, for such heads, whatever their window.
+    pub fn on(mut self, device: &Device, heads: &Heads) -> Result<Self> {
+        self.on_device = Some(kernels::Tiles::new(&self.list, heads, device)?);
         Ok(self)
     }
 
     fn tiles(&self, heads: &Heads) -> Result<&kernels::Tiles> {
         let tiles = self.on_device.as_ref();
-        let tiles = tiles.filter(|tiles| tiles.head_dim == heads.head_dim);
+        let tiles = tiles.filter(|tiles| tiles.are_for(heads));
         tiles.ok_or_else(|| Error::Shape {
             op: OP,
-            expected: format!(
-                "segments on the device for heads of {} columns",
-                heads.head_dim
-            ),
+            expected: format!("segments on the device for {heads:?}"),
             found: match &self.on_device {
-                Some(tiles) => format!("them for heads of {}", tiles.head_dim),
+                Some(tiles) => format!("them for {:?}", tiles.heads),
                 None => "them on the CPU alone".into(),
             },
         })
@@ -88,6 +86,8 @@ pub struct Heads {
     pub window: Option<usize>,
     /// What scores are multiplied by before the softmax.
     pub scale: f32,
+    /// What they may then be at most.
+    pub soft_cap: Option<SoftCap>,
     /// Of products on the CPU.
     pub compute_dtype: ComputeDtype,
 }
@@ -241,8 +241,8 @@ pub fn reference(
             .collect();
         let mask = Tensor::from_vec(mask, (1, queries.len(), keys.len()), &Device::Cpu)?
             .to_dtype(q.dtype())?;
-        let scores =
-            (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * scale)?.broadcast_add(&mask)?;
+        let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * scale)?;
+        let scores = SoftCap::reference(heads.soft_cap, &scores)?.broadcast_add(&mask)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         outs.push(weights.matmul(&v)?.transpose(0, 1)?.contiguous()?);
     }

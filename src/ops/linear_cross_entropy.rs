@@ -1,7 +1,7 @@
-//! The output head and the loss in one: `loss = sum over rows of (logsumexp(z) - z_label)`, `z = x W^T`.
+//! The output head and the loss in one: `loss = sum over rows of (logsumexp(z) - z_label)`, `z = x W^T`, which some models cap.
 //!
-//! Backward: `dz = d_loss (softmax(z) - onehot(label))`, `dx = dz W`, and `dW = dz^T x` where the head is trained. Rows go
-//! through in chunks and `dz` takes the place of `z`, so that the `[N, V]` logits never exist; rows without a label are left
+//! Backward: `dz = d_loss (softmax(z) - onehot(label))`, times the slope of the cap, `dx = dz W`, and `dW = dz^T x` where the head
+//! is trained. Rows go through in chunks and `dz` takes the place of `z`, so that the `[N, V]` logits never exist; rows without a label are left
 //! out before.
 //!
 //! Source: arXiv:2411.09009.
@@ -18,7 +18,9 @@ use super::cpu::{self, expect_dims, read};
 use super::gemm::{Into, Mat, MatMut, Shared, SharedLhs, for_each_column_tile, matmul};
 use super::launcher::Launcher;
 use super::simd::{exp, max, sum, vectorized};
+use super::soft_cap::SoftCap;
 use super::table::{CpuTable, Table};
+use super::weight::Weight;
 use crate::device::ComputeDtype;
 use crate::{Error, IGNORE_INDEX, Result};
 
@@ -35,6 +37,51 @@ const HIDDEN_TILE: usize = 384;
 thread_local! {
     /// A chunk's logits, kept from one batch to the next: the pages of new memory have to be zeroed (2 % of a step).
     static LOGITS: Cell<Vec<f32>> = Cell::default();
+}
+
+/// What makes logits of the last norm's output.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    pub table: Table<'a>,
+    /// What the logits may be at most.
+    pub soft_cap: Option<SoftCap>,
+}
+
+impl<'a> From<Table<'a>> for Head<'a> {
+    fn from(table: Table<'a>) -> Self {
+        let soft_cap = None;
+        Self { table, soft_cap }
+    }
+}
+
+impl<'a> From<&'a Weight> for Head<'a> {
+    fn from(weight: &'a Weight) -> Self {
+        Table::from(weight).into()
+    }
+}
+
+impl<'a> Head<'a> {
+    fn on_cpu(self) -> Result<CpuHead<'a>> {
+        Ok(CpuHead {
+            table: self.table.on_cpu(OP)?,
+            soft_cap: self.soft_cap,
+        })
+    }
+}
+
+/// A head in host memory.
+struct CpuHead<'a> {
+    table: CpuTable<'a>,
+    soft_cap: Option<SoftCap>,
+}
+
+impl CpuHead<'_> {
+    #[inline(always)]
+    fn cap(&self, logits: &mut [f32]) {
+        if let Some(cap) = self.soft_cap {
+            logits.iter_mut().for_each(|z| *z = cap.of(*z));
+        }
+    }
 }
 
 /// The loss of one row that has a label.
@@ -93,17 +140,17 @@ pub fn total(losses: &[TokenLoss]) -> f64 {
 /// [`Error::Shape`] for a label that is not below V.
 pub fn forward<'a>(
     x: &Tensor,
-    head: impl std::convert::Into<Table<'a>>,
+    head: impl std::convert::Into<Head<'a>>,
     labels: &[i64],
 ) -> Result<Losses> {
     let _span = tracing::trace_span!("loss").entered();
     let head = head.into();
-    let rows = labelled_rows(x, head, labels)?;
+    let rows = labelled_rows(x, head.table, labels)?;
     if let Some(launcher) = Launcher::of(OP, x)? {
         let losses = kernels::forward(&launcher, x, head, &rows)?;
         return Ok(Losses(Origin::Device(rows, losses)));
     }
-    let (x, head) = (read(OP, x)?, head.on_cpu(OP)?);
+    let (x, head) = (read(OP, x)?, head.on_cpu()?);
     let mut losses = Vec::with_capacity(rows.len());
     for_each_chunk(&x, &head, &rows, |chunk, _| {
         losses.extend(chunk.losses);
@@ -117,15 +164,15 @@ pub fn forward<'a>(
 /// As [`forward`]; `dx: [N, D]`, zero in rows without a label; `d_head: [V, D]` in f32.
 pub fn backward<'a>(
     x: &Tensor,
-    head: impl std::convert::Into<Table<'a>>,
+    head: impl std::convert::Into<Head<'a>>,
     labels: &[i64],
     d_loss: f32,
     d_head: Option<&Tensor>,
 ) -> Result<(Losses, Tensor)> {
     let _span = tracing::trace_span!("loss").entered();
     let head = head.into();
-    let rows = labelled_rows(x, head, labels)?;
-    let (words, d) = head.dims()?;
+    let rows = labelled_rows(x, head.table, labels)?;
+    let (words, d) = head.table.dims()?;
     if let Some(d_head) = d_head {
         expect_dims(OP, "d_head", d_head, &[words, d])?;
     }
@@ -133,22 +180,22 @@ pub fn backward<'a>(
         let (losses, dx) = kernels::backward(&launcher, x, head, &rows, d_loss, d_head)?;
         return Ok((Losses(Origin::Device(rows, losses)), dx));
     }
-    let (x_data, head) = (read(OP, x)?, head.on_cpu(OP)?);
+    let (x_data, head) = (read(OP, x)?, head.on_cpu()?);
+    let dtype = head.table.compute_dtype();
     let mut losses = Vec::with_capacity(rows.len());
     let mut added = Ok(());
     let dx = cpu::build(x.shape(), |dx| {
         let mut dx_chunk = Vec::new();
         for_each_chunk(&x_data, &head, &rows, |chunk, logits| {
-            let dz = logits_backward(&chunk.losses, logits, d_loss, head.compute_dtype());
+            let dz = logits_backward(&chunk.losses, logits, d_loss, (head.soft_cap, dtype));
             dx_chunk.resize(chunk.losses.len() * d, 0.0);
-            hidden_backward(&dz, &head, &mut dx_chunk);
+            hidden_backward(&dz, &head.table, &mut dx_chunk);
             drop(dz);
             for (token, values) in chunk.losses.iter().zip(dx_chunk.chunks_exact(d)) {
                 dx[token.row * d..(token.row + 1) * d].copy_from_slice(values);
             }
             if let (Ok(()), Some(d_head)) = (&added, d_head) {
                 added = cpu::write(OP, d_head, |d_head| {
-                    let dtype = head.compute_dtype();
                     head_backward(logits, chunk.x, d_head, dtype);
                 });
             }
@@ -160,20 +207,21 @@ pub fn backward<'a>(
 }
 
 /// The logits of every row in f32, `[N, V]`.
-pub fn logits<'a>(x: &Tensor, head: impl std::convert::Into<Table<'a>>) -> Result<Tensor> {
+pub fn logits<'a>(x: &Tensor, head: impl std::convert::Into<Head<'a>>) -> Result<Tensor> {
     let head = head.into();
-    let ((words, d), n) = (head.dims()?, x.dim(0)?);
+    let ((words, d), n) = (head.table.dims()?, x.dim(0)?);
     expect_dims(OP, "x", x, &[n, d])?;
     if let Some(launcher) = Launcher::of(OP, x)? {
         return kernels::logits(&launcher, x, head);
     }
-    let (x, head) = (read(OP, x)?, head.on_cpu(OP)?);
-    let x = SharedLhs::new(Mat::new(&x, n, d), head.compute_dtype());
+    let (x, head) = (read(OP, x)?, head.on_cpu()?);
+    let x = SharedLhs::new(Mat::new(&x, n, d), head.table.compute_dtype());
     cpu::build((n, words), |logits| {
         let logits = Shared::new(logits);
         for_each_column_tile(logits, (n, words), VOCAB_TILE, |mut tile, words| {
-            let head = head.transposed(words);
-            matmul(&mut tile, Into::Overwrite, x.lhs(), head, 1.0);
+            let weight = head.table.transposed(words);
+            matmul(&mut tile, Into::Overwrite, x.lhs(), weight, 1.0);
+            (0..n).for_each(|row| head.cap(tile.row(row)));
         });
     })
 }
@@ -268,11 +316,11 @@ struct Chunk<'a> {
 /// Gives `f` each chunk of rows, with its logits.
 fn for_each_chunk(
     x: &[f32],
-    head: &CpuTable<'_>,
+    head: &CpuHead<'_>,
     rows: &[(usize, u32)],
     mut f: impl FnMut(Chunk<'_>, &mut Logits),
 ) {
-    let (vocab, d) = (head.words(), head.width());
+    let (vocab, d) = (head.table.words(), head.table.width());
     let mut gathered = Vec::new();
     let mut logits = Logits {
         data: LOGITS.take(),
@@ -303,14 +351,14 @@ struct Peak {
 }
 
 /// `z = x W^T` for a chunk, and the peaks of each tile, `[tiles][rows]`, taken while the tile is in the cache.
-fn logits_forward(x: Mat<'_>, head: &CpuTable<'_>, logits: &mut Logits) -> Vec<Vec<Peak>> {
+fn logits_forward(x: Mat<'_>, head: &CpuHead<'_>, logits: &mut Logits) -> Vec<Vec<Peak>> {
     let rows = logits.rows;
-    let x = SharedLhs::new(x, head.compute_dtype());
+    let x = SharedLhs::new(x, head.table.compute_dtype());
     let tiles = logits.data.par_chunks_mut(rows * VOCAB_TILE).enumerate();
     let peaks = tiles.map(|(tile, z)| {
         let start = tile * VOCAB_TILE;
         let words = z.len() / rows;
-        let weight = head.transposed(start..start + words);
+        let weight = head.table.transposed(start..start + words);
         matmul(
             &mut MatMut::new(z, rows, words),
             Into::Overwrite,
@@ -318,17 +366,19 @@ fn logits_forward(x: Mat<'_>, head: &CpuTable<'_>, logits: &mut Logits) -> Vec<V
             weight,
             1.0,
         );
-        let peak = |z: &[f32]| {
+        let peak = |z: &mut [f32]| {
             vectorized(
                 #[inline(always)]
                 || {
+                    head.cap(z);
+                    let z = &*z;
                     let largest = max(z);
                     let sum = sum([z], |[z]| exp(z - largest));
                     Peak { largest, sum }
                 },
             )
         };
-        z.chunks_exact(words).map(peak).collect()
+        z.chunks_exact_mut(words).map(peak).collect()
     });
     peaks.collect()
 }
@@ -366,8 +416,9 @@ fn logits_backward<'a>(
     losses: &[TokenLoss],
     logits: &'a mut Logits,
     d_loss: f32,
-    dtype: ComputeDtype,
+    (soft_cap, dtype): (Option<SoftCap>, ComputeDtype),
 ) -> Vec<SharedLhs<'a>> {
+    let slope = |z| soft_cap.map_or(1.0, |cap| cap.slope(z));
     let labels: Vec<usize> = losses.iter().map(|token| token.label as usize).collect();
     let lse: Vec<f32> = losses
         .iter()
@@ -380,17 +431,20 @@ fn logits_backward<'a>(
     let gradients = tiles.map(|(tile, data)| {
         let (first, width) = (tile * VOCAB_TILE, data.len() / rows);
         for ((z, &lse), &label) in data.chunks_exact_mut(width).zip(&lse).zip(&labels) {
+            let label = label.checked_sub(first).filter(|&word| word < width);
+            let d_label = label.map(|word| d_loss * slope(z[word]));
             let row = &mut *z;
             vectorized(
                 #[inline(always)]
-                move || {
-                    for z in row {
-                        *z = d_loss * exp(*z - lse);
-                    }
+                move || match soft_cap {
+                    None => row.iter_mut().for_each(|z| *z = d_loss * exp(*z - lse)),
+                    Some(cap) => row
+                        .iter_mut()
+                        .for_each(|z| *z = d_loss * exp(*z - lse) * cap.slope(*z)),
                 },
             );
-            if let Some(z) = label.checked_sub(first).and_then(|word| z.get_mut(word)) {
-                *z -= d_loss;
+            if let (Some(word), Some(d_label)) = (label, d_label) {
+                z[word] -= d_label;
             }
         }
         SharedLhs::new(Mat::new(data, rows, width), dtype)
@@ -399,8 +453,13 @@ fn logits_backward<'a>(
 }
 
 /// The summed loss from differentiable primitives, with the head as a tensor `[V, D]` and every label below V.
-pub fn reference(x: &Tensor, head: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    let logits = x.matmul(&head.t()?)?;
+pub fn reference(
+    x: &Tensor,
+    head: &Tensor,
+    soft_cap: Option<SoftCap>,
+    labels: &Tensor,
+) -> Result<Tensor> {
+    let logits = SoftCap::reference(soft_cap, &x.matmul(&head.t()?)?)?;
     let largest = logits.max_keepdim(D::Minus1)?.detach();
     let lse = (logits
         .broadcast_sub(&largest)?

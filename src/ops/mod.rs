@@ -23,6 +23,7 @@ pub mod residual;
 pub mod rms_norm;
 pub mod rope;
 pub mod scale;
+pub mod soft_cap;
 pub mod table;
 pub mod weight;
 

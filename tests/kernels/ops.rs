@@ -13,8 +13,9 @@ use qlora::ops::dropout::Dropout;
 use qlora::ops::gated_act::Activation;
 use qlora::ops::linear::dora::{self, Magnitude};
 use qlora::ops::linear::{self, Branch, Lora, LoraGrad, ReferenceLora, Stack};
-use qlora::ops::linear_cross_entropy as lce;
+use qlora::ops::linear_cross_entropy::{self as lce, Head};
 use qlora::ops::rope::{self, Positions, RopeTable};
+use qlora::ops::soft_cap::SoftCap;
 use qlora::ops::table::{PagedTable, Table};
 use qlora::ops::weight::{DenseCache, Weight};
 use qlora::ops::{embedding, gated_act, residual, rms_norm, scale};
@@ -572,12 +573,18 @@ placement_test!(in_every_order attention_equals_its_reference, |at| {
         head_dim,
         window,
         scale: attention::default_scale(head_dim),
+        soft_cap: None,
         compute_dtype: ComputeDtype::Bf16,
+    };
+    let capped = |heads| Heads {
+        soft_cap: Some(SoftCap(2.0)),
+        ..heads
     };
     for (lengths, heads) in [
         (vec![42], heads(6, 2, 8, None)),
         (vec![1, 70, 5], heads(2, 2, 6, None)),
         (vec![100, 20], heads(2, 1, 64, Some(12))),
+        (vec![30, 9], capped(heads(4, 2, 8, Some(20)))),
     ] {
         let n = lengths.iter().sum();
         let list = segments(&lengths);
@@ -591,7 +598,7 @@ placement_test!(in_every_order attention_equals_its_reference, |at| {
         });
         let flat = |t: &Tensor| place(&t.flatten_from(1).unwrap(), at);
         let (q, keys, v, dy) = (flat(&q), flat(&keys), flat(&v), flat(&dy));
-        let on_device = Segments::from(list.clone()).on(&at.device, e).unwrap();
+        let on_device = Segments::from(list.clone()).on(&at.device, &heads).unwrap();
         let saved = attention::forward(&q, &keys, &v, &on_device, heads).unwrap();
         want.output.assert_close("out", &saved.out);
         let (dq, dk, dv) =
@@ -612,6 +619,7 @@ placement_test!(
             head_dim: 8,
             window: None,
             scale: attention::default_scale(8),
+            soft_cap: None,
             compute_dtype: ComputeDtype::Bf16,
         };
         let mut rows = |n| place(&random(&mut numbers, &[n, 16]), at);
@@ -622,9 +630,19 @@ placement_test!(
                 keys: 0..5,
             }])
         };
-        let of_larger_heads = segment().on(&at.device, 16).unwrap();
-        assert!(attention::forward(&q, &k, &v, &of_larger_heads, heads).is_err());
-        let cached = segment().on(&at.device, 8).unwrap();
+        let larger = Heads {
+            head_dim: 16,
+            ..heads
+        };
+        let capped = Heads {
+            soft_cap: Some(SoftCap(2.0)),
+            ..heads
+        };
+        for others in [larger, capped] {
+            let of_others = segment().on(&at.device, &others).unwrap();
+            assert!(attention::forward(&q, &k, &v, &of_others, heads).is_err());
+        }
+        let cached = segment().on(&at.device, &heads).unwrap();
         let saved = attention::forward(&q, &k, &v, &cached, heads).unwrap();
         assert!(attention::backward(&d_out, (&q, &k, &v), &saved, &cached, heads).is_err());
     }
@@ -632,7 +650,8 @@ placement_test!(
 
 placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
     let mut numbers = Random::new("linear_cross_entropy");
-    for (n, d, vocab) in [(21, 20, 301), (5, 8, 3001)] {
+    let cap = Some(SoftCap(3.0));
+    for (n, d, vocab, soft_cap) in [(21, 20, 301, None), (5, 8, 3001, None), (21, 20, 301, cap)] {
         let (x, head) = (
             random(&mut numbers, &[n, d]),
             random(&mut numbers, &[vocab, d]),
@@ -653,7 +672,7 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         let inputs = [x.clone(), head.clone()];
         let want = expected(&mut numbers, &inputs, &d_loss, |t| {
             let picked = t[0].index_select(&picked, 0).unwrap();
-            lce::reference(&picked, &t[1], &kept).unwrap()
+            lce::reference(&picked, &t[1], soft_cap, &kept).unwrap()
         });
         let trained = place(&head, at);
         let values: Vec<bf16> = f64s(&head).into_iter().map(bf16::from_f64).collect();
@@ -662,8 +681,10 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         let paged = PagedTable::visiting(&dense, vocab.div_ceil(5), &at.device).unwrap();
         let cache = DenseCache::new(&[], &at.device).unwrap();
         let head = Weight::on_device(dense, &cache.into()).unwrap();
+        let head = Head { table: Table::Frozen(&head), soft_cap };
+        let paged = Head { table: Table::Paged(&paged), soft_cap };
         let x = place(&x, at);
-        let (losses, dx) = lce::backward(&x, &head, &labels, 0.25, None).unwrap();
+        let (losses, dx) = lce::backward(&x, head, &labels, 0.25, None).unwrap();
         let losses = losses.read().unwrap();
         let (total, exact) = (lce::total(&losses), f64s(&want.output.exact)[0]);
         assert!(
@@ -673,7 +694,7 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         // The gradient of the logits is rounded to bf16 on the way, to one part in 256.
         assert_close("dx", &dx, &want.grads[0].exact, 0.01);
         let d_head = place_f32(&Tensor::zeros((vocab, d), DType::F64, &Device::Cpu).unwrap(), at);
-        let table = Table::Trained(&trained, ComputeDtype::Bf16);
+        let table = Head { table: Table::Trained(&trained, ComputeDtype::Bf16), soft_cap };
         let of_trained = lce::backward(&x, table, &labels, 0.25, Some(&d_head)).unwrap();
         assert_eq!(of_trained.0.read().unwrap(), losses);
         assert!(f64s(&of_trained.1) == f64s(&dx));
@@ -681,21 +702,21 @@ placement_test!(in_every_order linear_cross_entropy_equals_its_reference, |at| {
         assert_close("dW", &d_head, &want.grads[1].exact, 0.03);
         let found: Vec<u32> = losses.iter().map(|t| t.row as u32).collect();
         assert_eq!(found, rows);
-        let again = lce::forward(&x, &head, &labels).unwrap().read().unwrap();
+        let again = lce::forward(&x, head, &labels).unwrap().read().unwrap();
         assert_eq!(again, losses);
-        let of_paged = lce::backward(&x, Table::Paged(&paged), &labels, 0.25, None).unwrap();
+        let of_paged = lce::backward(&x, paged, &labels, 0.25, None).unwrap();
         let losses_of_paged = of_paged.0.read().unwrap();
         assert_losses_close(&losses_of_paged, &losses);
         assert_close("dx of a paged head", &of_paged.1, &want.grads[0].exact, 0.01);
-        let again = lce::forward(&x, Table::Paged(&paged), &labels).unwrap();
+        let again = lce::forward(&x, paged, &labels).unwrap();
         assert_eq!(again.read().unwrap(), losses_of_paged);
         assert_close(
             "logits of a paged head",
-            &lce::logits(&x, Table::Paged(&paged)).unwrap(),
-            &lce::logits(&x, &head).unwrap(),
+            &lce::logits(&x, paged).unwrap(),
+            &lce::logits(&x, head).unwrap(),
             1e-5,
         );
-        let logits: Vec<Vec<f32>> = lce::logits(&x, &head).unwrap().to_vec2().unwrap();
+        let logits: Vec<Vec<f32>> = lce::logits(&x, head).unwrap().to_vec2().unwrap();
         for token in &losses {
             let row = &logits[token.row];
             let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 17] = [
+pub const CASES: [&str; 19] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -32,6 +32,8 @@ pub const CASES: [&str; 17] = [
     "seed_oss",
     "exaone4",
     "cwm",
+    "gemma",
+    "gemma2",
 ];
 
 /// The cases that have a training run.

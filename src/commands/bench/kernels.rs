@@ -358,6 +358,7 @@ impl Bench {
             head_dim,
             window: None,
             scale: attention::default_scale(head_dim),
+            soft_cap: None,
             compute_dtype: self.placement.compute_dtype,
         };
         let list = (0..n / segment).map(|i| Segment {
@@ -366,7 +367,7 @@ impl Bench {
         });
         let mut segments = Segments::from(list.collect::<Vec<_>>());
         if self.placement.uses_kernels() {
-            segments = segments.on(&self.placement.device, head_dim)?;
+            segments = segments.on(&self.placement.device, &heads)?;
         }
         let shape = (n, num_heads * head_dim);
         let [q, k, v, d_out] = [

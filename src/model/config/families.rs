@@ -9,6 +9,7 @@ use crate::store::TEXT_CONFIG;
 
 /// The values of `model_type`.
 const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, \
+                        gemma, gemma2, \
                         granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
 
 /// The path of the decoder in a language model, and in a model that it is one part of.
@@ -78,6 +79,8 @@ fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig>
         "qwen3" => qwen3(&mut fields)?,
         "qwen3_vl_text" => qwen3_vl(&mut fields)?,
         "smollm3" => smollm3(&mut fields)?,
+        "gemma" => gemma(&mut fields)?,
+        "gemma2" => gemma2(&mut fields)?,
         "gemma3_text" => gemma3(&mut fields)?,
         "granite" => granite(&mut fields)?,
         "olmo2" => olmo2(&mut fields)?,
@@ -230,27 +233,74 @@ fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
     Ok(decoder)
 }
 
-fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
-    let mut defaults = Defaults::new(131_072);
-    defaults.vocab_size = Some(262_208);
-    defaults.num_heads = Some(8);
-    defaults.num_kv_heads = Some(4);
+/// Norms whose weights are stored less 1, and embeddings times the root of their width.
+fn gemma_with(fields: &mut Fields, mut defaults: Defaults) -> Result<DecoderConfig> {
     defaults.head_dim = Some(256);
     defaults.pad_token_id = Some(0);
     defaults.tie_word_embeddings = true;
+    defaults.activation = Activation::GeluTanh;
+    let mut decoder = decoder(fields, defaults)?;
+    attention_bias(fields, &mut decoder)?;
+    decoder.norms_less_one = true;
+    decoder.embedding_scale = (decoder.hidden_size as f64).sqrt();
+    Ok(decoder)
+}
+
+fn gemma(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(8192);
+    defaults.vocab_size = Some(256_000);
+    defaults.num_heads = Some(16);
+    defaults.num_kv_heads = Some(16);
+    // `hidden_act` is what counts.
+    fields.ignore(&["hidden_activation"]);
+    gemma_with(fields, defaults)
+}
+
+/// Gemma 2 and 3: norms on branches too, and scores by a scale of their own; caps on scores and logits, which are these where
+/// the config does not say.
+fn later_gemma(
+    fields: &mut Fields,
+    mut defaults: Defaults,
+    soft_caps: [Option<f64>; 2],
+) -> Result<DecoderConfig> {
+    defaults.num_heads = Some(8);
+    defaults.num_kv_heads = Some(4);
+    let mut decoder = gemma_with(fields, defaults)?;
+    decoder.activation = activation(fields, "hidden_activation", Activation::GeluTanh)?;
+    decoder.branch_norms = true;
+    let scalar = fields.optional_positive("query_pre_attn_scalar")?;
+    decoder.attention_scale = scalar.unwrap_or(256.0).powf(-0.5);
+    let [of_scores, of_logits] = soft_caps;
+    let mut soft_cap = |field, default: Option<f64>| -> Result<Option<f64>> {
+        match fields.is_null(field) {
+            true => Ok(None),
+            false => Ok(fields.optional_positive(field)?.or(default)),
+        }
+    };
+    decoder.attention_soft_cap = soft_cap("attn_logit_softcapping", of_scores)?;
+    decoder.logits_soft_cap = soft_cap("final_logit_softcapping", of_logits)?;
+    Ok(decoder)
+}
+
+fn gemma2(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(8192);
+    defaults.vocab_size = Some(256_000);
+    let mut decoder = later_gemma(fields, defaults, [Some(50.0), Some(30.0)])?;
+    let window = window(fields)?;
+    decoder.sliding_window = windows(fields, decoder.num_layers, window, |layer| {
+        layer.is_multiple_of(2)
+    })?;
+    Ok(decoder)
+}
+
+fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(131_072);
+    defaults.vocab_size = Some(262_208);
     defaults.rope_theta = 1_000_000.0;
     let local_theta = 10_000.0;
     defaults.rotary = Rotary::Two { local_theta };
-    let mut decoder = decoder(fields, defaults)?;
-    let activation = activation(fields, "hidden_activation")?;
-    decoder.activation = activation.unwrap_or(Activation::GeluTanh);
-    attention_bias(fields, &mut decoder)?;
+    let mut decoder = later_gemma(fields, defaults, [None; 2])?;
     decoder.qk_norm = Some(QkNorm::Head);
-    decoder.branch_norms = true;
-    decoder.norms_less_one = true;
-    let scalar = fields.optional_positive("query_pre_attn_scalar")?;
-    decoder.attention_scale = scalar.unwrap_or(256.0).powf(-0.5);
-    decoder.embedding_scale = (decoder.hidden_size as f64).sqrt();
     let window = fields.optional_size("sliding_window")?.unwrap_or(4096);
     let pattern = match fields.optional_size("sliding_window_pattern")? {
         Some(pattern) => pattern,
@@ -406,6 +456,7 @@ struct Defaults {
     tie_word_embeddings: bool,
     rope_theta: f64,
     rotary: Rotary,
+    activation: Activation,
 }
 
 /// What the rotary parameters of a family are of.
@@ -434,6 +485,7 @@ impl Defaults {
             tie_word_embeddings: false,
             rope_theta: 10_000.0,
             rotary: Rotary::One,
+            activation: Activation::Silu,
         }
     }
 
@@ -475,7 +527,7 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
     let max_position_embeddings = fields
         .optional_size("max_position_embeddings")?
         .unwrap_or(defaults.max_position_embeddings);
-    let activation = activation(fields, "hidden_act")?;
+    let activation = activation(fields, "hidden_act", defaults.activation)?;
     let (positions, theta) = (max_position_embeddings, defaults.rope_theta);
     let (rope, local_rope) = match defaults.rotary {
         Rotary::One => (rope::read(fields, positions, theta)?, None),
@@ -517,11 +569,13 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         branch_norms: false,
         norms_less_one: false,
         attention_scale: 1.0 / (head_dim as f64).sqrt(),
+        attention_soft_cap: None,
         embedding_scale: 1.0,
         embedding_multiplier: 1.0,
         residual_multiplier: 1.0,
         logits_scaling: 1.0,
-        activation: activation.unwrap_or(Activation::Silu),
+        logits_soft_cap: None,
+        activation,
         padding_id: padding_id(fields, defaults.pad_token_id, vocab_size)?,
         sliding_window: vec![None; num_layers],
     })
@@ -538,12 +592,14 @@ fn padding_id(fields: &mut Fields, default: Option<i64>, vocab_size: usize) -> R
     Ok(known.map(|id| id as u32))
 }
 
-/// The function before the product with `up`; `None` where the field is not there.
-fn activation(fields: &mut Fields, field: &'static str) -> Result<Option<Activation>> {
+/// The function before the product with `up`, which is `default` where the field is not there.
+fn activation(fields: &mut Fields, field: &'static str, default: Activation) -> Result<Activation> {
     match fields.optional::<String>(field)?.as_deref() {
-        None => Ok(None),
-        Some("silu" | "swish") => Ok(Some(Activation::Silu)),
-        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Some(Activation::GeluTanh)),
+        None => Ok(default),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+        // So Gemma's first models call it.
+        Some("gelu") if field == "hidden_act" && default == Activation::GeluTanh => Ok(default),
         Some(_) => Err(fields.unsupported(field, "use silu or gelu_pytorch_tanh")),
     }
 }

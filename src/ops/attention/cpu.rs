@@ -209,6 +209,14 @@ impl<'a> Operands<'a> {
             self.heads.scale,
         );
     }
+
+    /// Caps scores that are seen, where the model does.
+    #[inline(always)]
+    fn cap(&self, scores: &mut [f32]) {
+        if let Some(cap) = self.heads.soft_cap {
+            scores.iter_mut().for_each(|s| *s = cap.of(*s));
+        }
+    }
 }
 
 fn forward_tile(
@@ -225,7 +233,10 @@ fn forward_tile(
         let visible = tile.visible(row, &operands.heads);
         lse.row(row)[0] = vectorized(
             #[inline(always)]
-            || softmax_row(scores, visible),
+            || {
+                operands.cap(&mut scores[visible.clone()]);
+                softmax_row(scores, visible)
+            },
         );
     }
     let v = operands.key_rows(&operands.v, tile, head);
@@ -299,7 +310,13 @@ fn backward_tile(
             #[inline(always)]
             || {
                 let delta = sum([d_out, out], |[d, o]| d * o);
-                softmax_row_backward(p, ds, visible, lse, delta);
+                operands.cap(&mut p[visible.clone()]);
+                match heads.soft_cap {
+                    None => softmax_row_backward(p, ds, visible, lse, delta, |_| 1.0),
+                    Some(cap) => {
+                        softmax_row_backward(p, ds, visible, lse, delta, |s| cap.slope(s));
+                    }
+                }
             },
         );
     }
@@ -313,7 +330,8 @@ fn backward_tile(
     matmul(&mut grads.dk, Into::Add, ds.t().to(dtype), q, heads.scale);
 }
 
-/// Turns scores into probabilities and `dP` into `dS = P (dP - delta)`; both 0 where nothing is seen.
+/// Turns scores into probabilities and `dP` into `dS = P (dP - delta)`, times the slope at a score; both 0 where nothing is
+/// seen.
 #[inline(always)]
 fn softmax_row_backward(
     p: &mut [f32],
@@ -321,13 +339,15 @@ fn softmax_row_backward(
     visible: Range<usize>,
     lse: f32,
     delta: f32,
+    slope: impl Fn(f32) -> f32,
 ) {
     for row in [&mut *p, &mut *ds] {
         row[..visible.start].fill(0.0);
         row[visible.end..].fill(0.0);
     }
     for (p, ds) in p[visible.clone()].iter_mut().zip(&mut ds[visible]) {
+        let slope = slope(*p);
         *p = exp(*p - lse);
-        *ds = *p * (*ds - delta);
+        *ds = *p * (*ds - delta) * slope;
     }
 }

@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{Heads, OP, Saved, Segment};
 use crate::ops::launcher::{Grid, Launcher, Operand};
+use crate::ops::soft_cap::SoftCap;
 use crate::{Error, Result};
 
 /// Kernels for heads of up to `head_dim` columns, as the table at the head of `cuda/attention.cu` has them.
@@ -79,15 +80,16 @@ impl Kernel {
             Operand::U32(heads.window.unwrap_or(0)),
         ];
         if !self.is_hopper {
-            // No cap on the scores: no model that is read has one.
-            scalars.push(Operand::F32(0.0));
+            scalars.push(SoftCap::operand(heads.soft_cap));
         }
         scalars
     }
 
-    /// The fastest where there are warpgroups, else the smallest that hold the head.
-    fn for_head_dim(head_dim: usize, launcher: &Launcher) -> Result<&'static Self> {
-        if head_dim == HOPPER.head_dim && launcher.runtime().has_warpgroup_products() {
+    /// The fastest where there are warpgroups and no cap, else the smallest that hold the head.
+    fn of(heads: &Heads, launcher: &Launcher) -> Result<&'static Self> {
+        let head_dim = heads.head_dim;
+        let is_hopper = head_dim == HOPPER.head_dim && heads.soft_cap.is_none();
+        if is_hopper && launcher.runtime().has_warpgroup_products() {
             return Ok(&HOPPER);
         }
         let fits = |kernel: &&Self| head_dim <= kernel.head_dim;
@@ -102,7 +104,8 @@ impl Kernel {
 /// The tiles of a batch's segments, for the grids of the three kernels: `[tiles, 5]` each.
 #[derive(Debug, Clone)]
 pub(super) struct Tiles {
-    pub(super) head_dim: usize,
+    /// What they were made for, whatever the window.
+    pub(super) heads: Heads,
     kernel: &'static Kernel,
     forward: Tensor,
     backward_q: Tensor,
@@ -110,9 +113,9 @@ pub(super) struct Tiles {
 }
 
 impl Tiles {
-    pub(super) fn new(segments: &[Segment], head_dim: usize, device: &Device) -> Result<Self> {
+    pub(super) fn new(segments: &[Segment], heads: &Heads, device: &Device) -> Result<Self> {
         let launcher = Launcher::on(OP, device)?;
-        let kernel = Kernel::for_head_dim(head_dim, &launcher)?;
+        let kernel = Kernel::of(heads, &launcher)?;
         let lists = [
             query_tiles(segments, kernel.forward.rows)?,
             query_tiles(segments, kernel.backward_q.rows)?,
@@ -123,12 +126,18 @@ impl Tiles {
         let all = (first + second + third, WORDS);
         let all = launcher.upload(&words, all)?;
         Ok(Self {
-            head_dim,
+            heads: *heads,
             kernel,
             forward: all.narrow(0, 0, first)?,
             backward_q: all.narrow(0, first, second)?,
             backward_kv: all.narrow(0, first + second, third)?,
         })
+    }
+
+    /// Whether they are for such heads too.
+    pub(super) fn are_for(&self, heads: &Heads) -> bool {
+        let of_kernel = |heads: &Heads| (heads.head_dim, heads.soft_cap.is_some());
+        of_kernel(heads) == of_kernel(&self.heads)
     }
 }
 

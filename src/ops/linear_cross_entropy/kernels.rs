@@ -2,11 +2,12 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{OP, TokenLoss};
+use super::{Head, OP, TokenLoss};
 use crate::Result;
 use crate::device::{self, Gemm, Matrix};
 use crate::ops::embedding::{gather, scatter};
 use crate::ops::launcher::{Grid, Launcher, Operand};
+use crate::ops::soft_cap::SoftCap;
 use crate::ops::table::Table;
 
 /// Bytes of one chunk's logits, at most: enough rows for the products to fill a GPU.
@@ -43,7 +44,24 @@ impl DeviceLosses {
 }
 
 /// The logits of every row of `x: [N, D]` in f32, `[N, V]`.
-pub(super) fn logits(launcher: &Launcher, x: &Tensor, head: Table<'_>) -> Result<Tensor> {
+pub(super) fn logits(launcher: &Launcher, x: &Tensor, head: Head<'_>) -> Result<Tensor> {
+    let logits = uncapped_logits(launcher, x, head.table)?;
+    if head.soft_cap.is_some() {
+        let n = logits.elem_count();
+        let operands = [
+            Operand::Write(&logits),
+            Operand::U64(n),
+            SoftCap::operand(head.soft_cap),
+        ];
+        let grid = launcher.grid_stride(n, 1);
+        // SAFETY: there are n logits.
+        unsafe { launcher.launch("linear_cross_entropy_soft_cap_f32", grid, &operands)? };
+    }
+    Ok(logits)
+}
+
+/// Those, as the kernels for the loss take them.
+fn uncapped_logits(launcher: &Launcher, x: &Tensor, head: Table<'_>) -> Result<Tensor> {
     let ((rows, d), (vocab, _)) = (x.dims2()?, head.dims()?);
     let logits = launcher.empty((rows, vocab), DType::F32)?;
     if rows == 0 {
@@ -75,13 +93,13 @@ pub(super) fn logits(launcher: &Launcher, x: &Tensor, head: Table<'_>) -> Result
 pub(super) fn forward(
     launcher: &Launcher,
     x: &Tensor,
-    head: Table<'_>,
+    Head { table, soft_cap }: Head<'_>,
     rows: &[(usize, u32)],
 ) -> Result<DeviceLosses> {
     let rows = Rows::new(launcher, rows)?;
-    for chunk in rows.chunks(head.dims()?.0)? {
+    for chunk in rows.chunks(table.dims()?.0)? {
         let x = gather(launcher, x, &chunk.ids)?;
-        chunk.forward(launcher, &logits(launcher, &x, head)?)?;
+        chunk.forward(launcher, &uncapped_logits(launcher, &x, table)?, soft_cap)?;
     }
     Ok(rows.losses)
 }
@@ -90,7 +108,7 @@ pub(super) fn forward(
 pub(super) fn backward(
     launcher: &Launcher,
     x: &Tensor,
-    head: Table<'_>,
+    Head { table, soft_cap }: Head<'_>,
     rows: &[(usize, u32)],
     d_loss: f32,
     d_head: Option<&Tensor>,
@@ -98,15 +116,15 @@ pub(super) fn backward(
     let rows = Rows::new(launcher, rows)?;
     let dx = launcher.empty(x.shape(), DType::BF16)?;
     dx.zero_set()?;
-    for chunk in rows.chunks(head.dims()?.0)? {
+    for chunk in rows.chunks(table.dims()?.0)? {
         let x = gather(launcher, x, &chunk.ids)?;
-        let logits = logits(launcher, &x, head)?;
-        chunk.backward(launcher, &logits, d_loss)?;
+        let logits = uncapped_logits(launcher, &x, table)?;
+        chunk.backward(launcher, &logits, soft_cap, d_loss)?;
         let dz = LogitsGrad(&logits);
         if let Some(d_head) = d_head {
             dz.head_backward(launcher, &x, d_head)?;
         }
-        let d_chunk = dz.hidden_backward(launcher, head)?;
+        let d_chunk = dz.hidden_backward(launcher, table)?;
         scatter(launcher, &d_chunk, &chunk.ids, &dx)?;
     }
     Ok((rows.losses, dx))
@@ -157,13 +175,19 @@ struct Chunk {
 }
 
 impl Chunk {
-    fn forward(&self, launcher: &Launcher, logits: &Tensor) -> Result<()> {
+    fn forward(
+        &self,
+        launcher: &Launcher,
+        logits: &Tensor,
+        soft_cap: Option<SoftCap>,
+    ) -> Result<()> {
         let (rows, vocab) = logits.dims2()?;
         let operands = [
             Operand::Read(logits),
             Operand::Read(&self.labels),
             Operand::U32(rows),
             Operand::U32(vocab),
+            SoftCap::operand(soft_cap),
             Operand::Write(&self.loss),
             Operand::Write(&self.confidence),
             Operand::Write(&self.prediction),
@@ -174,13 +198,20 @@ impl Chunk {
     }
 
     /// Leaves `dz` in bf16 in the first half of each row of `logits`.
-    fn backward(&self, launcher: &Launcher, logits: &Tensor, d_loss: f32) -> Result<()> {
+    fn backward(
+        &self,
+        launcher: &Launcher,
+        logits: &Tensor,
+        soft_cap: Option<SoftCap>,
+        d_loss: f32,
+    ) -> Result<()> {
         let (rows, vocab) = logits.dims2()?;
         let operands = [
             Operand::Write(logits),
             Operand::Read(&self.labels),
             Operand::U32(rows),
             Operand::U32(vocab),
+            SoftCap::operand(soft_cap),
             Operand::F32(d_loss),
             Operand::Write(&self.loss),
             Operand::Write(&self.confidence),
