@@ -90,7 +90,7 @@ fn file_name(name: &str, architecture: &str) -> String {
     let any = name.replace(&format!(".layers.{layer}."), ".layers.0.");
     let of_branches = NORMS_OF_BRANCHES
         .iter()
-        .filter(|_| ["gemma3", "olmo2", "seed_oss", "exaone4"].contains(&architecture));
+        .filter(|_| ["gemma2", "gemma3", "olmo2", "seed_oss", "exaone4"].contains(&architecture));
     let mut names = of_branches.chain(&NAMES);
     let (_, file) = names.find(|(name, _)| *name == any).unwrap();
     file.replace("blk.0.", &format!("blk.{layer}."))
@@ -152,6 +152,10 @@ pub fn configs() -> Vec<Value> {
     let mut gemma3 = config_with_vocabulary("gemma3");
     gemma3["query_pre_attn_scalar"] = gemma3["head_dim"].clone();
     configs.push(gemma3);
+    configs.push(config_with_vocabulary("gemma"));
+    let mut gemma2 = config_with_vocabulary("gemma2");
+    gemma2["query_pre_attn_scalar"] = gemma2["head_dim"].clone();
+    configs.push(gemma2);
     configs.extend(["granite", "olmo2", "ministral3"].map(config_with_vocabulary));
     let mut olmo3 = config_with_vocabulary("olmo3");
     olmo3["rope_parameters"]["sliding_attention"] =
@@ -211,7 +215,7 @@ fn every_tensor_has_its_name_shape_and_values_in_the_order_of_llama_cpp() {
             let stored = gguf.values(&file_name);
             let is_rotated = is_reordered && (name.contains("q_proj") || name.contains("k_proj"));
             let mut values = tensor.to_f32_vec();
-            if architecture == "gemma3" && name.ends_with("norm.weight") {
+            if architecture.starts_with("gemma") && name.ends_with("norm.weight") {
                 values.iter_mut().for_each(|weight| *weight += 1.0);
             }
             if is_rotated {
@@ -250,8 +254,8 @@ fn the_first_rows_of_a_head_are_those_that_turn_together() {
 fn the_config_is_told_in_the_keys_of_its_architecture() {
     let architectures = [
         "llama", "llama", "llama", "llama", "qwen2", "qwen3", "qwen2", "llama", "smollm3",
-        "gemma3", "granite", "olmo2", "mistral3", "olmo2", "seed_oss", "exaone4", "exaone4",
-        "llama",
+        "gemma3", "gemma", "gemma2", "granite", "olmo2", "mistral3", "olmo2", "seed_oss",
+        "exaone4", "exaone4", "llama",
     ];
     assert_eq!(configs().len(), architectures.len());
     for (config, architecture) in configs().into_iter().zip(architectures) {
@@ -340,6 +344,15 @@ fn the_windows_of_olmo3_are_told_in_keys() {
     assert_eq!(gguf.u32("olmo2.attention.sliding_window_pattern"), 2);
     assert_eq!(gguf.text("olmo2.rope.scaling.type"), "yarn");
     assert_eq!(gguf.f32("olmo2.rope.freq_base_swa"), 5e4);
+}
+
+#[test]
+fn the_windows_and_caps_of_gemma2_are_told_in_keys() {
+    let (_, gguf, _) = written(&config_of("gemma2"), GgufType::F16);
+    assert_eq!(gguf.u32("gemma2.attention.sliding_window"), 12);
+    assert_eq!(gguf.u32("gemma2.attention.sliding_window_pattern"), 2);
+    assert_eq!(gguf.f32("gemma2.attn_logit_softcapping"), 2.0);
+    assert_eq!(gguf.f32("gemma2.final_logit_softcapping"), 3.0);
 }
 
 #[test]
@@ -582,10 +595,20 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         ("qwen3", "attention_bias", true.into()),
         ("qwen2", "rope_parameters", rope.clone()),
         ("qwen3", "rope_scaling", rope),
-        ("llama_mha", "model_type", "gemma2".into()),
+        ("llama_mha", "model_type", "phi3".into()),
         ("llama_mha", "hidden_act", "gelu_new".into()),
         ("gemma3", "query_pre_attn_scalar", 24.into()),
         ("gemma3", "hidden_activation", "silu".into()),
+        ("gemma3", "final_logit_softcapping", 30.into()),
+        ("gemma", "tie_word_embeddings", false.into()),
+        ("gemma2", "attn_logit_softcapping", Value::Null),
+        ("gemma2", "query_pre_attn_scalar", 24.into()),
+        ("gemma2", "tie_word_embeddings", false.into()),
+        (
+            "gemma2",
+            "layer_types",
+            json!(["full_attention", "sliding_attention"]),
+        ),
         ("smollm3", "mlp_bias", true.into()),
         (
             "ministral3",

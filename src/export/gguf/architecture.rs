@@ -1,6 +1,6 @@
 //! The architecture of llama.cpp that computes a model, and what it cannot.
 //!
-//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,smollm3,gemma3,granite,olmo2,seed-oss,exaone4}.cpp` of llama.cpp.
+//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,smollm3,gemma,gemma2,gemma3,granite,olmo2,seed-oss,exaone4}.cpp` of llama.cpp.
 
 use super::GgufBase;
 use super::writer::Change;
@@ -8,7 +8,7 @@ use crate::Result;
 use crate::model::{Activation, DecoderConfig, LayerRope, ModelTensor, Module, RopeScaling};
 
 /// The values of `model_type` of which files are written.
-const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
+const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma, gemma2, gemma3, gemma3_text, granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub(super) enum Architecture {
     Qwen3,
     Qwen3Vl,
     Smollm3,
+    Gemma,
+    Gemma2,
     Gemma3,
     Granite,
     /// OLMo 3's models too.
@@ -41,6 +43,8 @@ impl Architecture {
             Some("qwen3") => Self::Qwen3,
             Some("qwen3_vl_text" | "qwen3_vl") => Self::Qwen3Vl,
             Some("smollm3") => Self::Smollm3,
+            Some("gemma") => Self::Gemma,
+            Some("gemma2") => Self::Gemma2,
             Some("gemma3_text" | "gemma3") => Self::Gemma3,
             Some("granite") => Self::Granite,
             Some("olmo2" | "olmo3") => Self::Olmo2,
@@ -60,6 +64,8 @@ impl Architecture {
             Self::Qwen3 => "qwen3",
             Self::Qwen3Vl => "qwen3vl",
             Self::Smollm3 => "smollm3",
+            Self::Gemma => "gemma",
+            Self::Gemma2 => "gemma2",
             Self::Gemma3 => "gemma3",
             Self::Granite => "granite",
             Self::Olmo2 => "olmo2",
@@ -111,9 +117,18 @@ impl Architecture {
             return refuse("mlp_bias", "has no bias in the MLP");
         }
         let is_gelu = config.activation == Activation::GeluTanh;
-        if is_gelu != (self == Self::Gemma3) {
+        if is_gelu != matches!(self, Self::Gemma | Self::Gemma2 | Self::Gemma3) {
             let field = base.present(["hidden_act", "hidden_activation"]);
             return refuse(field, "has another one");
+        }
+        let soft_caps = [
+            ("attn_logit_softcapping", config.attention_soft_cap),
+            ("final_logit_softcapping", config.logits_soft_cap),
+        ];
+        let is_capped = self == Self::Gemma2;
+        if let Some((field, cap)) = soft_caps.iter().find(|(_, cap)| cap.is_some() != is_capped) {
+            let reason = if cap.is_some() { "has none" } else { "has one" };
+            return refuse(field, reason);
         }
         self.check_rope(base, config)?;
         match self {
@@ -125,7 +140,10 @@ impl Architecture {
             | Self::Granite
             | Self::SeedOss => Ok(()),
             Self::Smollm3 => self.check_smollm3(base, config),
-            Self::Gemma3 => self.check_gemma3(base, config),
+            Self::Gemma => self.check_tied(base, config),
+            Self::Gemma2 => self.check_gemma2(base, config),
+            // That of 27B has 62 layers.
+            Self::Gemma3 => self.check_scale(base, config, 62),
             Self::Olmo2 => self.check_olmo2(base, config),
             Self::Exaone4 => self.check_exaone4(base, config),
         }
@@ -177,11 +195,33 @@ impl Architecture {
         self.refuse(base, field, reason)
     }
 
-    fn check_gemma3(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
-        // The one of 27B has 62 layers, by which llama.cpp knows it.
-        let scaled = match config.num_layers {
-            62 => config.hidden_size / config.num_heads,
-            _ => config.head_dim,
+    fn check_tied(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
+        match config.tie_word_embeddings {
+            true => Ok(()),
+            false => self.refuse(base, "tie_word_embeddings", "has no head of its own"),
+        }
+    }
+
+    fn check_gemma2(self, base: &GgufBase, config: &DecoderConfig) -> Result<()> {
+        self.check_tied(base, config)?;
+        if self.window_pattern(config) != Some(2) {
+            let reason = "wants full attention in every second layer";
+            return self.refuse(base, "layer_types", reason);
+        }
+        // That of 27B has 46 layers.
+        self.check_scale(base, config, 46)
+    }
+
+    /// By the number of its layers llama.cpp knows the model of 27B, whose scores have another scale.
+    fn check_scale(
+        self,
+        base: &GgufBase,
+        config: &DecoderConfig,
+        layers_of_27b: usize,
+    ) -> Result<()> {
+        let scaled = match config.num_layers == layers_of_27b {
+            true => config.hidden_size / config.num_heads,
+            false => config.head_dim,
         };
         if config.attention_scale != (scaled as f64).powf(-0.5) {
             let reason = format!("takes it for {scaled} in a model like this");
@@ -244,6 +284,7 @@ impl Architecture {
     /// have no windows.
     pub(super) fn default_window_pattern(self) -> Option<usize> {
         match self {
+            Self::Gemma2 => Some(2),
             Self::Gemma3 => Some(6),
             Self::Olmo2 | Self::Exaone4 => Some(4),
             Self::Llama
@@ -252,6 +293,7 @@ impl Architecture {
             | Self::Qwen3
             | Self::Qwen3Vl
             | Self::Smollm3
+            | Self::Gemma
             | Self::Granite
             | Self::SeedOss => None,
         }

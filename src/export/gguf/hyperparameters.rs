@@ -54,6 +54,12 @@ pub(super) fn add(
     if let Some(scaling) = config.rope.query_scaling {
         add_f32("attention.temperature_scale", scaling.beta);
     }
+    if let Some(cap) = config.attention_soft_cap {
+        add_f32("attn_logit_softcapping", cap);
+    }
+    if let Some(cap) = config.logits_soft_cap {
+        add_f32("final_logit_softcapping", cap);
+    }
     if architecture == Architecture::Granite {
         add_f32("attention.scale", config.attention_scale);
         add_f32("embedding_scale", config.embedding_multiplier);
@@ -147,6 +153,8 @@ pub(super) fn default_of(
         "rope.freq_base_swa" if architecture == Architecture::Olmo2 => {
             return Some(Value::F32(config.rope.theta as f32));
         }
+        "attn_logit_softcapping" => return Some(Value::F32(50.0)),
+        "final_logit_softcapping" => return Some(Value::F32(30.0)),
         "rope.freq_base" | "rope.freq_base_swa" => return Some(Value::F32(10_000.0)),
         "attention.scale" => return Some(Value::F32(1.0 / (config.head_dim as f32).sqrt())),
         "embedding_scale" | "residual_scale" => return Some(Value::F32(1.0)),
