@@ -64,8 +64,8 @@ fn frozen(decoder: &Decoder, checkpoint: &Checkpoint) -> Frozen {
             .map(|b| b.to_dtype(DType::F64).unwrap())
     };
     Frozen {
-        weights: Module::ALL.map(weight).to_vec(),
-        biases: Module::ALL.map(bias).to_vec(),
+        weights: config.modules().map(weight).collect(),
+        biases: config.modules().map(bias).collect(),
         input_norm: config.input_norms.then(|| norm("input_layernorm")),
         mlp_norm: config.input_norms.then(|| {
             norm(match config.branch_norms {
@@ -186,7 +186,7 @@ fn check(case: &str, dropout: LoraDropout) {
     let dy = random.tensor(&[n, config.hidden_size]);
     let block = &decoder.blocks()[0];
     let mut inputs = vec![x.clone()];
-    for module in Module::ALL {
+    for module in config.modules() {
         let lora = decoder
             .linear(0, module)
             .lora
@@ -197,18 +197,20 @@ fn check(case: &str, dropout: LoraDropout) {
     let scaling = decoder.linear(0, Module::Q).lora.as_ref().unwrap().scaling;
     let frozen = frozen(&decoder, &checkpoint);
     let factors = dropout.inputs.map(|dropout| {
-        Module::ALL.map(|module| {
+        let of_module = |module| {
             let mask = dropout.mask(0, module as usize);
             mask.reference(n, config.linear_shape(module).1).unwrap()
-        })
+        };
+        config.modules().map(of_module).collect::<Vec<_>>()
     });
     let factors = factors.as_ref().map(|factors| &factors[..]);
     let masks = dropout.matrices.map(|dropout| {
-        Module::ALL.map(|module| {
+        let of_module = |module| {
             let (d_out, d_in) = config.linear_shape(module);
             let masks = dropout.masks(0, module as usize, 0);
             matrix_dropout::reference(&masks, d_in, d_out).unwrap()
-        })
+        };
+        config.modules().map(of_module).collect::<Vec<_>>()
     });
     let masks = masks.as_ref().map(|masks| &masks[..]);
     let (want, grads) = oracle(&mut random, &inputs, &dy, |t| {
@@ -243,7 +245,7 @@ fn check(case: &str, dropout: LoraDropout) {
             .unwrap();
         assert_close("dx", &dx, &grads[0], 1e-4);
         let mut bits = f64s(&dx);
-        for (i, module) in Module::ALL.into_iter().enumerate() {
+        for (i, module) in config.modules().enumerate() {
             let lora = decoder.linear(0, module).lora.as_ref().unwrap();
             assert_close(
                 &format!("dA of {}", module.name()),

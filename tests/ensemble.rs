@@ -17,7 +17,7 @@ use qlora::infer::{
     Ensemble, Evaluation, GenerateOptions, LogProbs, Sampler, SamplingOptions, Session,
     evaluate_ensemble,
 };
-use qlora::model::{Decoder, MatrixDropout, Module};
+use qlora::model::{Decoder, MatrixDropout};
 use qlora::ops::matrix_dropout;
 use qlora::quant::DenseTensor;
 use qlora::store::{Adapter, Checkpoint, MatrixDropoutScale, MatrixDropoutSettings};
@@ -38,32 +38,30 @@ fn masked_by_hand(case: &ReferenceCase, model: usize) -> Decoder {
     let mut decoder = Decoder::load(&checkpoint, None, &Placement::cpu()).unwrap();
     let mut adapter = Adapter::read(case.dir.join("adapter")).unwrap();
     let masks = MatrixDropout::ensemble(P, SEED, model + 1).unwrap();
-    for layer in 0..decoder.config().num_layers {
-        for module in Module::ALL {
-            let (d_out, d_in) = decoder.config().linear_shape(module);
-            let masks = masks.masks(layer, module as usize, model);
-            let (columns, rows) = matrix_dropout::reference(&masks, d_in, d_out).unwrap();
-            let path = decoder.config().linear_path(layer, module);
-            for (factor, mask) in [("lora_A", columns), ("lora_B", rows)] {
-                let name = format!("base_model.model.{path}.{factor}.weight");
-                let tensor = adapter.tensors.get_mut(&name).unwrap();
-                let cols = tensor.shape[1];
-                let mask: Vec<f64> = mask.flatten_all().unwrap().to_vec1().unwrap();
-                let masked: Vec<f32> = tensor
-                    .to_f32_vec()
-                    .iter()
-                    .enumerate()
-                    .map(|(i, value)| {
-                        let feature = if factor == "lora_A" {
-                            i % cols
-                        } else {
-                            i / cols
-                        };
-                        value * mask[feature] as f32
-                    })
-                    .collect();
-                *tensor = DenseTensor::from_f32(tensor.shape.clone(), &masked);
-            }
+    for (layer, module) in decoder.config().linears() {
+        let (d_out, d_in) = decoder.config().linear_shape(module);
+        let masks = masks.masks(layer, module as usize, model);
+        let (columns, rows) = matrix_dropout::reference(&masks, d_in, d_out).unwrap();
+        let path = decoder.config().linear_path(layer, module);
+        for (factor, mask) in [("lora_A", columns), ("lora_B", rows)] {
+            let name = format!("base_model.model.{path}.{factor}.weight");
+            let tensor = adapter.tensors.get_mut(&name).unwrap();
+            let cols = tensor.shape[1];
+            let mask: Vec<f64> = mask.flatten_all().unwrap().to_vec1().unwrap();
+            let masked: Vec<f32> = tensor
+                .to_f32_vec()
+                .iter()
+                .enumerate()
+                .map(|(i, value)| {
+                    let feature = if factor == "lora_A" {
+                        i % cols
+                    } else {
+                        i / cols
+                    };
+                    value * mask[feature] as f32
+                })
+                .collect();
+            *tensor = DenseTensor::from_f32(tensor.shape.clone(), &masked);
         }
     }
     decoder.load_adapter(&adapter).unwrap();

@@ -123,8 +123,7 @@ fn tied_embeddings_part_only_where_one_of_them_was_trained() {
 
 /// The weights of the linear layers with their names, and whether they have an adapter.
 fn linears(merged: &Merged, adapter: &Adapter) -> Vec<(String, bool)> {
-    let layers = 0..merged.config().num_layers;
-    let linears = layers.flat_map(|layer| Module::ALL.map(|module| (layer, module)));
+    let linears = merged.config().linears();
     let weight = |(layer, module): (usize, Module)| {
         let path = merged.config().linear_path(layer, module);
         let name = format!("{path}.weight");

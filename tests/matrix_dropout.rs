@@ -11,7 +11,7 @@ use qlora::data::Batch;
 use qlora::device::Placement;
 use qlora::infer::{LogProbs, evaluate};
 use qlora::model::{
-    ActivationPolicy, Decoder, MLP_TILE_ROWS, MicroBatch, Module, Regularization, Sequences,
+    ActivationPolicy, Decoder, MLP_TILE_ROWS, MicroBatch, Regularization, Sequences,
 };
 use qlora::ops::dropout::Mask;
 use qlora::ops::linear_cross_entropy;
@@ -198,31 +198,29 @@ fn what_is_dropped_gets_exactly_no_gradient(at: &Placement) {
     let grads = gradients(&decoder, &case, KEEP, 0.01, &[regularized(matrix_dropout)]);
     let mut grads = grads.into_iter();
     let mut dropped = 0;
-    for layer in 0..decoder.config().num_layers {
-        for module in Module::ALL {
-            let masks = matrix_dropout.masks(layer, module as usize, 0);
-            let (d_out, d_in) = decoder.config().linear_shape(module);
-            let (d_a, d_b) = (grads.next().unwrap(), grads.next().unwrap());
-            let r = d_a.len() / d_in;
-            let what = format!("{} of layer {layer}", module.name());
-            for (feature, kept) in kept(&masks.a, d_in).into_iter().enumerate() {
-                let mut column = (0..r).map(|rank| d_a[rank * d_in + feature]);
-                assert_eq!(
-                    column.any(|grad| grad != 0.0),
-                    kept,
-                    "A of {what}, {feature}"
-                );
-                dropped += usize::from(!kept);
-            }
-            for (feature, kept) in kept(&masks.b, d_out).into_iter().enumerate() {
-                let row = &d_b[feature * r..][..r];
-                assert_eq!(
-                    row.iter().any(|grad| *grad != 0.0),
-                    kept,
-                    "B of {what}, {feature}"
-                );
-                dropped += usize::from(!kept);
-            }
+    for (layer, module) in decoder.config().linears() {
+        let masks = matrix_dropout.masks(layer, module as usize, 0);
+        let (d_out, d_in) = decoder.config().linear_shape(module);
+        let (d_a, d_b) = (grads.next().unwrap(), grads.next().unwrap());
+        let r = d_a.len() / d_in;
+        let what = format!("{} of layer {layer}", module.name());
+        for (feature, kept) in kept(&masks.a, d_in).into_iter().enumerate() {
+            let mut column = (0..r).map(|rank| d_a[rank * d_in + feature]);
+            assert_eq!(
+                column.any(|grad| grad != 0.0),
+                kept,
+                "A of {what}, {feature}"
+            );
+            dropped += usize::from(!kept);
+        }
+        for (feature, kept) in kept(&masks.b, d_out).into_iter().enumerate() {
+            let row = &d_b[feature * r..][..r];
+            assert_eq!(
+                row.iter().any(|grad| *grad != 0.0),
+                kept,
+                "B of {what}, {feature}"
+            );
+            dropped += usize::from(!kept);
         }
     }
     assert!(grads.next().is_none() && dropped > 100);

@@ -443,6 +443,51 @@ fn every_fourth_layer_of_cwm_has_no_window_from_the_first_on() {
     assert_says(&error(&biased), &["attention_bias", "only false is"]);
 }
 
+/// As Phi 4 was published, but for the sizes.
+#[test]
+fn the_layers_of_phi_that_read_one_input_are_one() {
+    let phi = json!({
+        "attention_bias": false, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "original_max_position_embeddings": 256, "rope_scaling": null,
+        "rope_theta": 250000, "sliding_window": null,
+    });
+    let phi = with(small("phi3"), phi);
+    let found = read(&phi).unwrap();
+    let expected = DecoderConfig {
+        fused_projections: true,
+        ..read(&with(small("llama"), json!({"rope_theta": 250000}))).unwrap()
+    };
+    assert_eq!(found, expected);
+    let names = found.modules().map(|module| found.linear_path(1, module));
+    let names: Vec<_> = names.collect();
+    assert_eq!(
+        names,
+        [
+            "self_attn.qkv_proj",
+            "self_attn.o_proj",
+            "mlp.gate_up_proj",
+            "mlp.down_proj"
+        ]
+        .map(|name| format!("model.layers.1.{name}"))
+    );
+    let windows = read(&with(phi.clone(), json!({"sliding_window": 64}))).unwrap();
+    assert_eq!(windows.sliding_window, [Some(64); 4]);
+    assert_eq!(
+        read(&without(phi.clone(), "rope_theta"))
+            .unwrap()
+            .rope
+            .theta,
+        1e4
+    );
+    for change in [
+        json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+        json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}),
+        json!({"partial_rotary_factor": 0.75}),
+    ] {
+        let message = error(&with(phi.clone(), change));
+        assert_says(&message, &["is not supported"]);
+    }
+}
+
 #[test]
 fn iquestcoder_is_a_llama() {
     let coder = json!({
@@ -826,7 +871,7 @@ fn a_field_that_changes_the_mathematics_is_an_error_that_names_it() {
             ],
         );
     }
-    for model_type in ["gemma3n", "phi3", "mixtral", ""] {
+    for model_type in ["gemma3n", "phi", "mixtral", ""] {
         let value = format!("`model_type` = \"{model_type}\" is not supported");
         assert_says(&error(&small(model_type)), &[&value]);
     }

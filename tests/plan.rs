@@ -171,7 +171,7 @@ const SHAPE: Shape = Shape {
 
 /// A model as large as [`SHAPE`] of another family. The weights `in_16_bits` are not quantized.
 fn write_model(destination: &Path, model_type: &str, in_16_bits: &[&str]) {
-    let config = json!({
+    let mut config = json!({
         "architectures": ["SomeForCausalLM"],
         "model_type": model_type,
         "hidden_size": SHAPE.hidden_size,
@@ -183,8 +183,10 @@ fn write_model(destination: &Path, model_type: &str, in_16_bits: &[&str]) {
         "vocab_size": SHAPE.vocab_size,
         "tie_word_embeddings": false,
         "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     });
+    if model_type != "phi3" {
+        config["layer_types"] = json!(["sliding_attention", "full_attention"].repeat(2));
+    }
     let decoder = DecoderConfig::from_json(&config, Path::new("config.json")).unwrap();
     let source = weight_files::model_dir();
     std::fs::write(source.path().join("config.json"), config.to_string()).unwrap();
@@ -404,11 +406,13 @@ fn through_kernels() {
         "model.layers.2.self_attn.q_proj",
     ];
     // Gemma has norms after the attention and the MLP beside those before, and on queries and keys, and two rotary embeddings;
-    // OLMo has no norms before, and larger ones on queries and keys.
+    // OLMo has no norms before, and larger ones on queries and keys. Phi's layers give what others' give apart.
     for (family, checkpointing, in_16_bits) in [
         ("gemma3_text", "false", &[][..]),
         ("gemma3_text", "true", &dense),
         ("olmo3", "true", &[]),
+        ("phi3", "false", &[]),
+        ("phi3", "true", &[]),
     ] {
         let model = tempfile::tempdir().unwrap();
         let model = model.path().join("model");

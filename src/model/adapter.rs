@@ -102,15 +102,15 @@ impl DecoderConfig {
         &self,
         config: &AdapterConfig,
     ) -> Vec<[Option<RankAndScaling>; Module::ALL.len()]> {
-        let at = |path: String| {
-            config.targets(&path).then(|| RankAndScaling {
+        let mut adapters = vec![[None; Module::ALL.len()]; self.num_layers];
+        for (layer, module) in self.linears() {
+            let path = self.linear_path(layer, module);
+            adapters[layer][module as usize] = config.targets(&path).then(|| RankAndScaling {
                 r: config.rank_of(&path),
                 scaling: config.scaling_of(&path),
-            })
-        };
-        (0..self.num_layers)
-            .map(|layer| Module::ALL.map(|module| at(self.linear_path(layer, module))))
-            .collect()
+            });
+        }
+        adapters
     }
 
     /// The paths of the linear layers of all blocks.
@@ -125,8 +125,8 @@ impl DecoderConfig {
     /// [`Error::Config`] for a pattern that fits nothing in this model.
     pub fn expect_patterns(&self, config: &AdapterConfig) -> Result<()> {
         let paths = self.linear_paths();
-        expect_match("rank_pattern", config.rank_pattern.unmatched(&paths))?;
-        expect_match("alpha_pattern", config.alpha_pattern.unmatched(&paths))
+        self.expect_match("rank_pattern", config.rank_pattern.unmatched(&paths))?;
+        self.expect_match("alpha_pattern", config.alpha_pattern.unmatched(&paths))
     }
 
     /// # Errors
@@ -135,11 +135,11 @@ impl DecoderConfig {
         let paths = self.linear_paths();
         let excluded = config.exclude_modules.as_ref();
         let excluded = excluded.and_then(|excluded| excluded.unmatched(&paths));
-        expect_match(
+        self.expect_match(
             "lora_target_modules",
             config.target_modules.unmatched(&paths),
         )?;
-        expect_match("exclude_modules", excluded)?;
+        self.expect_match("exclude_modules", excluded)?;
         let layers = config.layers_to_transform.iter();
         let mut layers = layers.flat_map(|layers| layers.indices());
         if let Some(layer) = layers.find(|layer| **layer >= self.num_layers) {
@@ -158,24 +158,27 @@ impl DecoderConfig {
         match self.linear_paths().iter().any(|path| config.targets(path)) {
             true => Ok(()),
             false => {
-                let reason = format!("no layer matches; the layers are {}", layer_names());
+                let reason = format!("no layer matches; the layers are {}", self.layer_names());
                 Err(Error::config("lora_target_modules", reason))
             }
         }
     }
-}
 
-fn layer_names() -> String {
-    Module::ALL.map(Module::name).join(", ")
-}
+    fn layer_names(&self) -> String {
+        self.modules()
+            .map(Module::name)
+            .collect::<Vec<_>>()
+            .join(", ")
+    }
 
-fn expect_match(key: &str, unmatched: Option<&str>) -> Result<()> {
-    match unmatched {
-        None => Ok(()),
-        Some(name) => {
-            let names = layer_names();
-            let reason = format!("no layer matches `{name}`; the layers are {names}");
-            Err(Error::config(key, reason))
+    fn expect_match(&self, key: &str, unmatched: Option<&str>) -> Result<()> {
+        match unmatched {
+            None => Ok(()),
+            Some(name) => {
+                let names = self.layer_names();
+                let reason = format!("no layer matches `{name}`; the layers are {names}");
+                Err(Error::config(key, reason))
+            }
         }
     }
 }

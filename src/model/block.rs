@@ -116,7 +116,8 @@ struct Qkv {
     v: Tensor,
     /// `q` and `k` before their norm, in models that have one.
     raw: Option<(Tensor, Tensor)>,
-    u: [Option<Tensor>; 3],
+    /// Of each layer.
+    us: Vec<Option<Tensor>>,
 }
 
 /// What adds to the residual stream.
@@ -130,17 +131,14 @@ enum Branch {
 #[derive(Debug, Clone)]
 pub struct Block {
     pub(super) input_norm: InputNorm,
-    pub(super) q: LoraLinear,
-    pub(super) k: LoraLinear,
-    pub(super) v: LoraLinear,
+    pub(super) qkv: Branches<3>,
     pub(super) o: LoraLinear,
     /// Weights of the norms on queries and keys: `[E]` each, or `[H * E]` and `[K * E]`.
     pub(super) qk_norm: Option<(Tensor, Tensor)>,
     pub(super) mlp_norm: InputNorm,
     /// Weights `[D]` of the norms on what the attention and the MLP add to the residual stream.
     pub(super) branch_norms: Option<[Tensor; 2]>,
-    pub(super) gate: LoraLinear,
-    pub(super) up: LoraLinear,
+    pub(super) gate_up: Branches<2>,
     pub(super) down: LoraLinear,
     pub(super) heads: Heads,
     pub(super) rope: LayerRope,
@@ -150,51 +148,59 @@ pub struct Block {
 }
 
 impl Block {
+    /// One of the model's [`modules`](super::DecoderConfig::modules).
     pub(super) fn linear(&self, module: Module) -> &LoraLinear {
         match module {
-            Module::Q => &self.q,
-            Module::K => &self.k,
-            Module::V => &self.v,
+            Module::Q | Module::Qkv => &self.qkv.layers()[0],
+            Module::K => &self.qkv.layers()[1],
+            Module::V => &self.qkv.layers()[2],
             Module::O => &self.o,
-            Module::Gate => &self.gate,
-            Module::Up => &self.up,
+            Module::Gate | Module::GateUp => &self.gate_up.layers()[0],
+            Module::Up => &self.gate_up.layers()[1],
             Module::Down => &self.down,
         }
     }
 
     pub(super) fn linear_mut(&mut self, module: Module) -> &mut LoraLinear {
         match module {
-            Module::Q => &mut self.q,
-            Module::K => &mut self.k,
-            Module::V => &mut self.v,
+            Module::Q | Module::Qkv => &mut self.qkv.layers_mut()[0],
+            Module::K => &mut self.qkv.layers_mut()[1],
+            Module::V => &mut self.qkv.layers_mut()[2],
             Module::O => &mut self.o,
-            Module::Gate => &mut self.gate,
-            Module::Up => &mut self.up,
+            Module::Gate | Module::GateUp => &mut self.gate_up.layers_mut()[0],
+            Module::Up => &mut self.gate_up.layers_mut()[1],
             Module::Down => &mut self.down,
         }
     }
 
-    fn qkv(&self) -> Branches<'_, 3> {
-        Branches([&self.q, &self.k, &self.v])
+    /// All linear layers, in the order of the forward pass.
+    fn linears(&self) -> impl Iterator<Item = &LoraLinear> {
+        self.attention_linears().chain(self.mlp_linears())
+    }
+
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut LoraLinear> {
+        let of_attention = self.qkv.layers_mut().iter_mut().chain([&mut self.o]);
+        let of_mlp = self.gate_up.layers_mut().iter_mut().chain([&mut self.down]);
+        of_attention.chain(of_mlp)
     }
 
     pub(super) fn has_lora(&self) -> bool {
-        Module::ALL
-            .into_iter()
-            .any(|module| self.linear(module).lora.is_some())
+        self.linears().any(|linear| linear.lora.is_some())
     }
 
     /// The block for as long as it is not trained: what DoRA's adapters scale their rows by is made once.
     pub fn lasting(&self) -> Cow<'_, Self> {
-        let mut block = Cow::Borrowed(self);
-        for module in Module::ALL {
-            if self.linear(module).has_magnitude() {
-                let lora = &mut block.to_mut().linear_mut(module).lora;
-                let magnitude = lora.as_mut().and_then(|lora| lora.magnitude.as_mut());
-                magnitude.expect("it has just been seen").lasting_scales = Some(OnceLock::new());
-            }
+        if !self.linears().any(LoraLinear::has_magnitude) {
+            return Cow::Borrowed(self);
         }
-        block
+        let mut block = self.clone();
+        let adapters = block
+            .linears_mut()
+            .filter_map(|linear| linear.lora.as_mut());
+        for magnitude in adapters.filter_map(|lora| lora.magnitude.as_mut()) {
+            magnitude.lasting_scales = Some(OnceLock::new());
+        }
+        Cow::Owned(block)
     }
 
     /// # Shapes
@@ -289,7 +295,7 @@ impl Block {
 
     fn attention_inputs(&self, x: &Tensor, layout: &Layout<'_>) -> Result<Qkv> {
         let h = self.input_norm.forward(x)?;
-        let [(q, u_q), (k, u_k), (v, u_v)] = self.qkv().forward(&h, layout.dropout)?;
+        let ([q, k, v], us) = self.qkv.forward(&h, layout.dropout)?;
         let (q, k, raw) = match &self.qk_norm {
             None => (q, k, None),
             Some((q_norm, k_norm)) => {
@@ -302,8 +308,7 @@ impl Block {
         if let Some(table) = layout.rope.of(self.rope) {
             rope::forward(&q, &k, layout.positions, table)?;
         }
-        let u = [u_q, u_k, u_v];
-        Ok(Qkv { q, k, v, raw, u })
+        Ok(Qkv { q, k, v, raw, us })
     }
 
     /// Adds to the adapters' gradients; gives the gradient of the block's input if it is needed.
@@ -348,12 +353,11 @@ impl Block {
         drop((d_out, attention));
         let h = self.input_norm.forward(&x)?;
         let d_qkv = self.rotary_backward(d_qkv, &qkv, layout)?;
-        let u = qkv.u.each_ref().map(Option::as_ref);
         let d_h = match input {
             InputGrad::Needed => self.input_norm.gradient(&d_residual),
             InputGrad::Skip => InputGradient::Skip,
         };
-        let Some(d_h) = self.qkv().backward(d_qkv, &h, u, dropout, d_h)? else {
+        let Some(d_h) = self.qkv.backward(d_qkv, &h, &qkv.us, dropout, d_h)? else {
             return Ok(None);
         };
         self.input_norm.backward(&d_h, &x, &d_residual)?;

@@ -1,7 +1,10 @@
-//! The linear layers of a block that read the same input: q_proj, k_proj and v_proj, or gate_proj and up_proj.
+//! The linear layers of a block that read the same input: q_proj, k_proj and v_proj, or gate_proj and up_proj. In some models
+//! they are one layer.
 //!
 //! Where kernels compute, the products of their adapters with that input are made together, which launches less and reads it
 //! once. That takes adapters of one rank on all of them, without dropout on their matrices and without DoRA.
+
+use std::slice;
 
 use candle_core::Tensor;
 
@@ -11,7 +14,12 @@ use crate::Result;
 use crate::ops::dropout::Mask;
 use crate::ops::linear::{self, Stack};
 
-pub(super) struct Branches<'a, const J: usize>(pub(super) [&'a LoraLinear; J]);
+#[derive(Debug, Clone)]
+pub(super) enum Branches<const J: usize> {
+    Apart([LoraLinear; J]),
+    /// One layer, and how wide each part of its output is.
+    Fused(Box<LoraLinear>, [usize; J]),
+}
 
 /// What becomes of the gradient of the input.
 pub(super) enum InputGradient {
@@ -40,22 +48,50 @@ impl Together<'_> {
     }
 }
 
-impl<'a, const J: usize> Branches<'a, J> {
-    /// The outputs and the `u` of [`LoraLinear::forward`] for each layer.
+impl<const J: usize> Branches<J> {
+    /// In the order of the model's [`modules`](super::DecoderConfig::modules).
+    pub(super) fn layers(&self) -> &[LoraLinear] {
+        match self {
+            Self::Apart(layers) => layers,
+            Self::Fused(layer, _) => slice::from_ref(layer),
+        }
+    }
+
+    pub(super) fn layers_mut(&mut self) -> &mut [LoraLinear] {
+        match self {
+            Self::Apart(layers) => layers,
+            Self::Fused(layer, _) => slice::from_mut(layer),
+        }
+    }
+
+    /// The outputs, and the `u` of [`LoraLinear::forward`] for each layer.
     pub(super) fn forward(
         &self,
         x: &Tensor,
         dropout: LoraDropout,
-    ) -> Result<[(Tensor, Option<Tensor>); J]> {
+    ) -> Result<([Tensor; J], Vec<Option<Tensor>>)> {
+        let layers = match self {
+            Self::Apart(layers) => layers,
+            Self::Fused(layer, widths) => {
+                let (all, u) = layer.forward(x, dropout)?;
+                let mut start = 0;
+                let parts = each(*widths, |width| {
+                    let part = all.narrow(1, start, width)?.contiguous()?;
+                    start += width;
+                    Ok(part)
+                })?;
+                return Ok((parts, vec![u]));
+            }
+        };
         let Some(together) = self.together(dropout)? else {
-            return each(self.0, |layer| layer.forward(x, dropout));
+            return outputs(layers, |layer| layer.forward(x, dropout));
         };
         let mut adapters = together
             .stack()
             .down_project(x)?
             .into_iter()
             .zip(&together.factors);
-        each(self.0, |layer| {
+        outputs(layers, |layer| {
             let (u, factors) = adapters.next().expect("each branch has an adapter");
             let adapter = Some((factors.lora(), &u));
             let y = linear::forward_with_u(x, &layer.weight, layer.bias.as_ref(), adapter)?;
@@ -71,7 +107,7 @@ impl<'a, const J: usize> Branches<'a, J> {
         &self,
         d_outs: [Tensor; J],
         x: &Tensor,
-        us: [Option<&Tensor>; J],
+        us: &[Option<Tensor>],
         dropout: LoraDropout,
         input: InputGradient,
     ) -> Result<Option<Tensor>> {
@@ -81,23 +117,34 @@ impl<'a, const J: usize> Branches<'a, J> {
             InputGradient::AddTo(sum) => (true, Some(sum)),
         };
         let Some(together) = self.together(dropout)? else {
-            for ((layer, d_out), u) in self.0.into_iter().zip(d_outs).zip(us) {
+            let d_outs = match self {
+                Self::Apart(_) => Vec::from(d_outs),
+                Self::Fused(..) => {
+                    let all = Tensor::cat(&d_outs, 1)?;
+                    drop(d_outs);
+                    vec![all]
+                }
+            };
+            for ((layer, d_out), u) in self.layers().iter().zip(d_outs).zip(us) {
                 match is_needed {
-                    true => dx = Some(layer.backward(&d_out, x, u, dropout, dx)?),
-                    false => layer.backward_adapter(&d_out, x, u, dropout)?,
+                    true => dx = Some(layer.backward(&d_out, x, u.as_ref(), dropout, dx)?),
+                    false => layer.backward_adapter(&d_out, x, u.as_ref(), dropout)?,
                 }
             }
             return Ok(dx);
         };
         let branches = together.factors.iter().zip(&d_outs).zip(us);
         let branches: Vec<_> = branches
-            .map(|((factors, dy), u)| factors.branch(dy, u.expect("each branch has an adapter")))
+            .map(|((factors, dy), u)| {
+                let u = u.as_ref().expect("each branch has an adapter");
+                factors.branch(dy, u)
+            })
             .collect();
         let du = together.stack().backward(&branches, x, &together.a.grad)?;
         if !is_needed {
             return Ok(None);
         }
-        for (layer, d_out) in self.0.into_iter().zip(d_outs) {
+        for (layer, d_out) in self.layers().iter().zip(d_outs) {
             dx = Some(linear::backward_input(&d_out, &layer.weight, None, dx)?);
         }
         if let Some(dx) = &dx {
@@ -107,13 +154,14 @@ impl<'a, const J: usize> Branches<'a, J> {
     }
 
     /// The adapters, if their products are made together.
-    fn together(&self, dropout: LoraDropout) -> Result<Option<Together<'a>>> {
-        let first = self.0[0].lora.as_ref();
+    fn together(&self, dropout: LoraDropout) -> Result<Option<Together<'_>>> {
+        let layers = self.layers();
+        let first = layers[0].lora.as_ref();
         let stack = first.and_then(|lora| lora.stack.as_ref());
         let Some(a) = stack.filter(|_| dropout.matrices.is_none()) else {
             return Ok(None);
         };
-        let adapters = self.0.into_iter().filter_map(|layer| layer.lora.as_ref());
+        let adapters = layers.iter().filter_map(|layer| layer.lora.as_ref());
         let factors: Vec<_> = adapters
             .map(|lora| lora.factors(dropout))
             .collect::<Result<_>>()?;
@@ -122,8 +170,25 @@ impl<'a, const J: usize> Branches<'a, J> {
     }
 }
 
+/// `forward` of each layer: the outputs, and each `u`.
+fn outputs<const J: usize>(
+    layers: &[LoraLinear; J],
+    mut forward: impl FnMut(&LoraLinear) -> Result<(Tensor, Option<Tensor>)>,
+) -> Result<([Tensor; J], Vec<Option<Tensor>>)> {
+    let mut us = Vec::with_capacity(J);
+    let outputs = each(layers.each_ref(), |layer| {
+        let (y, u) = forward(layer)?;
+        us.push(u);
+        Ok(y)
+    })?;
+    Ok((outputs, us))
+}
+
 /// `f` of each, in order.
-fn each<T, U, const J: usize>(all: [T; J], f: impl FnMut(T) -> Result<U>) -> Result<[U; J]> {
+pub(super) fn each<T, U, const J: usize>(
+    all: [T; J],
+    f: impl FnMut(T) -> Result<U>,
+) -> Result<[U; J]> {
     let results: Vec<U> = all.into_iter().map(f).collect::<Result<_>>()?;
     Ok(results
         .try_into()

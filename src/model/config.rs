@@ -104,6 +104,8 @@ pub struct DecoderConfig {
     pub max_position_embeddings: usize,
     /// The output head is the embedding matrix.
     pub tie_word_embeddings: bool,
+    /// `q_proj`, `k_proj` and `v_proj` are one layer, `qkv_proj`, and `gate_proj` and `up_proj` are `gate_up_proj`.
+    pub fused_projections: bool,
     /// `q_proj`, `k_proj` and `v_proj` have a bias.
     pub qkv_bias: bool,
     /// `o_proj` has a bias.

@@ -147,9 +147,8 @@ impl Decoder {
     pub fn linears(&self) -> impl Iterator<Item = (usize, Module, &LoraLinear)> {
         let blocks = self.blocks.iter().enumerate();
         blocks.flat_map(|(layer, block)| {
-            Module::ALL
-                .into_iter()
-                .map(move |module| (layer, module, block.linear(module)))
+            let modules = self.config.modules();
+            modules.map(move |module| (layer, module, block.linear(module)))
         })
     }
 
@@ -173,9 +172,7 @@ impl Decoder {
         self.embedding.trained = embedding;
         self.head.trained = head;
         for block in &mut self.blocks {
-            Module::ALL
-                .into_iter()
-                .for_each(|module| block.linear_mut(module).lora = None);
+            block.linears_mut().for_each(|linear| linear.lora = None);
         }
         for ((layer, module), pair) in pairs {
             self.blocks[layer].linear_mut(module).lora = Some(pair);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::block::{Block, InputNorm};
+use super::branches::{Branches, each};
 use super::config::DecoderConfig;
 use super::lora_linear::LoraLinear;
 use super::names::Module;
@@ -187,15 +188,12 @@ impl<'a> Loader<'a> {
         };
         Ok(Block {
             input_norm,
-            q: self.linear(layer, Module::Q)?,
-            k: self.linear(layer, Module::K)?,
-            v: self.linear(layer, Module::V)?,
+            qkv: self.branches(layer, config.attention_inputs())?,
             o: self.linear(layer, Module::O)?,
             qk_norm,
             mlp_norm,
             branch_norms,
-            gate: self.linear(layer, Module::Gate)?,
-            up: self.linear(layer, Module::Up)?,
+            gate_up: self.branches(layer, config.mlp_inputs())?,
             down: self.linear(layer, Module::Down)?,
             heads: Heads {
                 num_heads: config.num_heads,
@@ -210,6 +208,25 @@ impl<'a> Loader<'a> {
             activation: config.activation,
             eps: config.rms_norm_eps,
         })
+    }
+
+    /// The layers that read the same input, or the one that they are.
+    fn branches<const J: usize>(
+        &mut self,
+        layer: usize,
+        modules: &'static [Module],
+    ) -> Result<Branches<J>> {
+        match <[Module; J]>::try_from(modules) {
+            Ok(modules) => Ok(Branches::Apart(each(modules, |module| {
+                self.linear(layer, module)
+            })?)),
+            Err(_) => {
+                let fused = modules[0];
+                let widths = self.config.output_widths(fused);
+                let widths = widths.try_into().expect("one for each");
+                Ok(Branches::Fused(self.linear(layer, fused)?.into(), widths))
+            }
+        }
     }
 
     fn linear(&mut self, layer: usize, module: Module) -> Result<LoraLinear> {
@@ -276,40 +293,51 @@ pub fn dense_linears(
 
 impl DecoderConfig {
     /// Elements of each weight of a block.
-    pub fn block_elements(&self) -> [usize; Module::ALL.len()] {
-        Module::ALL.map(|module| {
-            let (d_out, d_in) = self.linear_shape(module);
-            d_out * d_in
-        })
+    pub fn block_elements(&self) -> Vec<usize> {
+        let shapes = self.modules().map(|module| self.linear_shape(module));
+        shapes.map(|(d_out, d_in)| d_out * d_in).collect()
     }
 
     /// Elements of each weight that lies dequantized on a device at a time.
     pub fn dequantized_elements(&self, dequantized: Dequantized) -> Vec<usize> {
         let elements = self.block_elements();
         match dequantized {
-            Dequantized::Block => elements.to_vec(),
+            Dequantized::Block => elements,
             Dequantized::Weight => elements.into_iter().max().into_iter().collect(),
         }
     }
 
     /// The weight of a linear layer, `[out, in]`.
     pub fn linear_shape(&self, module: Module) -> (usize, usize) {
+        let d_out = self.output_widths(module).iter().sum();
+        let d_in = match module {
+            Module::O => self.num_heads * self.head_dim,
+            Module::Down => self.intermediate_size,
+            _ => self.hidden_size,
+        };
+        (d_out, d_in)
+    }
+
+    /// How wide the parts of a linear layer's output are, which is one part but for a fused layer.
+    pub fn output_widths(&self, module: Module) -> Vec<usize> {
+        let [q, k] = [self.num_heads, self.num_kv_heads].map(|heads| heads * self.head_dim);
         let (d, f) = (self.hidden_size, self.intermediate_size);
         match module {
-            Module::Q => (self.num_heads * self.head_dim, d),
-            Module::K | Module::V => (self.num_kv_heads * self.head_dim, d),
-            Module::O => (d, self.num_heads * self.head_dim),
-            Module::Gate | Module::Up => (f, d),
-            Module::Down => (d, f),
+            Module::Q => vec![q],
+            Module::K | Module::V => vec![k],
+            Module::O | Module::Down => vec![d],
+            Module::Gate | Module::Up => vec![f],
+            Module::Qkv => vec![q, k, k],
+            Module::GateUp => vec![f, f],
         }
     }
 
     /// Whether a linear layer has one.
     pub fn has_bias(&self, module: Module) -> bool {
         match module {
-            Module::Q | Module::K | Module::V => self.qkv_bias,
+            Module::Q | Module::K | Module::V | Module::Qkv => self.qkv_bias,
             Module::O => self.o_bias,
-            Module::Gate | Module::Up | Module::Down => self.mlp_bias,
+            Module::Gate | Module::Up | Module::Down | Module::GateUp => self.mlp_bias,
         }
     }
 }

@@ -12,10 +12,15 @@ pub enum Module {
     Gate,
     Up,
     Down,
+    /// Q, K and V in one, their outputs one after another.
+    Qkv,
+    /// The same of Gate and Up.
+    GateUp,
 }
 
 impl Module {
-    pub const ALL: [Self; 7] = [
+    /// Of all models; those of one are its [`modules`](DecoderConfig::modules).
+    pub const ALL: [Self; 9] = [
         Self::Q,
         Self::K,
         Self::V,
@@ -23,15 +28,19 @@ impl Module {
         Self::Gate,
         Self::Up,
         Self::Down,
+        Self::Qkv,
+        Self::GateUp,
     ];
 
-    /// The modules that read the same input as this one, with itself: they follow one another in [`ALL`](Self::ALL).
+    /// The modules that read the same input as this one, with itself.
     pub fn with_same_input(self) -> &'static [Self] {
         match self {
             Self::Q | Self::K | Self::V => &[Self::Q, Self::K, Self::V],
             Self::O => &[Self::O],
             Self::Gate | Self::Up => &[Self::Gate, Self::Up],
             Self::Down => &[Self::Down],
+            Self::Qkv => &[Self::Qkv],
+            Self::GateUp => &[Self::GateUp],
         }
     }
 
@@ -45,13 +54,15 @@ impl Module {
             Self::Gate => "gate_proj",
             Self::Up => "up_proj",
             Self::Down => "down_proj",
+            Self::Qkv => "qkv_proj",
+            Self::GateUp => "gate_up_proj",
         }
     }
 
     fn parent(self) -> &'static str {
         match self {
-            Self::Q | Self::K | Self::V | Self::O => "self_attn",
-            Self::Gate | Self::Up | Self::Down => "mlp",
+            Self::Q | Self::K | Self::V | Self::O | Self::Qkv => "self_attn",
+            Self::Gate | Self::Up | Self::Down | Self::GateUp => "mlp",
         }
     }
 }
@@ -68,9 +79,35 @@ impl DecoderConfig {
         format!("{}.{parent}.{name}", self.block_path(layer))
     }
 
+    /// The linear layers of a block, in the order of the forward pass.
+    pub fn modules(&self) -> impl Iterator<Item = Module> + Clone {
+        let of_attention = self.attention_inputs().iter().chain(&[Module::O]);
+        let of_mlp = self.mlp_inputs().iter().chain(&[Module::Down]);
+        of_attention.chain(of_mlp).copied()
+    }
+
+    /// Those that queries, keys and values come from.
+    pub fn attention_inputs(&self) -> &'static [Module] {
+        match self.fused_projections {
+            true => Module::Qkv.with_same_input(),
+            false => Module::Q.with_same_input(),
+        }
+    }
+
+    /// Those that make what is multiplied before `down_proj`.
+    pub fn mlp_inputs(&self) -> &'static [Module] {
+        match self.fused_projections {
+            true => Module::GateUp.with_same_input(),
+            false => Module::Gate.with_same_input(),
+        }
+    }
+
     /// The linear layers of all blocks, by their layer.
     pub fn linears(&self) -> impl Iterator<Item = (usize, Module)> {
-        let of_layer = |layer| Module::ALL.map(move |module| (layer, module));
-        (0..self.num_layers).flat_map(of_layer)
+        let modules = self.modules();
+        (0..self.num_layers).flat_map(move |layer| {
+            let of_layer = modules.clone();
+            of_layer.map(move |module| (layer, module))
+        })
     }
 }

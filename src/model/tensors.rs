@@ -89,7 +89,7 @@ impl ModelTensor {
             let norms = Norm::ALL.into_iter();
             let norms = norms.filter(|norm| norm.is_in(config));
             tensors.extend(norms.map(|norm| Self::Norm(layer, norm)));
-            for module in Module::ALL {
+            for module in config.modules() {
                 tensors.push(Self::Weight(layer, module));
                 if config.has_bias(module) {
                     tensors.push(Self::Bias(layer, module));

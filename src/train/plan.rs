@@ -143,7 +143,7 @@ impl Workload {
         if self.trains_embedding() {
             return Some(0);
         }
-        let has_adapter = |ranks: &[usize; 7]| ranks.iter().any(|&r| r > 0);
+        let has_adapter = |ranks: &[usize; Module::ALL.len()]| ranks.iter().any(|&r| r > 0);
         self.ranks.iter().position(has_adapter)
     }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::files::*;
 
 /// Names in the checkpoint and in the file; `0` stands for any layer.
-const NAMES: [(&str, &str); 21] = [
+const NAMES: [(&str, &str); 23] = [
     ("model.embed_tokens.weight", "token_embd.weight"),
     ("model.norm.weight", "output_norm.weight"),
     ("lm_head.weight", "output.weight"),
@@ -65,6 +65,14 @@ const NAMES: [(&str, &str); 21] = [
     ),
     ("model.layers.0.mlp.gate_proj.bias", "blk.0.ffn_gate.bias"),
     ("model.layers.0.mlp.up_proj.bias", "blk.0.ffn_up.bias"),
+    (
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "blk.0.attn_qkv.weight",
+    ),
+    (
+        "model.layers.0.mlp.gate_up_proj.weight",
+        "blk.0.ffn_up.weight",
+    ),
     ("model.layers.0.mlp.down_proj.bias", "blk.0.ffn_down.bias"),
 ];
 
@@ -172,6 +180,9 @@ pub fn configs() -> Vec<Value> {
     let mut iquestcoder = config_with_vocabulary("llama_gqa");
     iquestcoder["model_type"] = "iquestcoder".into();
     configs.push(iquestcoder);
+    let mut phi3 = config_with_vocabulary("phi3");
+    phi3["sliding_window"] = Value::Null;
+    configs.push(phi3);
     configs
 }
 
@@ -255,7 +266,7 @@ fn the_config_is_told_in_the_keys_of_its_architecture() {
     let architectures = [
         "llama", "llama", "llama", "llama", "qwen2", "qwen3", "qwen2", "llama", "smollm3",
         "gemma3", "gemma", "gemma2", "granite", "olmo2", "mistral3", "olmo2", "seed_oss",
-        "exaone4", "exaone4", "llama",
+        "exaone4", "exaone4", "llama", "phi3",
     ];
     assert_eq!(configs().len(), architectures.len());
     for (config, architecture) in configs().into_iter().zip(architectures) {
@@ -595,7 +606,7 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
         ("qwen3", "attention_bias", true.into()),
         ("qwen2", "rope_parameters", rope.clone()),
         ("qwen3", "rope_scaling", rope),
-        ("llama_mha", "model_type", "phi3".into()),
+        ("llama_mha", "model_type", "gemma3n".into()),
         ("llama_mha", "hidden_act", "gelu_new".into()),
         ("gemma3", "query_pre_attn_scalar", 24.into()),
         ("gemma3", "hidden_activation", "silu".into()),
@@ -673,7 +684,7 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
 
 #[test]
 fn a_window_that_llama_cpp_does_not_have_is_noted() {
-    for case in ["mistral_sw", "cwm"] {
+    for case in ["mistral_sw", "cwm", "phi3"] {
         let mut config = config_with_vocabulary(case);
         let (_, _, report) = written(&config, GgufType::F16);
         assert_eq!(report.notes.len(), 1);
@@ -743,6 +754,19 @@ fn a_file_of_mixed_types_has_more_bits_where_they_tell_most() {
     let (_, gguf, _) = written(&config, GgufType::Q5KM);
     assert_eq!(gguf.dtype("token_embd.weight"), GgmlDType::Q6K);
     assert_eq!(gguf.dtype("blk.1.ffn_up.weight"), GgmlDType::Q5K);
+
+    let mut phi3 = config_with_vocabulary("phi3");
+    for (field, size) in [("hidden_size", 256), ("intermediate_size", 512)] {
+        phi3[field] = size.into();
+    }
+    for (file_type, of_qkv, of_up) in [
+        (GgufType::Q4KM, GgmlDType::Q5K, GgmlDType::Q4K),
+        (GgufType::Q5KM, GgmlDType::Q6K, GgmlDType::Q5K),
+    ] {
+        let (_, gguf, _) = written(&phi3, file_type);
+        assert_eq!(gguf.dtype("blk.1.attn_qkv.weight"), of_qkv);
+        assert_eq!(gguf.dtype("blk.1.ffn_up.weight"), of_up);
+    }
 
     // Rows that are no whole blocks.
     config["hidden_size"] = 192.into();

@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 19] = [
+pub const CASES: [&str; 20] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -34,6 +34,7 @@ pub const CASES: [&str; 19] = [
     "cwm",
     "gemma",
     "gemma2",
+    "phi3",
 ];
 
 /// The cases that have a training run.

@@ -110,7 +110,7 @@ fn factors<'a>(adapter: &'a Adapter, config: &DecoderConfig) -> Result<Vec<Facto
         .collect();
     let mut all = Vec::new();
     for layer in 0..config.num_layers {
-        for module in Module::ALL {
+        for module in config.modules() {
             let path = config.linear_path(layer, module);
             let [a_name, b_name] = [LORA_A, LORA_B].map(|part| adapter_tensor_name(&path, part));
             let Some(a) = rest.remove(a_name.as_str()) else {

@@ -1,6 +1,6 @@
 //! The architecture of llama.cpp that computes a model, and what it cannot.
 //!
-//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,smollm3,gemma,gemma2,gemma3,granite,olmo2,seed-oss,exaone4}.cpp` of llama.cpp.
+//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,phi3,smollm3,gemma,gemma2,gemma3,granite,olmo2,seed-oss,exaone4}.cpp` of llama.cpp.
 
 use super::GgufBase;
 use super::writer::Change;
@@ -8,7 +8,7 @@ use crate::Result;
 use crate::model::{Activation, DecoderConfig, LayerRope, ModelTensor, Module, RopeScaling};
 
 /// The values of `model_type` of which files are written.
-const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma, gemma2, gemma3, gemma3_text, granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
+const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma, gemma2, gemma3, gemma3_text, granite, olmo2, olmo3, seed_oss, exaone4, cwm, phi3 or iquestcoder";
 
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub(super) enum Architecture {
     Olmo2,
     SeedOss,
     Exaone4,
+    /// Phi 4's models too.
+    Phi3,
 }
 
 impl Architecture {
@@ -50,6 +52,7 @@ impl Architecture {
             Some("olmo2" | "olmo3") => Self::Olmo2,
             Some("seed_oss") => Self::SeedOss,
             Some("exaone4") => Self::Exaone4,
+            Some("phi3") => Self::Phi3,
             _ => return Err(base.unsupported("model_type", FAMILIES)),
         };
         architecture.check(base, config)?;
@@ -71,6 +74,7 @@ impl Architecture {
             Self::Olmo2 => "olmo2",
             Self::SeedOss => "seed_oss",
             Self::Exaone4 => "exaone4",
+            Self::Phi3 => "phi3",
         }
     }
 
@@ -138,7 +142,8 @@ impl Architecture {
             | Self::Qwen3
             | Self::Qwen3Vl
             | Self::Granite
-            | Self::SeedOss => Ok(()),
+            | Self::SeedOss
+            | Self::Phi3 => Ok(()),
             Self::Smollm3 => self.check_smollm3(base, config),
             Self::Gemma => self.check_tied(base, config),
             Self::Gemma2 => self.check_gemma2(base, config),
@@ -295,7 +300,8 @@ impl Architecture {
             | Self::Smollm3
             | Self::Gemma
             | Self::Granite
-            | Self::SeedOss => None,
+            | Self::SeedOss
+            | Self::Phi3 => None,
         }
     }
 

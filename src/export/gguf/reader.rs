@@ -14,7 +14,7 @@ use super::tensor_names::tensor_name;
 use super::vocabulary::{self, PRE_TOKENIZER};
 use super::writer::Metadata;
 use super::{GgufBase, GgufType};
-use crate::model::{DecoderConfig, ModelTensor, Module, WeightSource, expect_stored};
+use crate::model::{DecoderConfig, ModelTensor, WeightSource, expect_stored};
 use crate::quant::{DenseTensor, FrozenWeight};
 use crate::store::{
     Adapter, AdapterConfig, GgufFile, LORA_A, LORA_B, ModulePatterns, TargetModules,
@@ -201,7 +201,7 @@ pub fn read_gguf_adapter(file: &GgufFile, base: GgufBase) -> Result<Adapter> {
     let mut tensors = BTreeMap::new();
     let mut ranks = Vec::new();
     for layer in 0..config.num_layers {
-        for module in Module::ALL {
+        for module in config.modules() {
             let weight = ModelTensor::Weight(layer, module);
             let [a_name, b_name] = ["lora_a", "lora_b"]
                 .map(|part| format!("{}.{part}", tensor_name(weight, architecture, &config)));

@@ -50,6 +50,9 @@ fn module_name(module: Module) -> &'static str {
         Module::Gate => "ffn_gate",
         Module::Up => "ffn_up",
         Module::Down => "ffn_down",
+        Module::Qkv => "attn_qkv",
+        // As llama.cpp has them, too.
+        Module::GateUp => "ffn_up",
     }
 }
 

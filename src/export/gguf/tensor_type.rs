@@ -74,6 +74,7 @@ impl GgufType {
             }
             _ => is_head,
         };
+        let is_qkv = matches!(tensor, ModelTensor::Weight(_, Module::Qkv));
         // Eight heads of a model of 70B share one, which is small.
         let is_shared = layers == 80 && config.num_kv_heads < config.num_heads;
         let wanted = match self {
@@ -81,6 +82,8 @@ impl GgufType {
             Self::Q4KM if is_shared && matches!(tensor, ModelTensor::Weight(_, Module::V)) => {
                 TensorType::Q5K
             }
+            Self::Q4KM if is_qkv => TensorType::Q5K,
+            Self::Q5KM if is_qkv => TensorType::Q6K,
             _ => self.of_most(),
         };
         wanted.for_shape(&tensor.shape(config))

@@ -10,7 +10,6 @@ use candle_core::Tensor;
 use super::{Block, Branch};
 use crate::Result;
 use crate::model::LoraDropout;
-use crate::model::branches::Branches;
 use crate::ops::{gated_act, residual};
 
 /// Tokens of a tile: enough for its products to run at full speed. A constant, so that the gradients of an adapter, which are
@@ -22,8 +21,8 @@ pub const MLP_TILE_ROWS: usize = 4096;
 pub(super) struct Tile {
     gate: Tensor,
     up: Tensor,
-    u_gate: Option<Tensor>,
-    u_up: Option<Tensor>,
+    /// Of each layer that they come from.
+    us: Vec<Option<Tensor>>,
     u_down: Option<Tensor>,
     /// The output of `down_proj`, where a norm follows it, `[rows, D]`.
     out: Option<Tensor>,
@@ -130,14 +129,13 @@ impl Block {
 
     /// Gate and up of a tile, without the `u` of `down_proj`, and the input of that.
     fn gated(&self, h: Tensor, dropout: LoraDropout) -> Result<(Tile, Tensor)> {
-        let [(gate, u_gate), (up, u_up)] = self.gate_up().forward(&h, dropout)?;
+        let ([gate, up], us) = self.gate_up.forward(&h, dropout)?;
         drop(h);
         let act = gated_act::forward(&gate, &up, self.activation)?;
         let tile = Tile {
             gate,
             up,
-            u_gate,
-            u_up,
+            us,
             u_down: None,
             out: None,
         };
@@ -161,16 +159,13 @@ impl Block {
         drop(d_act);
         let d_gate_up = [tile.gate, tile.up];
         let h = self.mlp_norm.forward(mid)?;
-        let u = [tile.u_gate.as_ref(), tile.u_up.as_ref()];
         let d_h = self.mlp_norm.gradient(d_mid);
-        let d_h = self.gate_up().backward(d_gate_up, &h, u, dropout, d_h)?;
+        let d_h = self
+            .gate_up
+            .backward(d_gate_up, &h, &tile.us, dropout, d_h)?;
         match d_h {
             Some(d_h) => self.mlp_norm.backward(&d_h, mid, d_mid),
             None => Ok(()),
         }
-    }
-
-    fn gate_up(&self) -> Branches<'_, 2> {
-        Branches([&self.gate, &self.up])
     }
 }

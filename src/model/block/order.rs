@@ -7,11 +7,7 @@ use crate::ops::weight::{Announced, Weight};
 impl Block {
     /// Announces the order of forward, until the result is dropped.
     pub(super) fn announce_forward(&self) -> Announced {
-        announce(
-            self.attention_weights()
-                .into_iter()
-                .chain(self.mlp_weights()),
-        )
+        announce(self.linears())
     }
 
     /// Announces the order of backward, with what it computes again; of the MLP that of one tile.
@@ -20,15 +16,17 @@ impl Block {
         match saved {
             Saved::Kept(_) => {}
             Saved::Input(_) | Saved::Parked(_) => {
-                order.extend(self.attention_weights());
-                order.extend([&self.gate, &self.up]);
+                order.extend(self.attention_linears());
+                order.extend(self.gate_up.layers());
                 if self.branch_norms.is_some() {
                     order.push(&self.down);
                 }
             }
         }
-        order.extend([&self.down, &self.gate, &self.up, &self.o]);
-        let branches = [&self.q, &self.k, &self.v].into_iter();
+        order.push(&self.down);
+        order.extend(self.gate_up.layers());
+        order.push(&self.o);
+        let branches = self.qkv.layers().iter();
         order.extend(branches.filter(|linear| match input {
             InputGrad::Needed => true,
             // The gradients of DoRA's adapters read the weight, those of plain ones do not.
@@ -37,12 +35,12 @@ impl Block {
         announce(order)
     }
 
-    fn attention_weights(&self) -> [&LoraLinear; 4] {
-        [&self.q, &self.k, &self.v, &self.o]
+    pub(super) fn attention_linears(&self) -> impl Iterator<Item = &LoraLinear> {
+        self.qkv.layers().iter().chain([&self.o])
     }
 
-    fn mlp_weights(&self) -> [&LoraLinear; 3] {
-        [&self.gate, &self.up, &self.down]
+    pub(super) fn mlp_linears(&self) -> impl Iterator<Item = &LoraLinear> {
+        self.gate_up.layers().iter().chain([&self.down])
     }
 }
 

@@ -10,7 +10,8 @@ use crate::store::TEXT_CONFIG;
 /// The values of `model_type`.
 const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, \
                         gemma, gemma2, \
-                        granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
+                        granite, olmo2, olmo3, seed_oss, exaone4, cwm, phi3 or \
+                        iquestcoder";
 
 /// The path of the decoder in a language model, and in a model that it is one part of.
 const ALONE: &str = "model";
@@ -88,6 +89,7 @@ fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig>
         "seed_oss" => seed_oss(&mut fields)?,
         "exaone4" => exaone4(&mut fields)?,
         "cwm" => cwm(&mut fields)?,
+        "phi3" => phi3(&mut fields)?,
         "iquestcoder" => iquestcoder(&mut fields)?,
         _ => return Err(fields.unsupported("model_type", FAMILIES)),
     };
@@ -440,6 +442,33 @@ fn cwm(fields: &mut Fields) -> Result<DecoderConfig> {
     Ok(decoder)
 }
 
+/// Phi 3 and 4.
+fn phi3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(4096);
+    defaults.vocab_size = Some(32_064);
+    defaults.num_heads = Some(32);
+    defaults.rms_norm_eps = 1e-5;
+    defaults.pad_token_id = Some(32_000);
+    let mut decoder = decoder(fields, defaults)?;
+    decoder.fused_projections = true;
+    if let RopeScaling::Yarn { .. } = decoder.rope.scaling {
+        let field = match fields.object("rope_scaling")? {
+            Some(_) => "rope_scaling",
+            None => "rope_parameters",
+        };
+        return Err(fields.unsupported(field, "in this family it is another name of longrope"));
+    }
+    let window = fields.optional_size("sliding_window")?;
+    decoder.sliding_window = vec![window; decoder.num_layers];
+    // Dropout in pretraining, and the length that longrope extends.
+    fields.ignore(&[
+        "embd_pdrop",
+        "resid_pdrop",
+        "original_max_position_embeddings",
+    ]);
+    Ok(decoder)
+}
+
 /// What a family's configuration class assumes when `config.json` is silent.
 struct Defaults {
     max_position_embeddings: usize,
@@ -561,6 +590,7 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         tie_word_embeddings: fields
             .optional("tie_word_embeddings")?
             .unwrap_or(defaults.tie_word_embeddings),
+        fused_projections: false,
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,

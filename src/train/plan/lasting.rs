@@ -109,7 +109,8 @@ impl Workload {
             }
         }
         for (_, module) in &self.dense {
-            let n = elements[*module as usize];
+            let (d_out, d_in) = self.model.linear_shape(*module);
+            let n = d_out * d_in;
             let nested = self.blocks.nested_absmax_bytes(n) as u64;
             lasting.remove(Item::Scales, nested + 4 * TABLE_VALUES);
             if self.residence.weights == Residency::Resident {

@@ -274,7 +274,7 @@ impl Step<'_> {
         let Workload { model, rows, .. } = self.workload;
         let (queries, keys) = self.workload.head_widths();
         let h = self.input_norm(*rows);
-        let [mut qkv, us] = self.branches(layer, Module::Q, *rows);
+        let [mut qkv, us] = self.branches(layer, model.attention_inputs(), *rows);
         qkv.extend(us);
         if model.qk_norm.is_some() {
             qkv.extend([queries, keys].map(|width| self.values(Item::Working, width)));
@@ -340,7 +340,7 @@ impl Step<'_> {
         let Workload { model, rows, .. } = self.workload;
         let (mut kept, mut whole) = (Vec::new(), None);
         for tile_rows in self.tiles() {
-            let [gate_up, mut us] = self.branches(layer, Module::Gate, tile_rows);
+            let [gate_up, mut us] = self.branches(layer, model.mlp_inputs(), tile_rows);
             let act = self.tile_values(tile_rows, Item::Working, model.intermediate_size);
             let [y, u_down] = self.linear(layer, Module::Down, tile_rows);
             self.ledger.free([act]);
@@ -429,7 +429,8 @@ impl Step<'_> {
             d_qkv = [d_raw[0], d_raw[1], d_qkv[2]];
         }
         let makes_input = !skips_input && model.input_norms;
-        let d_h = self.branches_backward(layer, Module::Q, *rows, d_qkv.to_vec(), makes_input);
+        let modules = model.attention_inputs();
+        let d_h = self.branches_backward(layer, modules, *rows, d_qkv.to_vec(), makes_input);
         self.ledger.free(d_h);
         self.ledger.free(h);
         self.ledger.free([u_o]);
@@ -453,7 +454,8 @@ impl Step<'_> {
             self.ledger
                 .free([act].into_iter().chain(d_out).chain(d_act));
             let h = self.input_norm(rows);
-            let d_h = self.branches_backward(layer, Module::Gate, rows, d_gate_up, makes_input);
+            let modules = model.mlp_inputs();
+            let d_h = self.branches_backward(layer, modules, rows, d_gate_up, makes_input);
             self.ledger.free(h.into_iter().chain(d_h).chain(us));
         }
     }
@@ -462,7 +464,7 @@ impl Step<'_> {
     fn tile_again(&mut self, layer: usize, rows: usize) -> (Tile, Held) {
         let model = &self.workload.model;
         let h = self.input_norm(rows);
-        let [gate_up, mut us] = self.branches(layer, Module::Gate, rows);
+        let [gate_up, mut us] = self.branches(layer, model.mlp_inputs(), rows);
         self.ledger.free(h);
         let act = self.tile_values(rows, Item::Working, model.intermediate_size);
         if !self.workload.model.branch_norms {

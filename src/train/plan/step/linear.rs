@@ -6,10 +6,23 @@ use crate::model::{Module, are_together};
 use crate::ops::{linear, packed_lhs_bytes};
 
 impl Step<'_> {
-    /// `Branches::forward` of the layers that read the same input as `module`: their outputs for so many rows, and the `u` of
-    /// their adapters.
-    pub(super) fn branches(&mut self, layer: usize, module: Module, rows: usize) -> [Vec<Held>; 2] {
-        let branches = module.with_same_input();
+    /// `Branches::forward` of the layers that read the same input: their outputs for so many rows, and the `u` of their adapters.
+    pub(super) fn branches(
+        &mut self,
+        layer: usize,
+        branches: &[Module],
+        rows: usize,
+    ) -> [Vec<Held>; 2] {
+        let module = branches[0];
+        let widths = self.workload.model.output_widths(module);
+        if widths.len() > 1 {
+            let [all, u] = self.linear(layer, module, rows);
+            let parts = widths.iter();
+            let parts = parts.map(|&width| self.tile_values(rows, Item::Working, width));
+            let parts = parts.collect();
+            self.ledger.free([all]);
+            return [parts, vec![u]];
+        }
         if !self.is_together(layer, module) {
             let linears = branches
                 .iter()
@@ -106,18 +119,23 @@ impl Step<'_> {
         }
     }
 
-    /// `Branches::backward` of the layers that read the same input as `module`, each of whose `d_outs` is dropped after its last
-    /// use: the gradient of the input, where a new tensor is made for it.
+    /// `Branches::backward` of the layers that read the same input, each of whose `d_outs` is dropped after its last use: the
+    /// gradient of the input, where a new tensor is made for it.
     pub(super) fn branches_backward(
         &mut self,
         layer: usize,
-        module: Module,
+        branches: &[Module],
         rows: usize,
-        d_outs: Vec<Held>,
+        mut d_outs: Vec<Held>,
         makes_input: bool,
     ) -> Option<Held> {
-        let (_, d_in) = self.workload.model.linear_shape(module);
-        let branches = module.with_same_input();
+        let module = branches[0];
+        let (d_out, d_in) = self.workload.model.linear_shape(module);
+        if d_outs.len() > branches.len() {
+            let fused = self.tile_values(rows, Item::Working, d_out);
+            self.ledger.free(d_outs);
+            d_outs = vec![fused];
+        }
         if !self.is_together(layer, module) {
             let mut dx = None;
             for (&branch, d_out) in branches.iter().zip(d_outs) {
