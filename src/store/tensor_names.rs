@@ -24,7 +24,7 @@ const VISION_PARTS: [&str; 3] = [
 const DECODERS: [&str; 2] = ["model.layers.", "model.language_model.layers."];
 
 /// The layers that are quantized, by the last part of their name.
-pub(super) const LINEAR_LAYERS: [&str; 7] = [
+pub(super) const LINEAR_LAYERS: [&str; 9] = [
     "q_proj",
     "k_proj",
     "v_proj",
@@ -32,6 +32,8 @@ pub(super) const LINEAR_LAYERS: [&str; 7] = [
     "gate_proj",
     "up_proj",
     "down_proj",
+    "qkv_proj",
+    "gate_up_proj",
 ];
 
 /// The name in transformers of a tensor that is `stored` under this one, or of a module.
@@ -100,6 +102,7 @@ mod tests {
         for name in [
             "model.layers.0.self_attn.q_proj.weight",
             "model.layers.0.mlp.down_proj.weight",
+            "model.layers.0.self_attn.qkv_proj.weight",
             "language_model.model.layers.0.mlp.down_proj.weight",
             "model.language_model.layers.0.mlp.down_proj.weight",
         ] {
