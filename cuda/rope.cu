@@ -1,5 +1,6 @@
 // Rotary position embedding in place, the two halves of a head rotated against each other:
-// `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)`, with `sin` times `sign`: -1 in backward.
+// `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)`, with `sin` times `sign`: -1 in backward. Of a head of
+// `head_dim` columns the first E are turned.
 //
 // A thread takes eight pairs at a time; 4 bytes an element, since the tables come from the cache. Any grid.
 // Source: arXiv:2104.09864, in the layout of transformers (`rotate_half`).
@@ -8,13 +9,13 @@
 
 namespace {
 
-// Rows of `heads` heads, each of 2 * half elements.
+// Rows of `heads` heads, each of `head_dim` elements, of which the first 2 * half turn.
 struct Heads {
     bf16* data;
-    unsigned heads, half;
+    unsigned heads, half, head_dim;
 
     __device__ __forceinline__ bf16* head(uint64_t row, unsigned head) const {
-        return data + (row * heads + head) * 2 * half;
+        return data + (row * heads + head) * head_dim;
     }
 };
 
@@ -65,11 +66,11 @@ __device__ __forceinline__ void rotate(const Heads& q, const Heads& k, const uns
 // `k_heads` may be 0, and `k` null.
 KERNEL(256, rope_rotate_bf16)
 (bf16* q, bf16* k, const unsigned* positions, const float* cos, const float* sin, unsigned rows, unsigned q_heads,
- unsigned k_heads, unsigned half, float sign) {
-    const Heads q_rows = {q, q_heads, half};
-    const Heads k_rows = {k, k_heads, half};
+ unsigned k_heads, unsigned half, unsigned head_dim, float sign) {
+    const Heads q_rows = {q, q_heads, half, head_dim};
+    const Heads k_rows = {k, k_heads, half, head_dim};
     const Table table = {cos, sin};
-    if (half % 8 == 0 && are_aligned(q, k, cos, sin)) {
+    if (half % 8 == 0 && head_dim % 8 == 0 && are_aligned(q, k, cos, sin)) {
         rotate<Bf16Vector<8>>(q_rows, k_rows, positions, table, rows, sign);
     } else {
         rotate<Bf16Vector<1>>(q_rows, k_rows, positions, table, rows, sign);

@@ -218,6 +218,11 @@ fn the_cache_gives_the_logits_of_the_whole_sequence_however_it_is_fed() {
             for &len in lengths {
                 let end = cache.len() + len;
                 let logits = values(&decoder.decode(&ids[end - len..end], &mut cache).unwrap());
+                let rope = &decoder.config().rope;
+                if rope.is_long(end) != rope.is_long(ids.len()) {
+                    // The whole has other frequencies than so much of it alone.
+                    continue;
+                }
                 let expected = &case.logits[0][(end - 1) * vocab_size..end * vocab_size];
                 let difference = largest_difference(&logits, expected);
                 assert!(

@@ -322,7 +322,7 @@ fn olmo_has_norms_after_its_branches_and_over_all_heads() {
     let olmo2 = read(&small("olmo2")).unwrap();
     assert!(!olmo2.input_norms && olmo2.branch_norms && !olmo2.norms_less_one);
     assert_eq!(olmo2.qk_norm, Some(QkNorm::Token));
-    assert_eq!((olmo2.local_rope, olmo2.padding_id), (None, Some(1)));
+    assert_eq!((&olmo2.local_rope, olmo2.padding_id), (&None, Some(1)));
     assert_eq!(olmo2.sliding_window, [None; 4]);
     // As OLMo 3 was published: YaRN is for the layers with full attention alone.
     let olmo3 = json!({
@@ -349,7 +349,7 @@ fn olmo_has_norms_after_its_branches_and_over_all_heads() {
         local_rope: None,
         sliding_window: vec![None; 4],
         layer_rope: vec![model; 4],
-        rope: olmo2.rope,
+        rope: olmo2.rope.clone(),
         ..bare
     };
     assert_eq!(defaults, olmo2);
@@ -372,7 +372,7 @@ fn seed_oss_has_biases_before_its_attention() {
     let bare = read(&small("seed_oss")).unwrap();
     assert_eq!(
         DecoderConfig {
-            rope: seed.rope,
+            rope: seed.rope.clone(),
             ..bare
         },
         seed
@@ -478,14 +478,82 @@ fn the_layers_of_phi_that_read_one_input_are_one() {
             .theta,
         1e4
     );
-    for change in [
-        json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}),
-        json!({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}),
-        json!({"partial_rotary_factor": 0.75}),
-    ] {
-        let message = error(&with(phi.clone(), change));
-        assert_says(&message, &["is not supported"]);
+}
+
+/// As the mini model of Phi 4 was published, but for the sizes.
+#[test]
+fn phi_may_turn_a_part_of_its_heads_by_factors_for_short_and_long_batches() {
+    let (short, long) = (
+        vec![1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        vec![1.0, 1.5, 2.5, 4.0, 8.0, 16.0],
+    );
+    let rope = json!({"long_factor": long, "short_factor": short, "type": "longrope"});
+    let mini = json!({
+        "original_max_position_embeddings": 64, "partial_rotary_factor": 0.75, "rope_scaling": rope, "rope_theta": 10000.0,
+        "tie_word_embeddings": true,
+    });
+    let mini = with(small("phi3"), mini);
+    let found = read(&mini).unwrap();
+    assert_eq!((found.head_dim, found.rotary_dim), (16, 12));
+    let RopeScaling::LongRope {
+        short_factors,
+        long_factors,
+        attention_factor,
+        original_max_position_embeddings: 64,
+    } = &found.rope.scaling
+    else {
+        panic!("{:?}", found.rope);
+    };
+    assert_eq!((short_factors, long_factors), (&short, &long));
+    // The context is four times the original one.
+    assert_eq!(*attention_factor, (1.0 + 4f64.ln() / 64f64.ln()).sqrt());
+    assert!(!found.rope.is_long(64) && found.rope.is_long(65));
+    let frequencies = |is_long| found.rope.inv_freq(12, is_long)[5];
+    assert_eq!(frequencies(false) / frequencies(true), 16.0 / 1.5);
+    let new = json!({
+        "rope_scaling": null, "partial_rotary_factor": null, "original_max_position_embeddings": 4096,
+        "rope_parameters": with(
+            without(rope.clone(), "type"),
+            json!({
+                "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 64, "factor": 4.0,
+            }),
+        ),
+    });
+    assert_eq!(read(&with(mini.clone(), new)).unwrap(), found);
+    for name in ["su", "yarn"] {
+        let old = json!({"rope_scaling": with(rope.clone(), json!({"type": name}))});
+        assert_eq!(read(&with(mini.clone(), old)).unwrap(), found);
     }
+    for (change, parts) in [
+        (
+            json!({"rope_scaling": with(rope.clone(), json!({"short_factor": [1.0]}))}),
+            ["short_factor", "1 numbers for 6 frequencies"],
+        ),
+        (
+            json!({"rope_scaling": with(rope.clone(), json!({"long_factor": vec![0.0; 6]}))}),
+            ["long_factor", "not a positive number"],
+        ),
+        (
+            json!({"rope_scaling": without(rope.clone(), "long_factor")}),
+            ["long_factor", "is missing"],
+        ),
+        (
+            json!({"partial_rotary_factor": 1.5}),
+            ["partial_rotary_factor", "makes 24 columns of 16"],
+        ),
+        (
+            json!({"partial_rotary_factor": 0.7}),
+            ["partial_rotary_factor", "makes 11 columns of 16"],
+        ),
+    ] {
+        assert_says(&error(&with(mini.clone(), change)), &parts);
+    }
+    let elsewhere = json!({"rope_scaling": rope});
+    assert_says(
+        &error(&with(small("llama"), elsewhere)),
+        &["is not supported"],
+    );
 }
 
 #[test]

@@ -236,34 +236,36 @@ fn the_gradient_of_a_trained_embedding_equals_its_reference() {
 #[test]
 fn rope_equals_its_reference() {
     let mut random = Random::new("rope");
-    let (heads, e) = (3, 10);
-    let positions: Vec<u32> = (0..40).chain(0..27).collect();
-    let n = positions.len();
-    let table = RopeTable::new(&[1.0, 0.3, 0.1, 0.03, 0.01], 1.1, 40);
-    let (x, dy) = (random.tensor(&[n, heads, e]), random.tensor(&[n, heads, e]));
-    let (cos, sin) = table.gather(&positions).unwrap();
-    let (cos, sin) = (
-        cos.to_dtype(DType::F64).unwrap(),
-        sin.to_dtype(DType::F64).unwrap(),
-    );
-    let (want, grads) = oracle(&mut random, std::slice::from_ref(&x), &dy, |t| {
-        rope::reference(&t[0], &cos, &sin).unwrap()
-    });
-    let flat = |t: &Tensor| f32(t).reshape((n, heads * e)).unwrap();
-    let (x, dy) = (flat(&x), flat(&dy));
-    let (rows, past_end) = (Positions::new(&positions), Positions::new(&[40; 67]));
-    let keys = x.copy().unwrap();
-    rope::forward(&x, &keys, &rows, &table).unwrap();
-    assert_close("q", &x, &want, TOLERANCE);
-    assert_close("k", &keys, &want, TOLERANCE);
-    let d_keys = dy.copy().unwrap();
-    rope::backward(&dy, &d_keys, &rows, &table).unwrap();
-    assert_close("dq", &dy, &grads[0], TOLERANCE);
-    assert_close("dk", &d_keys, &grads[0], TOLERANCE);
-    assert!(
-        rope::forward(&x, &keys, &past_end, &table).is_err(),
-        "a position past the table is refused"
-    );
+    // Whole heads, and heads of which a part turns.
+    for (heads, e) in [(3, 10), (2, 16)] {
+        let positions: Vec<u32> = (0..40).chain(0..27).collect();
+        let n = positions.len();
+        let table = RopeTable::new(&[1.0, 0.3, 0.1, 0.03, 0.01], 1.1, 40).for_heads_of(e);
+        let (x, dy) = (random.tensor(&[n, heads, e]), random.tensor(&[n, heads, e]));
+        let (cos, sin) = table.gather(&positions).unwrap();
+        let (cos, sin) = (
+            cos.to_dtype(DType::F64).unwrap(),
+            sin.to_dtype(DType::F64).unwrap(),
+        );
+        let (want, grads) = oracle(&mut random, std::slice::from_ref(&x), &dy, |t| {
+            rope::reference(&t[0], &cos, &sin).unwrap()
+        });
+        let flat = |t: &Tensor| f32(t).reshape((n, heads * e)).unwrap();
+        let (x, dy) = (flat(&x), flat(&dy));
+        let (rows, past_end) = (Positions::new(&positions), Positions::new(&[40; 67]));
+        let keys = x.copy().unwrap();
+        rope::forward(&x, &keys, &rows, &table).unwrap();
+        assert_close("q", &x, &want, TOLERANCE);
+        assert_close("k", &keys, &want, TOLERANCE);
+        let d_keys = dy.copy().unwrap();
+        rope::backward(&dy, &d_keys, &rows, &table).unwrap();
+        assert_close("dq", &dy, &grads[0], TOLERANCE);
+        assert_close("dk", &d_keys, &grads[0], TOLERANCE);
+        assert!(
+            rope::forward(&x, &keys, &past_end, &table).is_err(),
+            "a position past the table is refused"
+        );
+    }
 }
 
 #[test]

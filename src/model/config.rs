@@ -20,7 +20,7 @@ pub(crate) use rope::yarn_amplitude;
 pub use crate::ops::gated_act::Activation;
 
 /// How the rotary frequencies are stretched for longer contexts.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     None,
     /// Every frequency divided by `factor`.
@@ -45,10 +45,18 @@ pub enum RopeScaling {
         /// Whether the places between which frequencies are interpolated are whole numbers.
         truncate: bool,
     },
+    /// Each frequency divided by a factor of its own, which is another where a batch has a sequence longer than the original
+    /// context; cosines and sines times `attention_factor` (LongRoPE, arXiv:2402.13753).
+    LongRope {
+        short_factors: Vec<f64>,
+        long_factors: Vec<f64>,
+        attention_factor: f64,
+        original_max_position_embeddings: usize,
+    },
 }
 
-/// Rotary position embedding over the whole `head_dim`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// Rotary position embedding over the first `rotary_dim` columns of a head.
+#[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
     pub theta: f64,
     pub scaling: RopeScaling,
@@ -94,6 +102,8 @@ pub struct DecoderConfig {
     pub num_heads: usize,
     pub num_kv_heads: usize,
     pub head_dim: usize,
+    /// How many columns of a head the rotary embedding turns, the first ones.
+    pub rotary_dim: usize,
     pub vocab_size: usize,
     pub rms_norm_eps: f64,
     pub rope: RopeConfig,
@@ -184,11 +194,36 @@ impl DecoderConfig {
                 ),
             ));
         }
+        let is_whole = self.rotary_dim == self.head_dim;
+        let is_part =
+            self.rotary_dim.is_multiple_of(2) && (2..self.head_dim).contains(&self.rotary_dim);
+        if !is_whole && !is_part {
+            let (rotary, all) = (self.rotary_dim, self.head_dim);
+            let reason = format!("makes {rotary} columns of {all}, rotary embedding needs pairs");
+            return Err(fields.malformed("partial_rotary_factor", reason));
+        }
         if !self.head_dim.is_multiple_of(2) {
             return Err(fields.malformed(
                 "head_dim",
                 format!("{} is odd, rotary embedding needs pairs", self.head_dim),
             ));
+        }
+        if let RopeScaling::LongRope {
+            short_factors,
+            long_factors,
+            ..
+        } = &self.rope.scaling
+        {
+            for (name, factors) in [
+                ("short_factor", short_factors),
+                ("long_factor", long_factors),
+            ] {
+                let (found, expected) = (factors.len(), self.rotary_dim / 2);
+                if found != expected {
+                    let reason = format!("has {found} numbers for {expected} frequencies");
+                    return Err(fields.malformed(name, reason));
+                }
+            }
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
             return Err(fields.malformed(

@@ -51,8 +51,8 @@ pub struct Decoder {
     norm: Tensor,
     /// The embedding again where the two are tied.
     head: Vocabulary,
-    /// The longest rotary tables so far.
-    rope: Arc<Mutex<Arc<RopeTables>>>,
+    /// The longest rotary tables so far, for short batches and for long ones.
+    rope: Arc<Mutex<[Arc<RopeTables>; 2]>>,
     parameters: Parameters,
     /// What brings the weights of the blocks, where they do not stay on the device.
     stream: Option<Arc<BlockStream>>,
@@ -180,16 +180,19 @@ impl Decoder {
         self.parameters = parameters;
     }
 
-    /// Rotary tables for positions `0..positions`, or more.
+    /// Rotary tables for positions `0..positions`, or more, of a batch whose longest sequence has so many.
     pub fn rope_tables(&self, positions: usize) -> Result<Arc<RopeTables>> {
+        let is_long = self.config.rope.is_long(positions);
         let mut longest = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
+        let longest = &mut longest[usize::from(is_long)];
         if longest.positions() < positions {
             // Not beside the longer ones.
             *longest = Arc::default();
-            let positions = positions.next_power_of_two();
-            *longest = Arc::new(RopeTables::new(&self.config, positions, &self.placement)?);
+            let (config, positions) = (&self.config, positions.next_power_of_two());
+            let tables = RopeTables::new(config, positions, is_long, &self.placement)?;
+            *longest = Arc::new(tables);
         }
-        Ok(Arc::clone(&longest))
+        Ok(Arc::clone(longest))
     }
 
     /// The logits of every row in f32, `[N, V]`.
@@ -220,7 +223,9 @@ impl Decoder {
     /// The logits `[V]` after the last of `ids`, which follow the tokens that `cache` holds and are added to it.
     pub fn decode(&self, ids: &[u32], cache: &mut KvCache<'_>) -> Result<Tensor> {
         let _pass = self.begin_pass()?;
-        let rows = cache.advance(ids.len())?;
+        let again = cache.ids_to_read_again(ids, &self.config.rope);
+        let ids = again.as_deref().unwrap_or(ids);
+        let rows = cache.advance(ids)?;
         let positions: Vec<u32> = rows.clone().map(|p| p as u32).collect();
         let segment = Segment {
             queries: 0..ids.len(),

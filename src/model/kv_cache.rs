@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use candle_core::Tensor;
 
 use super::block::Block;
+use super::config::RopeConfig;
 use super::decoder::Decoder;
 use crate::ops::matrix_dropout::MatrixDropout;
 use crate::{Error, Result};
@@ -19,7 +20,8 @@ pub struct KvCache<'m> {
     pub(super) layers: Vec<LayerCache<'m>>,
     /// Those of the model of an ensemble whose cache this is.
     pub(super) masks: Option<MatrixDropout>,
-    len: usize,
+    /// The tokens held.
+    ids: Vec<u32>,
     capacity: usize,
 }
 
@@ -63,7 +65,7 @@ impl<'m> KvCache<'m> {
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
             masks: None,
-            len: 0,
+            ids: Vec::new(),
             capacity,
         })
     }
@@ -78,33 +80,45 @@ impl<'m> KvCache<'m> {
 
     /// Tokens held.
     pub fn len(&self) -> usize {
-        self.len
+        self.ids.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.ids.is_empty()
     }
 
     /// Forgets all but the first `len` tokens.
     pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+        self.ids.truncate(len);
         for layer in &mut self.layers {
             layer.rows.len = layer.rows.len.min(len);
         }
     }
 
-    /// Makes room for `tokens` more in the count; their rows are appended layer by layer.
-    pub(super) fn advance(&mut self, tokens: usize) -> Result<std::ops::Range<usize>> {
-        let start = self.len;
-        if start + tokens > self.capacity {
+    /// Adds `ids` to the tokens held; their rows are appended layer by layer.
+    pub(super) fn advance(&mut self, ids: &[u32]) -> Result<std::ops::Range<usize>> {
+        let start = self.len();
+        if start + ids.len() > self.capacity {
             return Err(Error::Shape {
                 op: "kv_cache",
                 expected: format!("at most {} tokens", self.capacity),
-                found: (start + tokens).to_string(),
+                found: (start + ids.len()).to_string(),
             });
         }
-        self.len += tokens;
-        Ok(start..self.len)
+        self.ids.extend(ids);
+        Ok(start..self.len())
+    }
+
+    /// Where a text of this length has other rotary frequencies than the keys that are held, forgets these and gives all of
+    /// its tokens, the last of which are `ids`.
+    pub(super) fn ids_to_read_again(&mut self, ids: &[u32], rope: &RopeConfig) -> Option<Vec<u32>> {
+        let held = self.len();
+        if held == 0 || rope.is_long(held) == rope.is_long(held + ids.len()) {
+            return None;
+        }
+        let all = [&self.ids, ids].concat();
+        self.truncate(0);
+        Some(all)
     }
 }
 

@@ -13,15 +13,18 @@ pub struct RopeTables {
 }
 
 impl RopeTables {
-    /// The tables for positions `0..positions`, where the model of this config computes.
+    /// The tables for positions `0..positions`, where the model of this config computes, for batches that
+    /// [are long](RopeConfig::is_long) or not.
     pub(super) fn new(
         config: &DecoderConfig,
         positions: usize,
+        is_long: bool,
         placement: &Placement,
     ) -> Result<Self> {
         let table = |rope: &RopeConfig| {
-            let inv_freq = rope.inv_freq(config.head_dim);
+            let inv_freq = rope.inv_freq(config.rotary_dim, is_long);
             let mut table = RopeTable::new(&inv_freq, rope.amplitude(), positions);
+            table = table.for_heads_of(config.head_dim);
             if let Some(scaling) = rope.query_scaling {
                 table = table.with_scaled_queries(|position| scaling.factor(position));
             }

@@ -2,7 +2,8 @@
 //!
 //! For position p and i < E/2: `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)` with the angle
 //! `p f_i`. Backward is the rotation by the opposite angle. Some models multiply cosines and sines by a constant, in both,
-//! and some the query at each position by a factor.
+//! and some the query at each position by a factor. Where there are fewer than E/2 frequencies, the first columns of a head are
+//! turned as if they were all, and the others are left alone.
 //!
 //! Source: arXiv:2104.09864, in the layout of transformers (`rotate_half`).
 
@@ -19,12 +20,14 @@ const OP: &str = "rope";
 /// Pairs of elements that a thread of the kernel takes at a time.
 const PER_THREAD: usize = 1;
 
-/// Cosine and sine for each position, `[P, E/2]` each, in f32 as transformers computes them.
+/// Cosine and sine for each position, `[P, E/2]` each or narrower, in f32 as transformers computes them.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
     cos: Vec<f32>,
     sin: Vec<f32>,
     half: usize,
+    /// Columns of a head.
+    head_dim: usize,
     /// The same two where kernels read them.
     on_device: Option<[Tensor; 2]>,
     /// What queries are turned by, where that is another.
@@ -48,9 +51,15 @@ impl RopeTable {
             cos: table(f64::cos),
             sin: table(f64::sin),
             half: inv_freq.len(),
+            head_dim: 2 * inv_freq.len(),
             on_device: None,
             of_queries: None,
         }
+    }
+
+    /// The table for heads of so many columns, of which the others stay as they are.
+    pub fn for_heads_of(self, head_dim: usize) -> Self {
+        Self { head_dim, ..self }
     }
 
     /// The table for models that multiply the query at position p by `factor(p)` as well.
@@ -195,14 +204,14 @@ fn rotate(
 fn check(x: &Tensor, positions: &[u32], table: &RopeTable) -> Result<()> {
     let (n, width) = x.dims2()?;
     let past_end = positions.iter().find(|&&p| p as usize >= table.positions());
-    if n == positions.len() && width.is_multiple_of(2 * table.half) && past_end.is_none() {
+    if n == positions.len() && width.is_multiple_of(table.head_dim) && past_end.is_none() {
         return Ok(());
     }
     Err(Error::Shape {
         op: OP,
         expected: format!(
             "[{n}, heads * {}] at positions below {}",
-            2 * table.half,
+            table.head_dim,
             table.positions()
         ),
         found: format!(
@@ -228,7 +237,8 @@ fn rotate_on_device(
         });
     };
     let n = positions.len();
-    let heads = |x: &Tensor| x.elem_count() / (n * 2 * table.half).max(1);
+    let heads = |x: &Tensor| x.elem_count() / (n * table.head_dim).max(1);
+    let (q_heads, k_heads) = (heads(x), y.map_or(0, heads));
     let operands = [
         Operand::Write(x),
         y.map_or(Operand::Null, Operand::Write),
@@ -236,12 +246,13 @@ fn rotate_on_device(
         Operand::Read(cos),
         Operand::Read(sin),
         Operand::U32(n),
-        Operand::U32(heads(x)),
-        Operand::U32(y.map_or(0, heads)),
+        Operand::U32(q_heads),
+        Operand::U32(k_heads),
         Operand::U32(table.half),
+        Operand::U32(table.head_dim),
         Operand::F32(direction.sign()),
     ];
-    let pairs = (x.elem_count() + y.map_or(0, Tensor::elem_count)) / 2;
+    let pairs = n * (q_heads + k_heads) * table.half;
     let grid = launcher.grid_stride(pairs, PER_THREAD);
     // SAFETY: a row for each position, whole heads in each, and every position is in the table.
     unsafe { launcher.launch("rope_rotate_bf16", grid, &operands) }
@@ -265,7 +276,7 @@ fn rotate_on_cpu(
                     table.row(&table.cos, position),
                     table.row(&table.sin, position),
                 );
-                for head in row.chunks_exact_mut(2 * table.half) {
+                for head in row.chunks_exact_mut(table.head_dim) {
                     let (low, high) = head.split_at_mut(table.half);
                     for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
                         let (x, y, sin) = (*a, *b, sign * sin);
@@ -278,11 +289,12 @@ fn rotate_on_cpu(
     })
 }
 
-/// The same from differentiable primitives: `x: [N, heads, E]`, `cos`, `sin: [N, 1, E/2]`.
+/// The same from differentiable primitives: `x: [N, heads, E]`, `cos`, `sin: [N, 1, E/2]` or narrower.
 pub fn reference(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let half = x.dim(2)? / 2;
+    let (half, head_dim) = (cos.dim(2)?, x.dim(2)?);
     let (low, high) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let rest = x.narrow(2, 2 * half, head_dim - 2 * half)?;
     let rotated_low = (low.broadcast_mul(cos)? - high.broadcast_mul(sin)?)?;
     let rotated_high = (high.broadcast_mul(cos)? + low.broadcast_mul(sin)?)?;
-    Ok(Tensor::cat(&[rotated_low, rotated_high], 2)?)
+    Ok(Tensor::cat(&[rotated_low, rotated_high, rest], 2)?)
 }

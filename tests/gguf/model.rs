@@ -182,6 +182,8 @@ pub fn configs() -> Vec<Value> {
     configs.push(iquestcoder);
     let mut phi3 = config_with_vocabulary("phi3");
     phi3["sliding_window"] = Value::Null;
+    phi3["partial_rotary_factor"] = 0.75.into();
+    phi3["rope_parameters"]["partial_rotary_factor"] = 0.75.into();
     configs.push(phi3);
     configs
 }
@@ -287,7 +289,7 @@ fn the_config_is_told_in_the_keys_of_its_architecture() {
             ("attention.head_count_kv", decoder.num_kv_heads),
             ("attention.key_length", decoder.head_dim),
             ("attention.value_length", decoder.head_dim),
-            ("rope.dimension_count", decoder.head_dim),
+            ("rope.dimension_count", decoder.rotary_dim),
             ("vocab_size", 448),
         ] {
             assert_eq!(
@@ -652,6 +654,11 @@ fn what_llama_cpp_does_not_compute_is_refused_by_its_field() {
             json!({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": false}),
         ),
         ("smollm3", "no_rope_layers", json!([1, 0])),
+        (
+            "phi3_longrope",
+            "rope_parameters",
+            config("phi3_longrope")["rope_parameters"].clone(),
+        ),
         ("seed_oss", "attention_out_bias", true.into()),
         ("exaone4", "sliding_window", 12.into()),
         ("exaone4", "head_dim", 32.into()),

@@ -231,14 +231,16 @@ placement_test!(in_every_order rope_equals_its_reference, |at| {
     let mut numbers = Random::new("rope");
     let positions: Vec<u32> = (0..40).chain(0..27).collect();
     let n = positions.len();
-    for (heads, kv_heads, half) in [(3, 1, 5), (4, 2, 8), (2, 2, 32)] {
+    for (heads, kv_heads, half, rest) in [(3, 1, 5, 0), (4, 2, 8, 0), (2, 2, 32, 0), (2, 1, 24, 16)] {
         let frequencies: Vec<f32> = (0..half).map(|i| 0.7f32.powi(i)).collect();
         let half = half as usize;
-        let table = RopeTable::new(&frequencies, 1.1, 40).on(&at.device).unwrap();
+        let head_dim = 2 * half + rest;
+        let table = RopeTable::new(&frequencies, 1.1, 40).for_heads_of(head_dim);
+        let table = table.on(&at.device).unwrap();
         let rows = Positions::new(&positions).on(&at.device).unwrap();
         let (cos, sin) = table.gather(&positions).unwrap();
         let mut case = |heads: usize| {
-            let shape = [n, heads, 2 * half];
+            let shape = [n, heads, head_dim];
             let (x, dy) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
             let want = expected(&mut numbers, std::slice::from_ref(&x), &dy, |t| {
                 rope::reference(&t[0], &like(&cos, &t[0]), &like(&sin, &t[0])).unwrap()

@@ -12,23 +12,39 @@ struct Case {
     q_heads: usize,
     k_heads: usize,
     half: usize,
+    /// Columns of a head behind those that turn.
+    rest: usize,
 }
 
-/// Grouped heads, one row, halves that are no whole vectors, and rows without keys.
-const CASES: [Case; 5] = [
+impl Case {
+    fn head_dim(&self) -> usize {
+        2 * self.half + self.rest
+    }
+}
+
+/// Grouped heads, one row, halves that are no whole vectors, rows without keys, and heads of which a part turns.
+const CASES: [Case; 8] = [
     case(42, 6, 2, 16),
     case(1, 1, 1, 64),
     case(5, 3, 3, 10),
     case(7, 2, 1, 1),
     case(9, 4, 0, 40),
+    with_rest(42, 6, 2, 24, 16),
+    with_rest(5, 2, 1, 24, 6),
+    with_rest(7, 3, 3, 3, 2),
 ];
 
 const fn case(rows: usize, q_heads: usize, k_heads: usize, half: usize) -> Case {
+    with_rest(rows, q_heads, k_heads, half, 0)
+}
+
+const fn with_rest(rows: usize, q_heads: usize, k_heads: usize, half: usize, rest: usize) -> Case {
     Case {
         rows,
         q_heads,
         k_heads,
         half,
+        rest,
     }
 }
 
@@ -48,15 +64,16 @@ fn positions(rows: usize) -> Vec<u32> {
         .collect()
 }
 
-fn rotated(x: &[bf16], heads: usize, half: usize, sign: f64) -> Vec<f64> {
+fn rotated(x: &[bf16], heads: usize, case: Case, sign: f64) -> Vec<f64> {
+    let (half, head_dim) = (case.half, case.head_dim());
     let [cos, sin] = table(half);
     let mut x = exact(x);
     if heads == 0 {
         return x;
     }
-    let positions = positions(x.len() / (heads * 2 * half));
-    for (row, position) in x.chunks_exact_mut(heads * 2 * half).zip(positions) {
-        for head in row.chunks_exact_mut(2 * half) {
+    let positions = positions(x.len() / (heads * head_dim));
+    for (row, position) in x.chunks_exact_mut(heads * head_dim).zip(positions) {
+        for head in row.chunks_exact_mut(head_dim) {
             for i in 0..half {
                 let angle = position as usize * half + i;
                 let (cos, sin) = (f64::from(cos[angle]), sign * f64::from(sin[angle]));
@@ -90,6 +107,7 @@ fn rotate(device: &DeviceUnderTest, case: Case, [q, k]: [&Buffer; 2], sign: f32)
             Arg::U32(case.q_heads as u32),
             Arg::U32(case.k_heads as u32),
             Arg::U32(case.half as u32),
+            Arg::U32(case.head_dim() as u32),
             Arg::F32(sign),
         ],
     );
@@ -99,11 +117,12 @@ kernel_test!(every_head_turns_by_the_angle_of_its_position, |device| {
     for case in CASES {
         for sign in [1.0, -1.0] {
             let heads = [case.q_heads, case.k_heads];
-            let x = heads.map(|heads| random_bf16(heads as u32, case.rows * heads * 2 * case.half));
+            let elements = |heads: usize| case.rows * heads * case.head_dim();
+            let x = heads.map(|heads| random_bf16(heads as u32, elements(heads)));
             let [q, k] = [&x[0], &x[1]].map(|x| device.upload(x));
             rotate(device, case, [&q, &k], sign);
             for ((x, buffer), heads) in x.iter().zip([&q, &k]).zip(heads) {
-                let expected = rotated(x, heads, case.half, sign.into());
+                let expected = rotated(x, heads, case, sign.into());
                 let got = device.download::<bf16>(buffer);
                 if heads > 0 {
                     assert_kernel_close("x", &got, &expected, &round(&expected));

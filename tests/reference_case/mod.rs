@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 20] = [
+pub const CASES: [&str; 21] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -35,6 +35,7 @@ pub const CASES: [&str; 20] = [
     "gemma",
     "gemma2",
     "phi3",
+    "phi3_longrope",
 ];
 
 /// The cases that have a training run.

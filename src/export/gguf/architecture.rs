@@ -170,6 +170,9 @@ impl Architecture {
             RopeScaling::Llama3 { .. } if !self.is_like_llama() && self != Self::Exaone4 => {
                 refuse("does not scale rotary frequencies one by one")
             }
+            RopeScaling::LongRope { .. } => {
+                refuse("takes longrope's factors by the room for a text, not by its length")
+            }
             RopeScaling::Yarn { .. } if config.local_rope.is_some() && self != Self::Olmo2 => {
                 refuse("has YaRN in all layers or none")
             }
@@ -183,7 +186,7 @@ impl Architecture {
             RopeScaling::Yarn {
                 truncate: false, ..
             } => refuse("scales between whole pairs of rows alone"),
-            _ => match config.local_rope.map(|rope| rope.scaling) {
+            _ => match config.local_rope.as_ref().map(|rope| &rope.scaling) {
                 None | Some(RopeScaling::None) => Ok(()),
                 Some(_) => refuse("does not scale the rotary frequencies of windows"),
             },
@@ -245,6 +248,7 @@ impl Architecture {
         }
         if config
             .local_rope
+            .as_ref()
             .is_some_and(|local| local.theta != config.rope.theta)
         {
             return refuse("rope_parameters", "has one theta for all layers");

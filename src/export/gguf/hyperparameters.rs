@@ -41,7 +41,7 @@ pub(super) fn add(
         ("attention.head_count_kv", config.num_kv_heads),
         ("attention.key_length", config.head_dim),
         ("attention.value_length", config.head_dim),
-        ("rope.dimension_count", config.head_dim),
+        ("rope.dimension_count", config.rotary_dim),
         ("vocab_size", config.vocab_size),
     ] {
         metadata.add_u32(format!("{name}.{key}"), as_u32(size));
@@ -68,6 +68,7 @@ pub(super) fn add(
     }
     match config.rope.scaling {
         RopeScaling::None | RopeScaling::Llama3 { .. } => {}
+        RopeScaling::LongRope { .. } => unreachable!("the config has been checked"),
         RopeScaling::Linear { factor } => {
             add_f32("rope.scaling.factor", factor);
             metadata.add_text(format!("{name}.rope.scaling.type"), "linear");
@@ -147,7 +148,7 @@ pub(super) fn default_of(
     let size = match key {
         "attention.head_count_kv" => config.num_heads,
         "attention.key_length" | "attention.value_length" => config.hidden_size / config.num_heads,
-        "rope.dimension_count" => config.head_dim,
+        "rope.dimension_count" => config.rotary_dim,
         "vocab_size" => config.vocab_size,
         WINDOW_PATTERN => architecture.default_window_pattern()?,
         "rope.freq_base_swa" if architecture == Architecture::Olmo2 => {
@@ -179,10 +180,10 @@ pub(super) fn rope_divisors(config: &DecoderConfig) -> Option<DenseTensor> {
     };
     let plain = RopeConfig {
         scaling: RopeScaling::None,
-        ..config.rope
+        ..config.rope.clone()
     };
-    let plain = plain.inv_freq(config.head_dim);
-    let scaled = config.rope.inv_freq(config.head_dim);
+    let frequencies = |rope: &RopeConfig| rope.inv_freq(config.rotary_dim, false);
+    let (plain, scaled) = (frequencies(&plain), frequencies(&config.rope));
     let divisors = plain
         .iter()
         .zip(scaled)

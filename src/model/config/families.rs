@@ -449,23 +449,14 @@ fn phi3(fields: &mut Fields) -> Result<DecoderConfig> {
     defaults.num_heads = Some(32);
     defaults.rms_norm_eps = 1e-5;
     defaults.pad_token_id = Some(32_000);
+    let original_length = 4096;
+    defaults.rotary = Rotary::Part { original_length };
     let mut decoder = decoder(fields, defaults)?;
     decoder.fused_projections = true;
-    if let RopeScaling::Yarn { .. } = decoder.rope.scaling {
-        let field = match fields.object("rope_scaling")? {
-            Some(_) => "rope_scaling",
-            None => "rope_parameters",
-        };
-        return Err(fields.unsupported(field, "in this family it is another name of longrope"));
-    }
     let window = fields.optional_size("sliding_window")?;
     decoder.sliding_window = vec![window; decoder.num_layers];
-    // Dropout in pretraining, and the length that longrope extends.
-    fields.ignore(&[
-        "embd_pdrop",
-        "resid_pdrop",
-        "original_max_position_embeddings",
-    ]);
+    // Dropout in pretraining.
+    fields.ignore(&["embd_pdrop", "resid_pdrop"]);
     Ok(decoder)
 }
 
@@ -499,6 +490,8 @@ enum Rotary {
     ScaledQueries,
     /// One, and how the axes of an image share its frequencies. On all axes a token of text is at its position.
     Axes,
+    /// One, which may turn a part of each head alone. The context before it was extended is this one unless they say so.
+    Part { original_length: usize },
 }
 
 impl Defaults {
@@ -558,6 +551,7 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         .unwrap_or(defaults.max_position_embeddings);
     let activation = activation(fields, "hidden_act", defaults.activation)?;
     let (positions, theta) = (max_position_embeddings, defaults.rope_theta);
+    let mut rotary_dim = head_dim;
     let (rope, local_rope) = match defaults.rotary {
         Rotary::One => (rope::read(fields, positions, theta)?, None),
         Rotary::Axes => (rope::read_with_axes(fields, positions, theta)?, None),
@@ -565,6 +559,13 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
             rope::read_with_query_scaling(fields, positions, theta)?,
             None,
         ),
+        Rotary::Part { original_length } => {
+            let original = fields.optional_size("original_max_position_embeddings")?;
+            let lengths = [positions, original.unwrap_or(original_length)];
+            let (rope, part) = rope::read_with_part(fields, lengths, theta)?;
+            rotary_dim = (head_dim as f64 * part) as usize;
+            (rope, None)
+        }
         Rotary::Two { local_theta } => {
             let (rope, local) = rope::read_both(fields, positions, [theta, local_theta])?;
             (rope, Some(local))
@@ -579,6 +580,7 @@ fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
         num_heads,
         num_kv_heads: num_kv_heads.unwrap_or(num_heads),
         head_dim,
+        rotary_dim,
         vocab_size,
         rms_norm_eps: fields
             .optional("rms_norm_eps")?

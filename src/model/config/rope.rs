@@ -36,6 +36,65 @@ pub(super) fn read_with_axes(
     one(parameters, max_position_embeddings, theta)
 }
 
+/// Reads the same of Phi, whose rotary embedding may turn a part of each head, which is given too, and may have LongRoPE under
+/// other names. `lengths` are those of the context, and before it was extended.
+pub(super) fn read_with_part(
+    fields: &mut Fields,
+    lengths: [usize; 2],
+    default_theta: f64,
+) -> Result<(RopeConfig, f64)> {
+    const PART: &str = "partial_rotary_factor";
+    const LONG_ROPE: [&str; 3] = ["longrope", "su", "yarn"];
+    let beside = fields.optional_positive(PART)?;
+    let (parameters, theta) = parameters(fields, default_theta)?;
+    let Some(mut rope) = parameters else {
+        return Ok((one(None, lengths[0], theta)?, beside.unwrap_or(1.0)));
+    };
+    let part = rope.optional_positive(PART)?.or(beside).unwrap_or(1.0);
+    let name = rope.optional::<String>("rope_type")?;
+    let name = name.or(rope.optional("type")?);
+    if !name.is_some_and(|name| LONG_ROPE.contains(&&*name)) {
+        return Ok((one(Some(rope), lengths[0], theta)?, part));
+    }
+    let theta = rope.optional_positive(THETA)?.unwrap_or(theta);
+    let scaling = long_rope(&mut rope, lengths)?;
+    rope.finish()?;
+    let rope = RopeConfig {
+        theta,
+        scaling,
+        query_scaling: None,
+    };
+    Ok((rope, part))
+}
+
+fn long_rope(rope: &mut Fields, [length, original]: [usize; 2]) -> Result<RopeScaling> {
+    let mut factors = |field| -> Result<Vec<f64>> {
+        let factors: Vec<f64> = rope.required(field)?;
+        match factors.iter().find(|f| !(f.is_finite() && **f > 0.0)) {
+            None => Ok(factors),
+            Some(factor) => {
+                let reason = format!("has {factor}, which is not a positive number");
+                Err(rope.malformed(field, reason))
+            }
+        }
+    };
+    let (short_factors, long_factors) = (factors("short_factor")?, factors("long_factor")?);
+    let original = rope.optional_size(ORIGINAL_LENGTH)?.unwrap_or(original);
+    let factor = rope.optional_positive("factor")?;
+    let factor = factor.unwrap_or(length as f64 / original as f64);
+    let implied = match factor <= 1.0 {
+        true => 1.0,
+        false => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+    };
+    let attention_factor = rope.optional_positive("attention_factor")?;
+    Ok(RopeScaling::LongRope {
+        short_factors,
+        long_factors,
+        attention_factor: attention_factor.unwrap_or(implied),
+        original_max_position_embeddings: original,
+    })
+}
+
 /// Reads the same of a model whose queries are scaled by their positions.
 pub(super) fn read_with_query_scaling(
     fields: &mut Fields,

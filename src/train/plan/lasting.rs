@@ -3,7 +3,7 @@
 use super::footprint::{Footprint, Item};
 use super::{Engine, Moments, Workload};
 use crate::device::{Residence, Residency, Side};
-use crate::model::{ModelTensor, Module, TRAINED_ALIGNMENT};
+use crate::model::{ModelTensor, Module, RopeScaling, TRAINED_ALIGNMENT};
 use crate::ops::linear;
 use crate::ops::paged;
 use crate::ops::table::PagedTable;
@@ -126,10 +126,18 @@ impl Workload {
         let shapes = ModelTensor::all(model).into_iter();
         let shapes = shapes.map(|tensor| tensor.shape(model));
         let vectors: usize = shapes.filter(|shape| shape.len() == 1).flatten().sum();
-        // Cosines and sines of head_dim / 2 frequencies.
+        // Cosines and sines of rotary_dim / 2 frequencies, of short batches beside those of long ones.
         let has_one_for_queries = model.rope.query_scaling.is_some();
         let tables = 1 + usize::from(model.local_rope.is_some()) + usize::from(has_one_for_queries);
-        let rotary = tables * self.positions.next_power_of_two() * model.head_dim;
+        let short = match model.rope.scaling {
+            RopeScaling::LongRope {
+                original_max_position_embeddings: original,
+                ..
+            } if self.positions > original => original.next_power_of_two(),
+            _ => 0,
+        };
+        let positions = self.positions.next_power_of_two() + short;
+        let rotary = tables * positions * model.rotary_dim;
         4 * (vectors + rotary) as u64
     }
 
