@@ -8,6 +8,7 @@
 mod families;
 mod fields;
 mod rope;
+mod shared;
 
 use std::path::Path;
 

@@ -7,9 +7,6 @@ use super::writer::Change;
 use crate::Result;
 use crate::model::{Activation, DecoderConfig, LayerRope, ModelTensor, Module, RopeScaling};
 
-/// The values of `model_type` of which files are written.
-const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma, gemma2, gemma3, gemma3_text, granite, olmo2, olmo3, seed_oss, exaone4, cwm, phi3 or iquestcoder";
-
 /// What llama.cpp knows a family of models as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Architecture {
@@ -53,7 +50,7 @@ impl Architecture {
             Some("seed_oss") => Self::SeedOss,
             Some("exaone4") => Self::Exaone4,
             Some("phi3") => Self::Phi3,
-            _ => return Err(base.unsupported("model_type", FAMILIES)),
+            _ => return Err(base.unsupported("model_type", "llama.cpp's name for it is not known")),
         };
         architecture.check(base, config)?;
         Ok(architecture)

@@ -3,22 +3,17 @@
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::{Activation, DecoderConfig, LayerRope, QkNorm, RopeScaling, rope};
+use super::shared::{Defaults, Rotary, activation, decoder, window, window_in_use, windows};
+use super::{Activation, DecoderConfig, LayerRope, QkNorm, RopeScaling};
 use crate::Result;
 use crate::store::TEXT_CONFIG;
 
 /// The values of `model_type`.
-const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma3, gemma3_text, \
-                        gemma, gemma2, \
-                        granite, olmo2, olmo3, seed_oss, exaone4, cwm, phi3 or \
-                        iquestcoder";
+const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma, gemma2, gemma3, \
+                        gemma3_text, phi3, granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
 
-/// The path of the decoder in a language model, and in a model that it is one part of.
-const ALONE: &str = "model";
+/// The path of the decoder in a model that it is one part of.
 const WITHIN: &str = "model.language_model";
-
-/// No model has a tenth of it; a hostile count must not become an allocation.
-const MAX_LAYERS: usize = 10_000;
 
 /// A model of the family that its config names.
 pub(super) fn read(mut fields: Fields) -> Result<DecoderConfig> {
@@ -83,13 +78,13 @@ fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig>
         "gemma" => gemma(&mut fields)?,
         "gemma2" => gemma2(&mut fields)?,
         "gemma3_text" => gemma3(&mut fields)?,
+        "phi3" => phi3(&mut fields)?,
         "granite" => granite(&mut fields)?,
         "olmo2" => olmo2(&mut fields)?,
         "olmo3" => olmo3(&mut fields)?,
         "seed_oss" => seed_oss(&mut fields)?,
         "exaone4" => exaone4(&mut fields)?,
         "cwm" => cwm(&mut fields)?,
-        "phi3" => phi3(&mut fields)?,
         "iquestcoder" => iquestcoder(&mut fields)?,
         _ => return Err(fields.unsupported("model_type", FAMILIES)),
     };
@@ -192,6 +187,12 @@ fn with_head_norms(fields: &mut Fields, mut defaults: Defaults) -> Result<Decode
     attention_bias(fields, &mut decoder)?;
     decoder.qk_norm = Some(QkNorm::Head);
     Ok(decoder)
+}
+
+fn qwen_windows(fields: &mut Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {
+    let window = window_in_use(fields)?;
+    let first = fields.optional::<usize>("max_window_layers")?.unwrap_or(28);
+    windows(fields, num_layers, window, |layer| layer >= first)
 }
 
 fn smollm3(fields: &mut Fields) -> Result<DecoderConfig> {
@@ -317,6 +318,33 @@ fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
     Ok(decoder)
 }
 
+/// A rotary embedding of their own for layers with a window.
+fn local_where_windows(windows: &[Option<usize>]) -> Vec<LayerRope> {
+    let rope = |window: &Option<usize>| match window {
+        Some(_) => LayerRope::Local,
+        None => LayerRope::Model,
+    };
+    windows.iter().map(rope).collect()
+}
+
+/// Phi 3 and 4.
+fn phi3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(4096);
+    defaults.vocab_size = Some(32_064);
+    defaults.num_heads = Some(32);
+    defaults.rms_norm_eps = 1e-5;
+    defaults.pad_token_id = Some(32_000);
+    let original_length = 4096;
+    defaults.rotary = Rotary::Part { original_length };
+    let mut decoder = decoder(fields, defaults)?;
+    decoder.fused_projections = true;
+    let window = fields.optional_size("sliding_window")?;
+    decoder.sliding_window = vec![window; decoder.num_layers];
+    // Dropout in pretraining.
+    fields.ignore(&["embd_pdrop", "resid_pdrop"]);
+    Ok(decoder)
+}
+
 fn granite(fields: &mut Fields) -> Result<DecoderConfig> {
     let decoder = llama(fields)?;
     let mut multiplier = |field| -> Result<f64> {
@@ -332,8 +360,17 @@ fn granite(fields: &mut Fields) -> Result<DecoderConfig> {
     })
 }
 
+fn olmo_defaults() -> Defaults {
+    Defaults {
+        vocab_size: Some(50_304),
+        rms_norm_eps: 1e-5,
+        pad_token_id: Some(1),
+        ..Defaults::new(2048)
+    }
+}
+
 fn olmo2(fields: &mut Fields) -> Result<DecoderConfig> {
-    olmo(fields, Defaults::of_olmo())
+    olmo(fields, olmo_defaults())
 }
 
 fn olmo3(fields: &mut Fields) -> Result<DecoderConfig> {
@@ -343,7 +380,7 @@ fn olmo3(fields: &mut Fields) -> Result<DecoderConfig> {
         Defaults {
             rope_theta: theta,
             rotary: Rotary::Two { local_theta: theta },
-            ..Defaults::of_olmo()
+            ..olmo_defaults()
         },
     )?;
     let window = window(fields)?;
@@ -440,261 +477,4 @@ fn cwm(fields: &mut Fields) -> Result<DecoderConfig> {
         !layer.is_multiple_of(4)
     })?;
     Ok(decoder)
-}
-
-/// Phi 3 and 4.
-fn phi3(fields: &mut Fields) -> Result<DecoderConfig> {
-    let mut defaults = Defaults::new(4096);
-    defaults.vocab_size = Some(32_064);
-    defaults.num_heads = Some(32);
-    defaults.rms_norm_eps = 1e-5;
-    defaults.pad_token_id = Some(32_000);
-    let original_length = 4096;
-    defaults.rotary = Rotary::Part { original_length };
-    let mut decoder = decoder(fields, defaults)?;
-    decoder.fused_projections = true;
-    let window = fields.optional_size("sliding_window")?;
-    decoder.sliding_window = vec![window; decoder.num_layers];
-    // Dropout in pretraining.
-    fields.ignore(&["embd_pdrop", "resid_pdrop"]);
-    Ok(decoder)
-}
-
-/// What a family's configuration class assumes when `config.json` is silent.
-struct Defaults {
-    max_position_embeddings: usize,
-    /// `None` = it has to be there.
-    vocab_size: Option<usize>,
-    /// `None` = it has to be there.
-    num_heads: Option<usize>,
-    /// `None` = as many as heads.
-    num_kv_heads: Option<usize>,
-    /// `None` = hidden size / heads.
-    head_dim: Option<usize>,
-    rms_norm_eps: f64,
-    pad_token_id: Option<i64>,
-    tie_word_embeddings: bool,
-    rope_theta: f64,
-    rotary: Rotary,
-    activation: Activation,
-}
-
-/// What the rotary parameters of a family are of.
-#[derive(Clone, Copy)]
-enum Rotary {
-    /// One embedding.
-    One,
-    /// Two: layers with a window have one of their own, of this theta unless they say which.
-    Two { local_theta: f64 },
-    /// One, and how queries are scaled by their positions.
-    ScaledQueries,
-    /// One, and how the axes of an image share its frequencies. On all axes a token of text is at its position.
-    Axes,
-    /// One, which may turn a part of each head alone. The context before it was extended is this one unless they say so.
-    Part { original_length: usize },
-}
-
-impl Defaults {
-    fn new(max_position_embeddings: usize) -> Self {
-        Self {
-            max_position_embeddings,
-            vocab_size: None,
-            num_heads: None,
-            num_kv_heads: None,
-            head_dim: None,
-            rms_norm_eps: 1e-6,
-            pad_token_id: None,
-            tie_word_embeddings: false,
-            rope_theta: 10_000.0,
-            rotary: Rotary::One,
-            activation: Activation::Silu,
-        }
-    }
-
-    /// Of OLMo 2 and 3.
-    fn of_olmo() -> Self {
-        Self {
-            vocab_size: Some(50_304),
-            rms_norm_eps: 1e-5,
-            pad_token_id: Some(1),
-            ..Self::new(2048)
-        }
-    }
-}
-
-/// The fields all families share, with no bias, no window and no norm on queries and keys.
-fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<DecoderConfig> {
-    let hidden_size = fields.size("hidden_size")?;
-    let num_layers = fields.size("num_hidden_layers")?;
-    if num_layers > MAX_LAYERS {
-        return Err(fields.malformed("num_hidden_layers", format!("{num_layers} is too many")));
-    }
-    let num_heads = fields.size_or("num_attention_heads", defaults.num_heads)?;
-    let num_kv_heads = match fields.is_null("num_key_value_heads") {
-        true => None,
-        false => fields
-            .optional_size("num_key_value_heads")?
-            .or(defaults.num_kv_heads),
-    };
-    let head_dim = match fields.optional_size("head_dim")?.or(defaults.head_dim) {
-        Some(head_dim) => head_dim,
-        None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
-        None => {
-            return Err(fields.malformed(
-                "num_attention_heads",
-                format!("{num_heads} does not divide `hidden_size` = {hidden_size}"),
-            ));
-        }
-    };
-    let max_position_embeddings = fields
-        .optional_size("max_position_embeddings")?
-        .unwrap_or(defaults.max_position_embeddings);
-    let activation = activation(fields, "hidden_act", defaults.activation)?;
-    let (positions, theta) = (max_position_embeddings, defaults.rope_theta);
-    let mut rotary_dim = head_dim;
-    let (rope, local_rope) = match defaults.rotary {
-        Rotary::One => (rope::read(fields, positions, theta)?, None),
-        Rotary::Axes => (rope::read_with_axes(fields, positions, theta)?, None),
-        Rotary::ScaledQueries => (
-            rope::read_with_query_scaling(fields, positions, theta)?,
-            None,
-        ),
-        Rotary::Part { original_length } => {
-            let original = fields.optional_size("original_max_position_embeddings")?;
-            let lengths = [positions, original.unwrap_or(original_length)];
-            let (rope, part) = rope::read_with_part(fields, lengths, theta)?;
-            rotary_dim = (head_dim as f64 * part) as usize;
-            (rope, None)
-        }
-        Rotary::Two { local_theta } => {
-            let (rope, local) = rope::read_both(fields, positions, [theta, local_theta])?;
-            (rope, Some(local))
-        }
-    };
-    let vocab_size = fields.size_or("vocab_size", defaults.vocab_size)?;
-    Ok(DecoderConfig {
-        decoder_path: ALONE,
-        hidden_size,
-        intermediate_size: fields.size("intermediate_size")?,
-        num_layers,
-        num_heads,
-        num_kv_heads: num_kv_heads.unwrap_or(num_heads),
-        head_dim,
-        rotary_dim,
-        vocab_size,
-        rms_norm_eps: fields
-            .optional("rms_norm_eps")?
-            .unwrap_or(defaults.rms_norm_eps),
-        rope,
-        local_rope,
-        layer_rope: vec![LayerRope::Model; num_layers],
-        max_position_embeddings,
-        tie_word_embeddings: fields
-            .optional("tie_word_embeddings")?
-            .unwrap_or(defaults.tie_word_embeddings),
-        fused_projections: false,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: None,
-        input_norms: true,
-        branch_norms: false,
-        norms_less_one: false,
-        attention_scale: 1.0 / (head_dim as f64).sqrt(),
-        attention_soft_cap: None,
-        embedding_scale: 1.0,
-        embedding_multiplier: 1.0,
-        residual_multiplier: 1.0,
-        logits_scaling: 1.0,
-        logits_soft_cap: None,
-        activation,
-        padding_id: padding_id(fields, defaults.pad_token_id, vocab_size)?,
-        sliding_window: vec![None; num_layers],
-    })
-}
-
-/// `pad_token_id`, which torch counts from the end where it is negative.
-fn padding_id(fields: &mut Fields, default: Option<i64>, vocab_size: usize) -> Result<Option<u32>> {
-    let id = match fields.is_null("pad_token_id") {
-        true => None,
-        false => fields.optional::<i64>("pad_token_id")?.or(default),
-    };
-    let id = id.map(|id| if id < 0 { id + vocab_size as i64 } else { id });
-    let known = id.filter(|id| (0..vocab_size as i64).contains(id));
-    Ok(known.map(|id| id as u32))
-}
-
-/// The function before the product with `up`, which is `default` where the field is not there.
-fn activation(fields: &mut Fields, field: &'static str, default: Activation) -> Result<Activation> {
-    match fields.optional::<String>(field)?.as_deref() {
-        None => Ok(default),
-        Some("silu" | "swish") => Ok(Activation::Silu),
-        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
-        // So Gemma's first models call it.
-        Some("gelu") if field == "hidden_act" && default == Activation::GeluTanh => Ok(default),
-        Some(_) => Err(fields.unsupported(field, "use silu or gelu_pytorch_tanh")),
-    }
-}
-
-/// `sliding_window`: an absent one is 4096, `null` is none.
-fn window(fields: &mut Fields) -> Result<Option<usize>> {
-    match fields.is_null("sliding_window") {
-        true => Ok(None),
-        false => Ok(Some(
-            fields.optional_size("sliding_window")?.unwrap_or(4096),
-        )),
-    }
-}
-
-/// `sliding_window` where `use_sliding_window` says so.
-fn window_in_use(fields: &mut Fields) -> Result<Option<usize>> {
-    let enabled = fields.optional("use_sliding_window")?.unwrap_or(false);
-    Ok(window(fields)?.filter(|_| enabled))
-}
-
-/// A rotary embedding of their own for layers with a window.
-fn local_where_windows(windows: &[Option<usize>]) -> Vec<LayerRope> {
-    let rope = |window: &Option<usize>| match window {
-        Some(_) => LayerRope::Local,
-        None => LayerRope::Model,
-    };
-    windows.iter().map(rope).collect()
-}
-
-fn qwen_windows(fields: &mut Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {
-    let window = window_in_use(fields)?;
-    let first = fields.optional::<usize>("max_window_layers")?.unwrap_or(28);
-    windows(fields, num_layers, window, |layer| layer >= first)
-}
-
-/// `window` on the layers that `layer_types` names, or else on those that have one `by_default`.
-fn windows(
-    fields: &mut Fields,
-    num_layers: usize,
-    window: Option<usize>,
-    by_default: impl Fn(usize) -> bool,
-) -> Result<Vec<Option<usize>>> {
-    let Some(types) = fields.optional::<Vec<String>>("layer_types")? else {
-        return Ok((0..num_layers)
-            .map(|layer| window.filter(|_| by_default(layer)))
-            .collect());
-    };
-    if types.len() != num_layers {
-        return Err(fields.malformed(
-            "layer_types",
-            format!("has {} entries for {num_layers} layers", types.len()),
-        ));
-    }
-    types
-        .iter()
-        .map(|layer_type| match (layer_type.as_str(), window) {
-            ("full_attention", _) => Ok(None),
-            ("sliding_attention", Some(window)) => Ok(Some(window)),
-            ("sliding_attention", None) => Err(fields.malformed(
-                "layer_types",
-                "has sliding_attention, but the config gives no window",
-            )),
-            _ => Err(fields.unsupported("layer_types", "use full_attention or sliding_attention")),
-        })
-        .collect()
 }
