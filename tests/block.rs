@@ -134,8 +134,8 @@ fn reference(
     }
     let (q, k) = (by_head(q), by_head(k));
     let (q, k) = (
-        rope::reference(&q, cos, sin).unwrap(),
-        rope::reference(&k, cos, sin).unwrap(),
+        rope::reference(&q, cos, sin, rope::Pairs::Halves).unwrap(),
+        rope::reference(&k, cos, sin, rope::Pairs::Halves).unwrap(),
     );
     let v = by_head(project(&h, Module::V));
     let out = attention::reference(&q, &k, &v, segments, heads).unwrap();

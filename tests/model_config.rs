@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use qlora::model::{
-    Activation, DecoderConfig, LayerRope, QkNorm, QueryScaling, RopeConfig, RopeScaling,
+    Activation, DecoderConfig, LayerRope, ModelTensor, NormNames, QkNorm, QueryScaling, RopeConfig,
+    RopeScaling,
 };
 use serde_json::{Value, json};
 
@@ -453,7 +454,8 @@ fn the_layers_of_phi_that_read_one_input_are_one() {
     let phi = with(small("phi3"), phi);
     let found = read(&phi).unwrap();
     let expected = DecoderConfig {
-        fused_projections: true,
+        fused_qkv: true,
+        fused_gate_up: true,
         ..read(&with(small("llama"), json!({"rope_theta": 250000}))).unwrap()
     };
     assert_eq!(found, expected);
@@ -478,6 +480,42 @@ fn the_layers_of_phi_that_read_one_input_are_one() {
             .theta,
         1e4
     );
+}
+
+/// As GLM-4 0414 was published, but for the sizes.
+#[test]
+fn glm4_turns_neighbours_of_a_half_of_each_head() {
+    let glm = json!({
+        "attention_bias": true, "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "pad_token_id": 151_329,
+    });
+    let glm = with(small("glm4"), glm);
+    let found = read(&glm).unwrap();
+    assert_eq!((found.head_dim, found.rotary_dim), (128, 64));
+    assert!(found.rotates_neighbours && !found.fused_qkv && found.fused_gate_up);
+    assert!(found.qkv_bias && !found.o_bias && !found.mlp_bias);
+    assert!(found.input_norms && found.branch_norms && !found.norms_less_one);
+    assert_eq!(found.norm_names, NormNames::Glm);
+    assert_eq!(read(&small("glm4")).unwrap(), found);
+    let names = ModelTensor::all(&found)
+        .into_iter()
+        .map(|tensor| tensor.name(&found));
+    let norms = names.filter(|name| name.starts_with("model.layers.1.") && name.contains("norm"));
+    assert_eq!(
+        norms.collect::<Vec<_>>(),
+        [
+            "input_layernorm",
+            "post_self_attn_layernorm",
+            "post_attention_layernorm",
+            "post_mlp_layernorm"
+        ]
+        .map(|norm| format!("model.layers.1.{norm}.weight"))
+    );
+    let new = json!({
+        "partial_rotary_factor": null,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    });
+    assert_eq!(read(&with(without(glm, "rope_theta"), new)).unwrap(), found);
 }
 
 /// As the mini model of Phi 4 was published, but for the sizes.

@@ -12,7 +12,7 @@ use qlora::ops::dropout::Dropout;
 use qlora::ops::gated_act::Activation;
 use qlora::ops::linear::{self, Lora, LoraGrad, ReferenceLora};
 use qlora::ops::linear_cross_entropy::{self as lce, Head};
-use qlora::ops::rope::{self, Positions, RopeTable};
+use qlora::ops::rope::{self, Pairs, Positions, RopeTable};
 use qlora::ops::soft_cap::SoftCap;
 use qlora::ops::table::Table;
 use qlora::ops::weight::Weight;
@@ -236,11 +236,17 @@ fn the_gradient_of_a_trained_embedding_equals_its_reference() {
 #[test]
 fn rope_equals_its_reference() {
     let mut random = Random::new("rope");
-    // Whole heads, and heads of which a part turns.
-    for (heads, e) in [(3, 10), (2, 16)] {
+    // Whole heads, heads of which a part turns, and neighbours.
+    for (heads, e, pairs) in [
+        (3, 10, Pairs::Halves),
+        (2, 16, Pairs::Halves),
+        (2, 16, Pairs::Neighbours),
+    ] {
         let positions: Vec<u32> = (0..40).chain(0..27).collect();
         let n = positions.len();
-        let table = RopeTable::new(&[1.0, 0.3, 0.1, 0.03, 0.01], 1.1, 40).for_heads_of(e);
+        let table = RopeTable::new(&[1.0, 0.3, 0.1, 0.03, 0.01], 1.1, 40)
+            .for_heads_of(e)
+            .turning(pairs);
         let (x, dy) = (random.tensor(&[n, heads, e]), random.tensor(&[n, heads, e]));
         let (cos, sin) = table.gather(&positions).unwrap();
         let (cos, sin) = (
@@ -248,7 +254,7 @@ fn rope_equals_its_reference() {
             sin.to_dtype(DType::F64).unwrap(),
         );
         let (want, grads) = oracle(&mut random, std::slice::from_ref(&x), &dy, |t| {
-            rope::reference(&t[0], &cos, &sin).unwrap()
+            rope::reference(&t[0], &cos, &sin, pairs).unwrap()
         });
         let flat = |t: &Tensor| f32(t).reshape((n, heads * e)).unwrap();
         let (x, dy) = (flat(&x), flat(&dy));

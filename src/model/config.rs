@@ -91,6 +91,15 @@ pub enum QkNorm {
     Token,
 }
 
+/// What the norms beside the attention and the MLP are called where there are [`branch_norms`](DecoderConfig::branch_norms).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormNames {
+    /// `pre_feedforward_layernorm` before the MLP, `post_attention_layernorm` and `post_feedforward_layernorm` after both.
+    Gemma,
+    /// `post_attention_layernorm` before the MLP, `post_self_attn_layernorm` and `post_mlp_layernorm` after both.
+    Glm,
+}
+
 /// A decoder-only transformer with grouped-query attention, RMSNorm, RoPE and a gated MLP.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderConfig {
@@ -105,6 +114,8 @@ pub struct DecoderConfig {
     pub head_dim: usize,
     /// How many columns of a head the rotary embedding turns, the first ones.
     pub rotary_dim: usize,
+    /// It turns columns 2i and 2i + 1 of a head together; else columns i and i + rotary_dim / 2.
+    pub rotates_neighbours: bool,
     pub vocab_size: usize,
     pub rms_norm_eps: f64,
     pub rope: RopeConfig,
@@ -115,8 +126,10 @@ pub struct DecoderConfig {
     pub max_position_embeddings: usize,
     /// The output head is the embedding matrix.
     pub tie_word_embeddings: bool,
-    /// `q_proj`, `k_proj` and `v_proj` are one layer, `qkv_proj`, and `gate_proj` and `up_proj` are `gate_up_proj`.
-    pub fused_projections: bool,
+    /// `q_proj`, `k_proj` and `v_proj` are one layer, `qkv_proj`.
+    pub fused_qkv: bool,
+    /// `gate_proj` and `up_proj` are one layer, `gate_up_proj`.
+    pub fused_gate_up: bool,
     /// `q_proj`, `k_proj` and `v_proj` have a bias.
     pub qkv_bias: bool,
     /// `o_proj` has a bias.
@@ -129,6 +142,7 @@ pub struct DecoderConfig {
     pub input_norms: bool,
     /// RMSNorm on the outputs of the attention and of the MLP, before they are added to the residual stream.
     pub branch_norms: bool,
+    pub norm_names: NormNames,
     /// The norms' weights are stored less 1.
     pub norms_less_one: bool,
     /// What scores are multiplied by before the softmax.

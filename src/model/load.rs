@@ -176,14 +176,14 @@ impl<'a> Loader<'a> {
             })
         };
         let input_norm = on_input(config.input_norms.then_some(Norm::Input))?;
-        let mlp_norm = on_input(Norm::of_mlp(config))?;
+        let mlp_norm = on_input(config.input_norms.then_some(Norm::Mlp))?;
         // What a branch adds is multiplied by the residual multiplier, and so is the unit of the stream.
         let branch_norm = |of| norm(of, config.embedding_scale);
         let branch_norms = match config.branch_norms {
             false => None,
             true => Some([
-                branch_norm(Norm::PostAttention)?,
-                branch_norm(Norm::PostFeedforward)?,
+                branch_norm(Norm::AfterAttention)?,
+                branch_norm(Norm::AfterMlp)?,
             ]),
         };
         Ok(Block {

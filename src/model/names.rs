@@ -88,7 +88,7 @@ impl DecoderConfig {
 
     /// Those that queries, keys and values come from.
     pub fn attention_inputs(&self) -> &'static [Module] {
-        match self.fused_projections {
+        match self.fused_qkv {
             true => Module::Qkv.with_same_input(),
             false => Module::Q.with_same_input(),
         }
@@ -96,7 +96,7 @@ impl DecoderConfig {
 
     /// Those that make what is multiplied before `down_proj`.
     pub fn mlp_inputs(&self) -> &'static [Module] {
-        match self.fused_projections {
+        match self.fused_gate_up {
             true => Module::GateUp.with_same_input(),
             false => Module::Gate.with_same_input(),
         }

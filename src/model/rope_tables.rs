@@ -3,7 +3,7 @@
 use super::config::{DecoderConfig, LayerRope, RopeConfig};
 use crate::Result;
 use crate::device::Placement;
-use crate::ops::rope::RopeTable;
+use crate::ops::rope::{Pairs, RopeTable};
 
 /// A table for each rotary embedding of a model, for the same positions.
 #[derive(Debug, Clone, Default)]
@@ -25,6 +25,9 @@ impl RopeTables {
             let inv_freq = rope.inv_freq(config.rotary_dim, is_long);
             let mut table = RopeTable::new(&inv_freq, rope.amplitude(), positions);
             table = table.for_heads_of(config.head_dim);
+            if config.rotates_neighbours {
+                table = table.turning(Pairs::Neighbours);
+            }
             if let Some(scaling) = rope.query_scaling {
                 table = table.with_scaled_queries(|position| scaling.factor(position));
             }

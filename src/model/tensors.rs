@@ -1,6 +1,6 @@
 //! The tensors that a decoder is stored as, each with its name and shape in a Hugging Face checkpoint.
 
-use super::config::{DecoderConfig, QkNorm};
+use super::config::{DecoderConfig, NormNames, QkNorm};
 use super::names::Module;
 use super::vocabulary::ModuleToSave;
 
@@ -18,11 +18,14 @@ pub enum ModelTensor {
 /// A norm of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Norm {
+    /// On the input of the attention.
     Input,
-    /// On the input of the MLP; in models with [`branch_norms`](DecoderConfig::branch_norms) on the output of the attention.
-    PostAttention,
-    PreFeedforward,
-    PostFeedforward,
+    /// On the input of the MLP.
+    Mlp,
+    /// On the output of the attention.
+    AfterAttention,
+    /// On the output of the MLP.
+    AfterMlp,
     Query,
     Key,
 }
@@ -30,39 +33,30 @@ pub enum Norm {
 impl Norm {
     const ALL: [Self; 6] = [
         Self::Input,
-        Self::PostAttention,
-        Self::PreFeedforward,
-        Self::PostFeedforward,
+        Self::AfterAttention,
+        Self::Mlp,
+        Self::AfterMlp,
         Self::Query,
         Self::Key,
     ];
 
-    /// The norm on the input of the MLP, in models that have one.
-    pub fn of_mlp(config: &DecoderConfig) -> Option<Self> {
-        let norm = match config.branch_norms {
-            true => Self::PreFeedforward,
-            false => Self::PostAttention,
-        };
-        config.input_norms.then_some(norm)
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Input => "input_layernorm",
-            Self::PostAttention => "post_attention_layernorm",
-            Self::PreFeedforward => "pre_feedforward_layernorm",
-            Self::PostFeedforward => "post_feedforward_layernorm",
-            Self::Query => "self_attn.q_norm",
-            Self::Key => "self_attn.k_norm",
+    fn name(self, config: &DecoderConfig) -> &'static str {
+        match (self, config.norm_names) {
+            (Self::Input, _) => "input_layernorm",
+            (Self::Mlp, NormNames::Gemma) if config.branch_norms => "pre_feedforward_layernorm",
+            (Self::Mlp, _) | (Self::AfterAttention, NormNames::Gemma) => "post_attention_layernorm",
+            (Self::AfterMlp, NormNames::Gemma) => "post_feedforward_layernorm",
+            (Self::AfterAttention, NormNames::Glm) => "post_self_attn_layernorm",
+            (Self::AfterMlp, NormNames::Glm) => "post_mlp_layernorm",
+            (Self::Query, _) => "self_attn.q_norm",
+            (Self::Key, _) => "self_attn.k_norm",
         }
     }
 
     fn is_in(self, config: &DecoderConfig) -> bool {
         match self {
-            Self::Input => config.input_norms,
-            Self::PostAttention => config.input_norms || config.branch_norms,
-            Self::PreFeedforward => config.input_norms && config.branch_norms,
-            Self::PostFeedforward => config.branch_norms,
+            Self::Input | Self::Mlp => config.input_norms,
+            Self::AfterAttention | Self::AfterMlp => config.branch_norms,
             Self::Query | Self::Key => config.qk_norm.is_some(),
         }
     }
@@ -106,7 +100,7 @@ impl ModelTensor {
             Self::Head => format!("{}.weight", ModuleToSave::Head.path(config)),
             Self::FinalNorm => format!("{}.norm.weight", config.decoder_path),
             Self::Norm(layer, norm) => {
-                format!("{}.{}.weight", config.block_path(layer), norm.name())
+                format!("{}.{}.weight", config.block_path(layer), norm.name(config))
             }
             Self::Weight(layer, module) => format!("{}.weight", config.linear_path(layer, module)),
             Self::Bias(layer, module) => format!("{}.bias", config.linear_path(layer, module)),

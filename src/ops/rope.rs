@@ -3,7 +3,7 @@
 //! For position p and i < E/2: `(x_i, x_{i+E/2}) -> (x_i cos - x_{i+E/2} sin, x_{i+E/2} cos + x_i sin)` with the angle
 //! `p f_i`. Backward is the rotation by the opposite angle. Some models multiply cosines and sines by a constant, in both,
 //! and some the query at each position by a factor. Where there are fewer than E/2 frequencies, the first columns of a head are
-//! turned as if they were all, and the others are left alone.
+//! turned as if they were all, and the others are left alone. Some models turn columns 2i and 2i + 1 together instead.
 //!
 //! Source: arXiv:2104.09864, in the layout of transformers (`rotate_half`).
 
@@ -20,6 +20,15 @@ const OP: &str = "rope";
 /// Pairs of elements that a thread of the kernel takes at a time.
 const PER_THREAD: usize = 1;
 
+/// The columns of a head that turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairs {
+    /// i and i + E/2.
+    Halves,
+    /// 2i and 2i + 1.
+    Neighbours,
+}
+
 /// Cosine and sine for each position, `[P, E/2]` each or narrower, in f32 as transformers computes them.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
@@ -28,6 +37,7 @@ pub struct RopeTable {
     half: usize,
     /// Columns of a head.
     head_dim: usize,
+    pairs: Pairs,
     /// The same two where kernels read them.
     on_device: Option<[Tensor; 2]>,
     /// What queries are turned by, where that is another.
@@ -52,6 +62,7 @@ impl RopeTable {
             sin: table(f64::sin),
             half: inv_freq.len(),
             head_dim: 2 * inv_freq.len(),
+            pairs: Pairs::Halves,
             on_device: None,
             of_queries: None,
         }
@@ -60,6 +71,11 @@ impl RopeTable {
     /// The table for heads of so many columns, of which the others stay as they are.
     pub fn for_heads_of(self, head_dim: usize) -> Self {
         Self { head_dim, ..self }
+    }
+
+    /// The table for models that turn these together.
+    pub fn turning(self, pairs: Pairs) -> Self {
+        Self { pairs, ..self }
     }
 
     /// The table for models that multiply the query at position p by `factor(p)` as well.
@@ -250,6 +266,7 @@ fn rotate_on_device(
         Operand::U32(k_heads),
         Operand::U32(table.half),
         Operand::U32(table.head_dim),
+        Operand::U32((table.pairs == Pairs::Neighbours).into()),
         Operand::F32(direction.sign()),
     ];
     let pairs = n * (q_heads + k_heads) * table.half;
@@ -276,12 +293,21 @@ fn rotate_on_cpu(
                     table.row(&table.cos, position),
                     table.row(&table.sin, position),
                 );
+                let angles = || cos.iter().zip(sin).map(|(cos, sin)| (cos, sign * sin));
+                let turn = |a: &mut f32, b: &mut f32, (cos, sin): (&f32, f32)| {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                };
                 for head in row.chunks_exact_mut(table.head_dim) {
-                    let (low, high) = head.split_at_mut(table.half);
-                    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                        let (x, y, sin) = (*a, *b, sign * sin);
-                        *a = x * cos - y * sin;
-                        *b = y * cos + x * sin;
+                    match table.pairs {
+                        Pairs::Halves => {
+                            let (low, high) = head.split_at_mut(table.half);
+                            let pairs = low.iter_mut().zip(high).zip(angles());
+                            pairs.for_each(|((a, b), angle)| turn(a, b, angle));
+                        }
+                        Pairs::Neighbours => {
+                            let pairs = head.as_chunks_mut::<2>().0.iter_mut().zip(angles());
+                            pairs.for_each(|([a, b], angle)| turn(a, b, angle));
+                        }
                     }
                 }
             }
@@ -290,11 +316,26 @@ fn rotate_on_cpu(
 }
 
 /// The same from differentiable primitives: `x: [N, heads, E]`, `cos`, `sin: [N, 1, E/2]` or narrower.
-pub fn reference(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let (half, head_dim) = (cos.dim(2)?, x.dim(2)?);
-    let (low, high) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+pub fn reference(x: &Tensor, cos: &Tensor, sin: &Tensor, pairs: Pairs) -> Result<Tensor> {
+    let (n, heads, head_dim) = x.dims3()?;
+    let half = cos.dim(2)?;
+    let turned = x.narrow(2, 0, 2 * half)?;
     let rest = x.narrow(2, 2 * half, head_dim - 2 * half)?;
-    let rotated_low = (low.broadcast_mul(cos)? - high.broadcast_mul(sin)?)?;
-    let rotated_high = (high.broadcast_mul(cos)? + low.broadcast_mul(sin)?)?;
-    Ok(Tensor::cat(&[rotated_low, rotated_high, rest], 2)?)
+    // The two of a pair side by side in the last dimension.
+    let turned = match pairs {
+        Pairs::Halves => turned.reshape((n, heads, 2, half))?.transpose(2, 3)?,
+        Pairs::Neighbours => turned.reshape((n, heads, half, 2))?,
+    };
+    let part = |i: usize| turned.narrow(3, i, 1)?.squeeze(3);
+    let (a, b) = (part(0)?, part(1)?);
+    let rotated = [
+        (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?,
+        (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?,
+    ];
+    let rotated = match pairs {
+        Pairs::Halves => Tensor::stack(&rotated, 2)?,
+        Pairs::Neighbours => Tensor::stack(&rotated, 3)?,
+    };
+    let rotated = rotated.reshape((n, heads, 2 * half))?;
+    Ok(Tensor::cat(&[rotated, rest], 2)?)
 }

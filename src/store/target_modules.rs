@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::tensor_names::module_path;
 
 /// What a decoder has in PEFT's eyes beside the linear layers of its blocks; `N` is a block.
-const OTHER_MODULES: [&str; 17] = [
+const OTHER_MODULES: [&str; 19] = [
     "model",
     "model.embed_tokens",
     "model.layers",
@@ -24,6 +24,8 @@ const OTHER_MODULES: [&str; 17] = [
     "N.post_attention_layernorm",
     "N.pre_feedforward_layernorm",
     "N.post_feedforward_layernorm",
+    "N.post_self_attn_layernorm",
+    "N.post_mlp_layernorm",
     "model.norm",
     "model.rotary_emb",
     "lm_head",

@@ -92,6 +92,18 @@ const NORMS_OF_BRANCHES: [(&str, &str); 3] = [
     ),
 ];
 
+/// Those of GLM's.
+const NORMS_OF_GLM: [(&str, &str); 2] = [
+    (
+        "model.layers.0.post_self_attn_layernorm.weight",
+        "blk.0.post_attention_norm.weight",
+    ),
+    (
+        "model.layers.0.post_mlp_layernorm.weight",
+        "blk.0.post_ffw_norm.weight",
+    ),
+];
+
 fn file_name(name: &str, architecture: &str) -> String {
     let layer = name.split('.').nth(2).filter(|_| name.contains(".layers."));
     let layer = layer.unwrap_or("0");
@@ -99,7 +111,7 @@ fn file_name(name: &str, architecture: &str) -> String {
     let of_branches = NORMS_OF_BRANCHES
         .iter()
         .filter(|_| ["gemma2", "gemma3", "olmo2", "seed_oss", "exaone4"].contains(&architecture));
-    let mut names = of_branches.chain(&NAMES);
+    let mut names = of_branches.chain(&NORMS_OF_GLM).chain(&NAMES);
     let (_, file) = names.find(|(name, _)| *name == any).unwrap();
     file.replace("blk.0.", &format!("blk.{layer}."))
 }
@@ -185,6 +197,7 @@ pub fn configs() -> Vec<Value> {
     phi3["partial_rotary_factor"] = 0.75.into();
     phi3["rope_parameters"]["partial_rotary_factor"] = 0.75.into();
     configs.push(phi3);
+    configs.push(config_with_vocabulary("glm4"));
     configs
 }
 
@@ -268,7 +281,7 @@ fn the_config_is_told_in_the_keys_of_its_architecture() {
     let architectures = [
         "llama", "llama", "llama", "llama", "qwen2", "qwen3", "qwen2", "llama", "smollm3",
         "gemma3", "gemma", "gemma2", "granite", "olmo2", "mistral3", "olmo2", "seed_oss",
-        "exaone4", "exaone4", "llama", "phi3",
+        "exaone4", "exaone4", "llama", "phi3", "glm4",
     ];
     assert_eq!(configs().len(), architectures.len());
     for (config, architecture) in configs().into_iter().zip(architectures) {

@@ -14,7 +14,7 @@ use qlora::ops::gated_act::Activation;
 use qlora::ops::linear::dora::{self, Magnitude};
 use qlora::ops::linear::{self, Branch, Lora, LoraGrad, ReferenceLora, Stack};
 use qlora::ops::linear_cross_entropy::{self as lce, Head};
-use qlora::ops::rope::{self, Positions, RopeTable};
+use qlora::ops::rope::{self, Pairs, Positions, RopeTable};
 use qlora::ops::soft_cap::SoftCap;
 use qlora::ops::table::{PagedTable, Table};
 use qlora::ops::weight::{DenseCache, Weight};
@@ -231,19 +231,21 @@ placement_test!(in_every_order rope_equals_its_reference, |at| {
     let mut numbers = Random::new("rope");
     let positions: Vec<u32> = (0..40).chain(0..27).collect();
     let n = positions.len();
-    for (heads, kv_heads, half, rest) in [(3, 1, 5, 0), (4, 2, 8, 0), (2, 2, 32, 0), (2, 1, 24, 16)] {
+    for (heads, kv_heads, half, rest, pairs) in [(3, 1, 5, 0, Pairs::Halves), (4, 2, 8, 0, Pairs::Halves), (2, 2, 32, 0, Pairs::Halves), (2, 1, 24, 16, Pairs::Halves),
+ (2, 1, 24, 16, Pairs::Neighbours),
+] {
         let frequencies: Vec<f32> = (0..half).map(|i| 0.7f32.powi(i)).collect();
         let half = half as usize;
         let head_dim = 2 * half + rest;
         let table = RopeTable::new(&frequencies, 1.1, 40).for_heads_of(head_dim);
-        let table = table.on(&at.device).unwrap();
+        let table = table.turning(pairs).on(&at.device).unwrap();
         let rows = Positions::new(&positions).on(&at.device).unwrap();
         let (cos, sin) = table.gather(&positions).unwrap();
         let mut case = |heads: usize| {
             let shape = [n, heads, head_dim];
             let (x, dy) = (random(&mut numbers, &shape), random(&mut numbers, &shape));
             let want = expected(&mut numbers, std::slice::from_ref(&x), &dy, |t| {
-                rope::reference(&t[0], &like(&cos, &t[0]), &like(&sin, &t[0])).unwrap()
+                rope::reference(&t[0], &like(&cos, &t[0]), &like(&sin, &t[0]), pairs).unwrap()
             });
             let flat = |t: &Tensor| place(&t.flatten_from(1).unwrap(), at);
             (flat(&x), flat(&dy), want)

@@ -14,16 +14,24 @@ struct Case {
     half: usize,
     /// Columns of a head behind those that turn.
     rest: usize,
+    neighbours: bool,
 }
 
 impl Case {
+    const fn of_neighbours(self) -> Self {
+        Self {
+            neighbours: true,
+            ..self
+        }
+    }
+
     fn head_dim(&self) -> usize {
         2 * self.half + self.rest
     }
 }
 
-/// Grouped heads, one row, halves that are no whole vectors, rows without keys, and heads of which a part turns.
-const CASES: [Case; 8] = [
+/// Grouped heads, one row, halves that are no whole vectors, rows without keys, and heads of which a part turns, and neighbours.
+const CASES: [Case; 11] = [
     case(42, 6, 2, 16),
     case(1, 1, 1, 64),
     case(5, 3, 3, 10),
@@ -32,6 +40,9 @@ const CASES: [Case; 8] = [
     with_rest(42, 6, 2, 24, 16),
     with_rest(5, 2, 1, 24, 6),
     with_rest(7, 3, 3, 3, 2),
+    case(42, 6, 2, 16).of_neighbours(),
+    with_rest(5, 2, 1, 24, 16).of_neighbours(),
+    with_rest(7, 3, 3, 3, 2).of_neighbours(),
 ];
 
 const fn case(rows: usize, q_heads: usize, k_heads: usize, half: usize) -> Case {
@@ -45,6 +56,7 @@ const fn with_rest(rows: usize, q_heads: usize, k_heads: usize, half: usize, res
         k_heads,
         half,
         rest,
+        neighbours: false,
     }
 }
 
@@ -77,9 +89,13 @@ fn rotated(x: &[bf16], heads: usize, case: Case, sign: f64) -> Vec<f64> {
             for i in 0..half {
                 let angle = position as usize * half + i;
                 let (cos, sin) = (f64::from(cos[angle]), sign * f64::from(sin[angle]));
-                let (low, high) = (head[i], head[i + half]);
-                head[i] = low * cos - high * sin;
-                head[i + half] = high * cos + low * sin;
+                let [a, b] = match case.neighbours {
+                    false => [i, i + half],
+                    true => [2 * i, 2 * i + 1],
+                };
+                let (x, y) = (head[a], head[b]);
+                head[a] = x * cos - y * sin;
+                head[b] = y * cos + x * sin;
             }
         }
     }
@@ -108,6 +124,7 @@ fn rotate(device: &DeviceUnderTest, case: Case, [q, k]: [&Buffer; 2], sign: f32)
             Arg::U32(case.k_heads as u32),
             Arg::U32(case.half as u32),
             Arg::U32(case.head_dim() as u32),
+            Arg::U32(case.neighbours.into()),
             Arg::F32(sign),
         ],
     );

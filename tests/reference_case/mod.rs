@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 21] = [
+pub const CASES: [&str; 22] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -36,6 +36,7 @@ pub const CASES: [&str; 21] = [
     "gemma2",
     "phi3",
     "phi3_longrope",
+    "glm4",
 ];
 
 /// The cases that have a training run.

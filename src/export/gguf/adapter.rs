@@ -57,7 +57,6 @@ pub fn write_gguf_adapter(
         let weight = tensor_name(
             ModelTensor::Weight(factors.layer, factors.module),
             architecture,
-            &config,
         );
         [("lora_a", factors.a), ("lora_b", factors.b)].map(|(part, values)| TensorInfo {
             name: format!("{weight}.{part}"),

@@ -1,6 +1,6 @@
 //! The architecture of llama.cpp that computes a model, and what it cannot.
 //!
-//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,phi3,smollm3,gemma,gemma2,gemma3,granite,olmo2,seed-oss,exaone4}.cpp` of llama.cpp.
+//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,phi3,glm4,smollm3,gemma,gemma2,gemma3,granite,olmo2,seed-oss,exaone4}.cpp` of llama.cpp.
 
 use super::GgufBase;
 use super::writer::Change;
@@ -28,6 +28,7 @@ pub(super) enum Architecture {
     Exaone4,
     /// Phi 4's models too.
     Phi3,
+    Glm4,
 }
 
 impl Architecture {
@@ -50,6 +51,7 @@ impl Architecture {
             Some("seed_oss") => Self::SeedOss,
             Some("exaone4") => Self::Exaone4,
             Some("phi3") => Self::Phi3,
+            Some("glm4") => Self::Glm4,
             _ => return Err(base.unsupported("model_type", "llama.cpp's name for it is not known")),
         };
         architecture.check(base, config)?;
@@ -72,6 +74,7 @@ impl Architecture {
             Self::SeedOss => "seed_oss",
             Self::Exaone4 => "exaone4",
             Self::Phi3 => "phi3",
+            Self::Glm4 => "glm4",
         }
     }
 
@@ -140,7 +143,8 @@ impl Architecture {
             | Self::Qwen3Vl
             | Self::Granite
             | Self::SeedOss
-            | Self::Phi3 => Ok(()),
+            | Self::Phi3
+            | Self::Glm4 => Ok(()),
             Self::Smollm3 => self.check_smollm3(base, config),
             Self::Gemma => self.check_tied(base, config),
             Self::Gemma2 => self.check_gemma2(base, config),
@@ -302,7 +306,8 @@ impl Architecture {
             | Self::Gemma
             | Self::Granite
             | Self::SeedOss
-            | Self::Phi3 => None,
+            | Self::Phi3
+            | Self::Glm4 => None,
         }
     }
 

@@ -88,7 +88,7 @@ fn info(
 ) -> TensorInfo {
     let shape = tensor.shape(config);
     TensorInfo {
-        name: tensor_name(tensor, architecture, config),
+        name: tensor_name(tensor, architecture),
         tensor_type: file_type.of(tensor, config),
         shape,
     }

@@ -49,8 +49,7 @@ impl GgufModel {
         expect_text(&file, ARCHITECTURE, architecture.name())?;
         let mut config = architecture.computed(config);
         // What llama.cpp goes by.
-        config.tie_word_embeddings =
-            !file.contains(&tensor_name(ModelTensor::Head, architecture, &config));
+        config.tie_word_embeddings = !file.contains(&tensor_name(ModelTensor::Head, architecture));
         let tensors = ModelTensor::all(&config).into_iter();
         let model = Self {
             tensors: tensors
@@ -132,7 +131,7 @@ impl GgufModel {
     fn expect_tensors(&self) -> Result<()> {
         let tensors = self.tensors.values();
         let mut known: HashSet<String> = tensors
-            .map(|tensor| tensor_name(*tensor, self.architecture, &self.config))
+            .map(|tensor| tensor_name(*tensor, self.architecture))
             .collect();
         if let Some(expected) = hyperparameters::rope_divisors(&self.config) {
             known.insert(ROPE_FREQS.into());
@@ -171,7 +170,7 @@ impl WeightSource for GgufModel {
             path: self.file.path().to_path_buf(),
             tensor: name.to_string(),
         })?;
-        let stored_name = tensor_name(*tensor, self.architecture, &self.config);
+        let stored_name = tensor_name(*tensor, self.architecture);
         let stored = self.file.tensor(&stored_name)?;
         expect_stored(&stored_name, Some(&stored), &tensor.shape(&self.config))?;
         Ok(self.architecture.change(*tensor, &self.config).undo(stored))
@@ -204,7 +203,7 @@ pub fn read_gguf_adapter(file: &GgufFile, base: GgufBase) -> Result<Adapter> {
         for module in config.modules() {
             let weight = ModelTensor::Weight(layer, module);
             let [a_name, b_name] = ["lora_a", "lora_b"]
-                .map(|part| format!("{}.{part}", tensor_name(weight, architecture, &config)));
+                .map(|part| format!("{}.{part}", tensor_name(weight, architecture)));
             if !file.contains(&a_name) {
                 continue;
             }

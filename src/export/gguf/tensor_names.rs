@@ -3,23 +3,16 @@
 //! Source: `gguf-py/gguf/constants.py` and `LlamaModel.permute` of llama.cpp.
 
 use super::architecture::Architecture;
-use crate::model::{DecoderConfig, ModelTensor, Module, Norm};
+use crate::model::{ModelTensor, Module, Norm};
 
 /// `blk.0.attn_q.weight`.
-pub(super) fn tensor_name(
-    tensor: ModelTensor,
-    architecture: Architecture,
-    config: &DecoderConfig,
-) -> String {
+pub(super) fn tensor_name(tensor: ModelTensor, architecture: Architecture) -> String {
     match tensor {
         ModelTensor::Embedding => "token_embd.weight".into(),
         ModelTensor::Head => "output.weight".into(),
         ModelTensor::FinalNorm => "output_norm.weight".into(),
         ModelTensor::Norm(layer, norm) => {
-            format!(
-                "blk.{layer}.{}.weight",
-                norm_name(norm, architecture, config)
-            )
+            format!("blk.{layer}.{}.weight", norm_name(norm, architecture))
         }
         ModelTensor::Weight(layer, module) => {
             format!("blk.{layer}.{}.weight", module_name(module))
@@ -28,14 +21,13 @@ pub(super) fn tensor_name(
     }
 }
 
-fn norm_name(norm: Norm, architecture: Architecture, config: &DecoderConfig) -> &'static str {
+fn norm_name(norm: Norm, architecture: Architecture) -> &'static str {
     match norm {
         Norm::Input => "attn_norm",
-        Norm::PostAttention if architecture == Architecture::SeedOss => "post_attention_norm",
-        norm if Some(norm) == Norm::of_mlp(config) => "ffn_norm",
-        Norm::PostAttention => "post_attention_norm",
-        Norm::PreFeedforward => "ffn_norm",
-        Norm::PostFeedforward => "post_ffw_norm",
+        Norm::Mlp if architecture == Architecture::SeedOss => "post_attention_norm",
+        Norm::Mlp => "ffn_norm",
+        Norm::AfterAttention => "post_attention_norm",
+        Norm::AfterMlp => "post_ffw_norm",
         Norm::Query => "attn_q_norm",
         Norm::Key => "attn_k_norm",
     }

@@ -4,13 +4,13 @@ use serde_json::Value;
 
 use super::fields::Fields;
 use super::shared::{Defaults, Rotary, activation, decoder, window, window_in_use, windows};
-use super::{Activation, DecoderConfig, LayerRope, QkNorm, RopeScaling};
+use super::{Activation, DecoderConfig, LayerRope, NormNames, QkNorm, RopeScaling};
 use crate::Result;
 use crate::store::TEXT_CONFIG;
 
 /// The values of `model_type`.
 const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma, gemma2, gemma3, \
-                        gemma3_text, phi3, granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
+                        gemma3_text, phi3, glm4, granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
 
 /// The path of the decoder in a model that it is one part of.
 const WITHIN: &str = "model.language_model";
@@ -79,6 +79,7 @@ fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig>
         "gemma2" => gemma2(&mut fields)?,
         "gemma3_text" => gemma3(&mut fields)?,
         "phi3" => phi3(&mut fields)?,
+        "glm4" => glm4(&mut fields)?,
         "granite" => granite(&mut fields)?,
         "olmo2" => olmo2(&mut fields)?,
         "olmo3" => olmo3(&mut fields)?,
@@ -334,15 +335,41 @@ fn phi3(fields: &mut Fields) -> Result<DecoderConfig> {
     defaults.num_heads = Some(32);
     defaults.rms_norm_eps = 1e-5;
     defaults.pad_token_id = Some(32_000);
-    let original_length = 4096;
-    defaults.rotary = Rotary::Part { original_length };
+    defaults.rotary = Rotary::Part {
+        part: 1.0,
+        original_length: Some(4096),
+    };
     let mut decoder = decoder(fields, defaults)?;
-    decoder.fused_projections = true;
+    decoder.fused_qkv = true;
+    decoder.fused_gate_up = true;
     let window = fields.optional_size("sliding_window")?;
     decoder.sliding_window = vec![window; decoder.num_layers];
     // Dropout in pretraining.
     fields.ignore(&["embd_pdrop", "resid_pdrop"]);
     Ok(decoder)
+}
+
+fn glm4(fields: &mut Fields) -> Result<DecoderConfig> {
+    let mut defaults = Defaults::new(131_072);
+    defaults.vocab_size = Some(151_552);
+    defaults.num_heads = Some(32);
+    defaults.num_kv_heads = Some(2);
+    defaults.head_dim = Some(128);
+    defaults.rms_norm_eps = 1.5625e-7;
+    defaults.pad_token_id = Some(151_329);
+    defaults.rotary = Rotary::Part {
+        part: 0.5,
+        original_length: None,
+    };
+    let decoder = decoder(fields, defaults)?;
+    Ok(DecoderConfig {
+        qkv_bias: fields.optional("attention_bias")?.unwrap_or(true),
+        fused_gate_up: true,
+        rotates_neighbours: true,
+        branch_norms: true,
+        norm_names: NormNames::Glm,
+        ..decoder
+    })
 }
 
 fn granite(fields: &mut Fields) -> Result<DecoderConfig> {

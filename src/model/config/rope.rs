@@ -36,28 +36,29 @@ pub(super) fn read_with_axes(
     one(parameters, max_position_embeddings, theta)
 }
 
-/// Reads the same of Phi, whose rotary embedding may turn a part of each head, which is given too, and may have LongRoPE under
-/// other names. `lengths` are those of the context, and before it was extended.
+/// Reads the same of a model whose rotary embedding may turn a part of each head, which is given too. `lengths` are those of the
+/// context, and in Phi, which has LongRoPE under several names, of the one before it was extended.
 pub(super) fn read_with_part(
     fields: &mut Fields,
-    lengths: [usize; 2],
-    default_theta: f64,
+    (length, original_length): (usize, Option<usize>),
+    (default_theta, default_part): (f64, f64),
 ) -> Result<(RopeConfig, f64)> {
     const PART: &str = "partial_rotary_factor";
     const LONG_ROPE: [&str; 3] = ["longrope", "su", "yarn"];
-    let beside = fields.optional_positive(PART)?;
+    let beside = fields.optional_positive(PART)?.unwrap_or(default_part);
     let (parameters, theta) = parameters(fields, default_theta)?;
     let Some(mut rope) = parameters else {
-        return Ok((one(None, lengths[0], theta)?, beside.unwrap_or(1.0)));
+        return Ok((one(None, length, theta)?, beside));
     };
-    let part = rope.optional_positive(PART)?.or(beside).unwrap_or(1.0);
+    let part = rope.optional_positive(PART)?.unwrap_or(beside);
     let name = rope.optional::<String>("rope_type")?;
-    let name = name.or(rope.optional("type")?);
-    if !name.is_some_and(|name| LONG_ROPE.contains(&&*name)) {
-        return Ok((one(Some(rope), lengths[0], theta)?, part));
-    }
+    let name = name.or(rope.optional("type")?).unwrap_or_default();
+    let original_length = original_length.filter(|_| LONG_ROPE.contains(&&*name));
+    let Some(original_length) = original_length else {
+        return Ok((one(Some(rope), length, theta)?, part));
+    };
     let theta = rope.optional_positive(THETA)?.unwrap_or(theta);
-    let scaling = long_rope(&mut rope, lengths)?;
+    let scaling = long_rope(&mut rope, [length, original_length])?;
     rope.finish()?;
     let rope = RopeConfig {
         theta,

@@ -1,7 +1,7 @@
 //! What families share: the fields that all of them have, and windows.
 
 use super::fields::Fields;
-use super::{Activation, DecoderConfig, LayerRope, rope};
+use super::{Activation, DecoderConfig, LayerRope, NormNames, rope};
 use crate::Result;
 
 /// The path of the decoder in a language model.
@@ -40,8 +40,12 @@ pub(super) enum Rotary {
     ScaledQueries,
     /// One, and how the axes of an image share its frequencies. On all axes a token of text is at its position.
     Axes,
-    /// One, which may turn a part of each head alone. The context before it was extended is this one unless they say so.
-    Part { original_length: usize },
+    /// One, which turns this part of each head unless they say which. In Phi the context before it was extended is of the given
+    /// length, unless they say so.
+    Part {
+        part: f64,
+        original_length: Option<usize>,
+    },
 }
 
 impl Defaults {
@@ -99,10 +103,18 @@ pub(super) fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<Decoder
             rope::read_with_query_scaling(fields, positions, theta)?,
             None,
         ),
-        Rotary::Part { original_length } => {
-            let original = fields.optional_size("original_max_position_embeddings")?;
-            let lengths = [positions, original.unwrap_or(original_length)];
-            let (rope, part) = rope::read_with_part(fields, lengths, theta)?;
+        Rotary::Part {
+            part,
+            original_length,
+        } => {
+            let original_length = match original_length {
+                None => None,
+                default => fields
+                    .optional_size("original_max_position_embeddings")?
+                    .or(default),
+            };
+            let lengths = (positions, original_length);
+            let (rope, part) = rope::read_with_part(fields, lengths, (theta, part))?;
             rotary_dim = (head_dim as f64 * part) as usize;
             (rope, None)
         }
@@ -121,6 +133,7 @@ pub(super) fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<Decoder
         num_kv_heads: num_kv_heads.unwrap_or(num_heads),
         head_dim,
         rotary_dim,
+        rotates_neighbours: false,
         vocab_size,
         rms_norm_eps: fields
             .optional("rms_norm_eps")?
@@ -132,13 +145,15 @@ pub(super) fn decoder(fields: &mut Fields, defaults: Defaults) -> Result<Decoder
         tie_word_embeddings: fields
             .optional("tie_word_embeddings")?
             .unwrap_or(defaults.tie_word_embeddings),
-        fused_projections: false,
+        fused_qkv: false,
+        fused_gate_up: false,
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,
         qk_norm: None,
         input_norms: true,
         branch_norms: false,
+        norm_names: NormNames::Gemma,
         norms_less_one: false,
         attention_scale: 1.0 / (head_dim as f64).sqrt(),
         attention_soft_cap: None,
