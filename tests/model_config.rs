@@ -307,6 +307,14 @@ fn granite_has_a_factor_for_embeddings_branches_scores_and_logits() {
         factors(&read(&small("granite")).unwrap()),
         ((1.0, 1.0), 1.0, 1.0)
     );
+    // Where logits are multiplied, and scores are by the width of a head unless the config says otherwise.
+    let clova = read(&with(config.clone(), json!({"model_type": "hyperclovax"}))).unwrap();
+    assert_eq!(factors(&clova), ((12.0, 0.22), 1.0 / 64.0, 1.0 / 8.0));
+    assert!(clova.branch_norms && clova.norm_names == NormNames::HyperClovaX);
+    let bare = read(&small("hyperclovax")).unwrap();
+    assert_eq!(factors(&bare), ((1.0, 1.0), 1.0 / 4.0, 1.0));
+    let without_norms = with(small("hyperclovax"), json!({"use_post_norm": false}));
+    assert!(!read(&without_norms).unwrap().branch_norms);
     for (field, value) in [
         ("residual_multiplier", json!(0.0)),
         ("logits_scaling", json!(-8.0)),
@@ -510,6 +518,15 @@ fn glm4_turns_neighbours_of_a_half_of_each_head() {
             "post_mlp_layernorm"
         ]
         .map(|norm| format!("model.layers.1.{norm}.weight"))
+    );
+    let glm_before = DecoderConfig {
+        branch_norms: false,
+        norm_names: NormNames::Gemma,
+        ..found.clone()
+    };
+    assert_eq!(
+        read(&with(glm.clone(), json!({"model_type": "glm"}))).unwrap(),
+        glm_before
     );
     let new = json!({
         "partial_rotary_factor": null,

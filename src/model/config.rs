@@ -98,6 +98,8 @@ pub enum NormNames {
     Gemma,
     /// `post_attention_layernorm` before the MLP, `post_self_attn_layernorm` and `post_mlp_layernorm` after both.
     Glm,
+    /// `post_attention_layernorm` before the MLP, `post_norm1` and `post_norm2` after both.
+    HyperClovaX,
 }
 
 /// A decoder-only transformer with grouped-query attention, RMSNorm, RoPE and a gated MLP.

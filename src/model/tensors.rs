@@ -48,6 +48,8 @@ impl Norm {
             (Self::AfterMlp, NormNames::Gemma) => "post_feedforward_layernorm",
             (Self::AfterAttention, NormNames::Glm) => "post_self_attn_layernorm",
             (Self::AfterMlp, NormNames::Glm) => "post_mlp_layernorm",
+            (Self::AfterAttention, NormNames::HyperClovaX) => "post_norm1",
+            (Self::AfterMlp, NormNames::HyperClovaX) => "post_norm2",
             (Self::Query, _) => "self_attn.q_norm",
             (Self::Key, _) => "self_attn.k_norm",
         }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::tensor_names::module_path;
 
 /// What a decoder has in PEFT's eyes beside the linear layers of its blocks; `N` is a block.
-const OTHER_MODULES: [&str; 19] = [
+const OTHER_MODULES: [&str; 21] = [
     "model",
     "model.embed_tokens",
     "model.layers",
@@ -26,6 +26,8 @@ const OTHER_MODULES: [&str; 19] = [
     "N.post_feedforward_layernorm",
     "N.post_self_attn_layernorm",
     "N.post_mlp_layernorm",
+    "N.post_norm1",
+    "N.post_norm2",
     "model.norm",
     "model.rotary_emb",
     "lm_head",

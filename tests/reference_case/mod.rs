@@ -14,7 +14,7 @@ use qlora::store::{Adapter, Checkpoint};
 use qlora::train::{TrainConfig, Trainer};
 use safetensors::tensor::{Dtype, SafeTensors};
 
-pub const CASES: [&str; 22] = [
+pub const CASES: [&str; 24] = [
     "llama_mha",
     "llama_gqa",
     "llama_odd",
@@ -37,6 +37,8 @@ pub const CASES: [&str; 22] = [
     "phi3",
     "phi3_longrope",
     "glm4",
+    "glm",
+    "hyperclovax",
 ];
 
 /// The cases that have a training run.

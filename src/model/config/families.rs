@@ -10,7 +10,7 @@ use crate::store::TEXT_CONFIG;
 
 /// The values of `model_type`.
 const FAMILIES: &str = "use llama, mistral, mistral3, ministral3, qwen2, qwen3, qwen3_vl, smollm3, gemma, gemma2, gemma3, \
-                        gemma3_text, phi3, glm4, granite, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
+                        gemma3_text, phi3, glm, glm4, granite, hyperclovax, olmo2, olmo3, seed_oss, exaone4, cwm or iquestcoder";
 
 /// The path of the decoder in a model that it is one part of.
 const WITHIN: &str = "model.language_model";
@@ -79,8 +79,10 @@ fn language_model(mut fields: Fields, model_type: &str) -> Result<DecoderConfig>
         "gemma2" => gemma2(&mut fields)?,
         "gemma3_text" => gemma3(&mut fields)?,
         "phi3" => phi3(&mut fields)?,
+        "glm" => glm(&mut fields)?,
         "glm4" => glm4(&mut fields)?,
         "granite" => granite(&mut fields)?,
+        "hyperclovax" => hyperclovax(&mut fields)?,
         "olmo2" => olmo2(&mut fields)?,
         "olmo3" => olmo3(&mut fields)?,
         "seed_oss" => seed_oss(&mut fields)?,
@@ -349,7 +351,8 @@ fn phi3(fields: &mut Fields) -> Result<DecoderConfig> {
     Ok(decoder)
 }
 
-fn glm4(fields: &mut Fields) -> Result<DecoderConfig> {
+/// GLM-4 before it had norms on its branches.
+fn glm(fields: &mut Fields) -> Result<DecoderConfig> {
     let mut defaults = Defaults::new(131_072);
     defaults.vocab_size = Some(151_552);
     defaults.num_heads = Some(32);
@@ -366,23 +369,52 @@ fn glm4(fields: &mut Fields) -> Result<DecoderConfig> {
         qkv_bias: fields.optional("attention_bias")?.unwrap_or(true),
         fused_gate_up: true,
         rotates_neighbours: true,
+        ..decoder
+    })
+}
+
+fn glm4(fields: &mut Fields) -> Result<DecoderConfig> {
+    Ok(DecoderConfig {
         branch_norms: true,
         norm_names: NormNames::Glm,
-        ..decoder
+        ..glm(fields)?
     })
 }
 
 fn granite(fields: &mut Fields) -> Result<DecoderConfig> {
     let decoder = llama(fields)?;
-    let mut multiplier = |field| -> Result<f64> {
+    with_multipliers(fields, decoder, 1.0)
+}
+
+/// Granite with other defaults, norms on branches, and logits that are multiplied.
+fn hyperclovax(fields: &mut Fields) -> Result<DecoderConfig> {
+    let decoder = llama(fields)?;
+    let attention_scale = decoder.attention_scale;
+    let decoder = with_multipliers(fields, decoder, attention_scale)?;
+    Ok(DecoderConfig {
+        branch_norms: fields.optional("use_post_norm")?.unwrap_or(true),
+        norm_names: NormNames::HyperClovaX,
+        logits_scaling: 1.0 / decoder.logits_scaling,
+        ..decoder
+    })
+}
+
+/// Factors for embeddings, branches, scores and logits, 1 where the config does not say; that of scores is `attention_scale`
+/// then.
+fn with_multipliers(
+    fields: &mut Fields,
+    decoder: DecoderConfig,
+    attention_scale: f64,
+) -> Result<DecoderConfig> {
+    let mut multiplier = |field, default| -> Result<f64> {
         let multiplier = fields.optional_positive(field)?;
-        Ok(multiplier.unwrap_or(1.0))
+        Ok(multiplier.unwrap_or(default))
     };
     Ok(DecoderConfig {
-        embedding_multiplier: multiplier("embedding_multiplier")?,
-        residual_multiplier: multiplier("residual_multiplier")?,
-        attention_scale: multiplier("attention_multiplier")?,
-        logits_scaling: multiplier("logits_scaling")?,
+        embedding_multiplier: multiplier("embedding_multiplier", 1.0)?,
+        residual_multiplier: multiplier("residual_multiplier", 1.0)?,
+        attention_scale: multiplier("attention_multiplier", attention_scale)?,
+        logits_scaling: multiplier("logits_scaling", 1.0)?,
         ..decoder
     })
 }
