@@ -252,7 +252,7 @@ fn the_first_gemmas_have_no_norms_on_branches_and_the_second_ones_caps() {
     let gemma2 = json!({
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid",
         "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_attn_scalar": 144,
-        "sliding_window": 64, "sliding_window_size": null,
+        "sliding_window": 64, "sliding_window_size": 64, "_attn_implementation": "eager",
     });
     let gemma2 = with(small("gemma2"), gemma2);
     let second = read(&gemma2).unwrap();
@@ -545,7 +545,7 @@ fn phi_may_turn_a_part_of_its_heads_by_factors_for_short_and_long_batches() {
     let rope = json!({"long_factor": long, "short_factor": short, "type": "longrope"});
     let mini = json!({
         "original_max_position_embeddings": 64, "partial_rotary_factor": 0.75, "rope_scaling": rope, "rope_theta": 10000.0,
-        "tie_word_embeddings": true,
+        "tie_word_embeddings": true, "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": false, "mlp_bias": false,
     });
     let mini = with(small("phi3"), mini);
     let found = read(&mini).unwrap();

@@ -1,5 +1,6 @@
 //! `qlora plan` as it is typed: its table, its JSON, and how it ends where nothing fits.
 
+use std::path::Path;
 use std::process::Output;
 
 use qlora::store::{MatrixDropoutScale, MatrixDropoutSettings};
@@ -109,11 +110,26 @@ fn of_changes_that_would_fit_one_without_an_effect_on_the_result_comes_first() {
     assert!(message.contains("a smaller model"), "{message}");
 }
 
+/// The shape of the fixtures' model, whose weights are not there.
+#[test]
+fn the_config_of_a_model_is_enough() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/engine/llama_gqa");
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(fixtures.join("config.json"), dir.path().join("config.json")).unwrap();
+    let total = |model: &Path| {
+        let output = plan(&format!("--model {} --json", model.display()));
+        let found: Value = serde_json::from_slice(&output.stdout).expect("a plan");
+        found["plans"][0]["total_bytes"].as_u64().unwrap()
+    };
+    assert_eq!(total(dir.path()), total(&fixtures));
+    let output = plan(&format!("--model {}", dir.path().join("none").display()));
+    assert_eq!(output.status.code(), Some(1));
+}
+
 /// The dropout on matrices comes with the adapter that a run starts from.
 #[test]
 fn an_adapter_is_planned_with_its_masks() {
-    let fixtures =
-        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/engine/llama_gqa");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/engine/llama_gqa");
     let dir = tempfile::tempdir().unwrap();
     for file in ["adapter_config.json", "adapter_model.safetensors"] {
         std::fs::copy(fixtures.join("adapter").join(file), dir.path().join(file)).unwrap();

@@ -110,7 +110,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let (model, blocks, dense) = match args.model.as_ref().or(named) {
         Some(name) => {
             let dir = models::config_dir(name)?;
-            match models::has_model(&dir) || dir == *name {
+            match models::has_model(&dir) {
                 true => stored_sizes(&dir, &config)?,
                 false => {
                     let model = models::decoder_config(&dir)?;

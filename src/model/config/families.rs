@@ -293,6 +293,8 @@ fn gemma2(fields: &mut Fields) -> Result<DecoderConfig> {
     defaults.vocab_size = Some(256_000);
     let mut decoder = later_gemma(fields, defaults, [Some(50.0), Some(30.0)])?;
     let window = window(fields)?;
+    // The window once more, where transformers does not read it.
+    fields.ignore(&["sliding_window_size"]);
     decoder.sliding_window = windows(fields, decoder.num_layers, window, |layer| {
         layer.is_multiple_of(2)
     })?;
@@ -346,8 +348,13 @@ fn phi3(fields: &mut Fields) -> Result<DecoderConfig> {
     decoder.fused_gate_up = true;
     let window = fields.optional_size("sliding_window")?;
     decoder.sliding_window = vec![window; decoder.num_layers];
-    // Dropout in pretraining.
-    fields.ignore(&["embd_pdrop", "resid_pdrop"]);
+    // Dropout in pretraining, and what transformers does not read.
+    fields.ignore(&[
+        "embd_pdrop",
+        "resid_pdrop",
+        "full_attn_mod",
+        "interpolate_factor",
+    ]);
     Ok(decoder)
 }
 
