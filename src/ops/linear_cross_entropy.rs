@@ -1,8 +1,8 @@
 //! The output head and the loss in one: `loss = sum over rows of (logsumexp(z) - z_label)`, `z = x W^T`, which some models cap.
 //!
 //! Backward: `dz = d_loss (softmax(z) - onehot(label))`, times the slope of the cap, `dx = dz W`, and `dW = dz^T x` where the head
-//! is trained. Rows go through in chunks and `dz` takes the place of `z`, so that the `[N, V]` logits never exist; rows without a label are left
-//! out before.
+//! is trained. Rows go through in chunks and `dz` takes the place of `z`, so that the `[N, V]` logits never exist; rows without
+//! a label are left out before.
 //!
 //! Source: arXiv:2411.09009.
 
@@ -73,15 +73,6 @@ impl<'a> Head<'a> {
 struct CpuHead<'a> {
     table: CpuTable<'a>,
     soft_cap: Option<SoftCap>,
-}
-
-impl CpuHead<'_> {
-    #[inline(always)]
-    fn cap(&self, logits: &mut [f32]) {
-        if let Some(cap) = self.soft_cap {
-            logits.iter_mut().for_each(|z| *z = cap.of(*z));
-        }
-    }
 }
 
 /// The loss of one row that has a label.
@@ -221,7 +212,7 @@ pub fn logits<'a>(x: &Tensor, head: impl std::convert::Into<Head<'a>>) -> Result
         for_each_column_tile(logits, (n, words), VOCAB_TILE, |mut tile, words| {
             let weight = head.table.transposed(words);
             matmul(&mut tile, Into::Overwrite, x.lhs(), weight, 1.0);
-            (0..n).for_each(|row| head.cap(tile.row(row)));
+            (0..n).for_each(|row| SoftCap::apply(head.soft_cap, tile.row(row)));
         });
     })
 }
@@ -370,7 +361,7 @@ fn logits_forward(x: Mat<'_>, head: &CpuHead<'_>, logits: &mut Logits) -> Vec<Ve
             vectorized(
                 #[inline(always)]
                 || {
-                    head.cap(z);
+                    SoftCap::apply(head.soft_cap, z);
                     let z = &*z;
                     let largest = max(z);
                     let sum = sum([z], |[z]| exp(z - largest));

@@ -15,7 +15,7 @@ pub struct SoftCap(pub f32);
 impl SoftCap {
     /// `z` under the cap, to 2e-7 of it.
     #[inline(always)]
-    pub(super) fn of(self, z: f32) -> f32 {
+    fn of(self, z: f32) -> f32 {
         // tanh(|t|) = (1 - e^-2|t|) / (1 + e^-2|t|)
         let e = exp(-2.0 / self.0 * z.abs());
         (self.0 * ((1.0 - e) / (1.0 + e))).copysign(z)
@@ -26,6 +26,14 @@ impl SoftCap {
     pub(super) fn slope(self, y: f32) -> f32 {
         let tanh = y / self.0;
         1.0 - tanh * tanh
+    }
+
+    /// Each of `values` under the cap, if there is one.
+    #[inline(always)]
+    pub(super) fn apply(cap: Option<Self>, values: &mut [f32]) {
+        if let Some(cap) = cap {
+            values.iter_mut().for_each(|z| *z = cap.of(*z));
+        }
     }
 
     /// As kernels take it: 0 is none.

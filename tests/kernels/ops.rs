@@ -231,9 +231,13 @@ placement_test!(in_every_order rope_equals_its_reference, |at| {
     let mut numbers = Random::new("rope");
     let positions: Vec<u32> = (0..40).chain(0..27).collect();
     let n = positions.len();
-    for (heads, kv_heads, half, rest, pairs) in [(3, 1, 5, 0, Pairs::Halves), (4, 2, 8, 0, Pairs::Halves), (2, 2, 32, 0, Pairs::Halves), (2, 1, 24, 16, Pairs::Halves),
- (2, 1, 24, 16, Pairs::Neighbours),
-] {
+    for (heads, kv_heads, half, rest, pairs) in [
+        (3, 1, 5, 0, Pairs::Halves),
+        (4, 2, 8, 0, Pairs::Halves),
+        (2, 2, 32, 0, Pairs::Halves),
+        (2, 1, 24, 16, Pairs::Halves),
+        (2, 1, 24, 16, Pairs::Neighbours),
+    ] {
         let frequencies: Vec<f32> = (0..half).map(|i| 0.7f32.powi(i)).collect();
         let half = half as usize;
         let head_dim = 2 * half + rest;

@@ -1,6 +1,7 @@
 //! The architecture of llama.cpp that computes a model, and what it cannot.
 //!
-//! Source: `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,phi3,glm4,smollm3,gemma,gemma2,gemma3,granite,olmo2,seed-oss,exaone4}.cpp` of llama.cpp.
+//! Source: of llama.cpp, `src/models/{llama,mistral3,qwen2,qwen3,qwen3vl,phi3,glm4,smollm3,gemma,gemma2,gemma3,granite}.cpp`
+//! and `src/models/{olmo2,seed-oss,exaone4}.cpp`.
 
 use super::GgufBase;
 use super::writer::Change;

@@ -1,5 +1,5 @@
-//! A byte-level BPE (GPT-2's kind: Llama 3, Qwen, OLMo, Mistral NeMo, SmolLM, Granite, Seed-OSS): its merges, and the name that llama.cpp knows its way
-//! to split a text by.
+//! A byte-level BPE (GPT-2's kind: Llama 3, Qwen, OLMo, Mistral NeMo, SmolLM, Granite, Seed-OSS): its merges, and the name that
+//! llama.cpp knows its way to split a text by.
 //!
 //! llama.cpp has each way as code under a name, so a tokenizer is recognized by its pre-tokenizer: the same expression is
 //! the same splitting. NFC, which Qwen's tokenizers make of a text first, is left out by llama.cpp as by its own converter.

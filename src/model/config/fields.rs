@@ -15,8 +15,8 @@ const MAX_SIZE: usize = 1 << 31;
 /// other programs put there for themselves, and dropout in pretraining.
 #[rustfmt::skip]
 const HARMLESS: &[&str] = &[
-    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "attn_implementation", "auto_map", "cache_implementation",
-    "dtype", "initializer_range",
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "attn_implementation", "auto_map",
+    "cache_implementation", "dtype", "initializer_range",
     "max_sequence_length", "name_or_path", "output_attentions", "output_hidden_states", "return_dict", "tokenizer_class",
     "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
     "bos_token_id", "decoder_start_token_id", "eos_token_id", "sep_token_id", "unk_token_id",

@@ -51,19 +51,11 @@ pub(super) fn read_with_part(
         return Ok((one(None, length, theta)?, beside));
     };
     let part = rope.optional_positive(PART)?.unwrap_or(beside);
-    let name = rope.optional::<String>("rope_type")?;
-    let name = name.or(rope.optional("type")?).unwrap_or_default();
-    let original_length = original_length.filter(|_| LONG_ROPE.contains(&&*name));
-    let Some(original_length) = original_length else {
-        return Ok((one(Some(rope), length, theta)?, part));
-    };
-    let theta = rope.optional_positive(THETA)?.unwrap_or(theta);
-    let scaling = long_rope(&mut rope, [length, original_length])?;
-    rope.finish()?;
-    let rope = RopeConfig {
-        theta,
-        scaling,
-        query_scaling: None,
+    let (name, _) = scaling_name(&mut rope)?;
+    let is_long_rope = name.is_some_and(|name| LONG_ROPE.contains(&&*name));
+    let rope = match original_length.filter(|_| is_long_rope) {
+        None => one(Some(rope), length, theta)?,
+        Some(original) => scaled(rope, theta, |rope| long_rope(rope, [length, original]))?,
     };
     Ok((rope, part))
 }
@@ -158,15 +150,24 @@ fn one(
     max_position_embeddings: usize,
     theta: f64,
 ) -> Result<RopeConfig> {
-    let Some(mut rope) = parameters else {
-        return Ok(RopeConfig {
+    match parameters {
+        Some(rope) => scaled(rope, theta, |rope| scaling(rope, max_position_embeddings)),
+        None => Ok(RopeConfig {
             theta,
             scaling: RopeScaling::None,
             query_scaling: None,
-        });
-    };
+        }),
+    }
+}
+
+/// The embedding of these parameters, whose scaling is read by `scaling`.
+fn scaled(
+    mut rope: Fields,
+    theta: f64,
+    scaling: impl FnOnce(&mut Fields) -> Result<RopeScaling>,
+) -> Result<RopeConfig> {
     let theta = rope.optional_positive(THETA)?.unwrap_or(theta);
-    let scaling = scaling(&mut rope, max_position_embeddings)?;
+    let scaling = scaling(&mut rope)?;
     rope.finish()?;
     Ok(RopeConfig {
         theta,
@@ -175,15 +176,22 @@ fn one(
     })
 }
 
+/// What a scaling is called, and by which field.
+fn scaling_name(rope: &mut Fields) -> Result<(Option<String>, &'static str)> {
+    let old = rope.optional("type")?;
+    Ok(match rope.optional("rope_type")? {
+        None => (old, "type"),
+        new => (new, "rope_type"),
+    })
+}
+
 fn scaling(rope: &mut Fields, max_position_embeddings: usize) -> Result<RopeScaling> {
-    let old_name = rope.optional::<String>("type")?;
-    let name = rope.optional::<String>("rope_type")?;
-    let field = if name.is_some() { "rope_type" } else { "type" };
+    let (name, field) = scaling_name(rope)?;
     let required = |rope: &mut Fields, field| {
         rope.optional_positive(field)?
             .ok_or_else(|| rope.malformed(field, "is missing"))
     };
-    match name.or(old_name).as_deref() {
+    match name.as_deref() {
         None | Some("default") => Ok(RopeScaling::None),
         Some("linear") => Ok(RopeScaling::Linear {
             factor: required(rope, "factor")?,

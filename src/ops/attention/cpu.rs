@@ -10,6 +10,7 @@ use crate::Result;
 use crate::ops::cpu::{Read, read};
 use crate::ops::gemm::{Into, Mat, MatMut, Shared, matmul};
 use crate::ops::simd::{exp, max, sum, vectorized};
+use crate::ops::soft_cap::SoftCap;
 
 /// Query rows that meet their keys at a time.
 const QUERY_TILE: usize = 64;
@@ -209,14 +210,6 @@ impl<'a> Operands<'a> {
             self.heads.scale,
         );
     }
-
-    /// Caps scores that are seen, where the model does.
-    #[inline(always)]
-    fn cap(&self, scores: &mut [f32]) {
-        if let Some(cap) = self.heads.soft_cap {
-            scores.iter_mut().for_each(|s| *s = cap.of(*s));
-        }
-    }
 }
 
 fn forward_tile(
@@ -234,7 +227,7 @@ fn forward_tile(
         lse.row(row)[0] = vectorized(
             #[inline(always)]
             || {
-                operands.cap(&mut scores[visible.clone()]);
+                SoftCap::apply(operands.heads.soft_cap, &mut scores[visible.clone()]);
                 softmax_row(scores, visible)
             },
         );
@@ -310,7 +303,7 @@ fn backward_tile(
             #[inline(always)]
             || {
                 let delta = sum([d_out, out], |[d, o]| d * o);
-                operands.cap(&mut p[visible.clone()]);
+                SoftCap::apply(heads.soft_cap, &mut p[visible.clone()]);
                 match heads.soft_cap {
                     None => softmax_row_backward(p, ds, visible, lse, delta, |_| 1.0),
                     Some(cap) => {

@@ -133,7 +133,7 @@ impl Workload {
             RopeScaling::LongRope {
                 original_max_position_embeddings: original,
                 ..
-            } if self.positions > original => original.next_power_of_two(),
+            } if model.rope.is_long(self.positions) => original.next_power_of_two(),
             _ => 0,
         };
         let positions = self.positions.next_power_of_two() + short;
